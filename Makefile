@@ -1,0 +1,95 @@
+# Makefile - builds dsrun. `make help` lists the targets.
+#
+# Kernels for the CPU are compiled once for every level of the instruction set and chosen when
+# dsrun starts; nothing is built for the machine it is built on. Objects are linked directly, not
+# through an archive: the kernel tables refer to them weakly, and weak references pull nothing out
+# of an archive. A change of compiler or flags rebuilds what it concerns (the .flags stamp).
+
+BUILD  ?= build
+PREFIX ?= /usr/local
+FUZZ_SECONDS ?= 20
+VERSION := 0.1.0
+
+ifeq ($(origin CC),default)
+CC := gcc
+endif
+ifeq ($(MAKELEVEL),0)
+MAKEFLAGS += -j$(shell nproc) --no-print-directory
+endif
+
+# ---- flags
+
+packages := luajit jansson libxxhash
+WARNINGS := -Wall -Wextra -Wpedantic $(if $(WERROR),-Werror)
+SANITIZE ?=
+CFLAGS   ?= -O2 -g
+BASE     := -std=c11 -D_GNU_SOURCE -I. -fopenmp $(WARNINGS) \
+            $(if $(SANITIZE),-fsanitize=$(SANITIZE) -fno-sanitize-recover=undefined -fno-omit-frame-pointer) \
+            $(shell pkg-config --cflags $(packages) 2>/dev/null)
+KERNEL   := -O3 -fno-math-errno -fno-trapping-math
+LINK     := -fopenmp -Wl,-E -Wl,--as-needed -Wl,-O1 $(if $(SANITIZE),-fsanitize=$(SANITIZE)) $(LDFLAGS)
+LDLIBS   := $(shell pkg-config --libs $(packages) 2>/dev/null) -ldnnl -luring -ldl -lm -lpthread
+
+# ---- levels of the CPU's instruction set
+
+ifneq ($(filter x86_64%,$(shell $(CC) -dumpmachine)),)
+LEVELS := v2 v3 v4 v4bf16
+endif
+LEVELS ?= portable
+march_v2       := -march=x86-64-v2
+march_v3       := -march=x86-64-v3
+march_v4       := -march=x86-64-v4
+march_v4bf16   := -march=x86-64-v4 -mavx512bf16 -mprefer-vector-width=512
+march_portable :=
+
+# ---- what is built
+
+once    := $(filter-out $(SKIP),$(wildcard kernels/*.c runner/*.c) $(wildcard kernels/cpu/level.c kernels/cpu/dnnl.c))
+leveled := $(filter-out $(SKIP) kernels/cpu/level.c kernels/cpu/dnnl.c,$(wildcard kernels/cpu/*.c))
+objects := $(once:%.c=$(BUILD)/%.o) \
+           $(foreach level,$(LEVELS),$(leveled:%.c=$(BUILD)/%.$(level).o))
+library := $(filter-out $(BUILD)/runner/main.o,$(objects))
+tests   := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/c/test_*.c))
+fuzzers := $(patsubst tests/fuzz/%.c,%,$(wildcard tests/fuzz/*.c))
+
+.PHONY: all setup demo test soak bench bench-peers lint asan fuzz install clean help c-tests FORCE
+.DELETE_ON_ERROR:
+.SECONDARY:
+
+all: $(BUILD)/dsrun
+
+$(BUILD)/dsrun: $(objects) $(BUILD)/link.flags
+	$(CC) $(LINK) -o $@ $(objects) $(LDLIBS)
+
+c-tests: $(tests)
+
+$(BUILD)/tests/c/%: $(BUILD)/tests/c/%.o $(library) $(BUILD)/link.flags
+	$(CC) $(LINK) -o $@ $< $(library) $(LDLIBS) -lcmocka
+
+$(BUILD)/%.o: %.c $(BUILD)/once.flags
+	@mkdir -p $(@D)
+	$(CC) $(BASE) $(CFLAGS) $(flags_$*) -MMD -MP -c -o $@ $<
+
+# The kernels in kernels/cpu, once a level: softmax.c -> softmax.v3.o.
+define level_rule
+$(BUILD)/kernels/cpu/%.$(1).o: kernels/cpu/%.c $(BUILD)/kernel.flags
+	@mkdir -p $$(@D)
+	$$(CC) $$(BASE) $$(CFLAGS) $$(KERNEL) $$(march_$(1)) -DDS_LEVEL=$(1) -MMD -MP -c -o $$@ $$<
+endef
+$(foreach level,$(LEVELS),$(eval $(call level_rule,$(level))))
+
+# The commit is told to one file only, so that committing does not rebuild the rest.
+commit := $(shell git describe --always --dirty --abbrev=10 2>/dev/null || echo unknown)
+flags_runner/version := -DDS_VERSION='"$(VERSION)"' -DDS_COMMIT='"$(commit)"'
+$(BUILD)/runner/version.o: $(BUILD)/version.flags
+
+# Stamps: rewritten only when their text changes.
+text_once    := $(CC) $(BASE) $(CFLAGS) $(shell $(CC) --version 2>/dev/null | head -n 1)
+text_kernel  := $(text_once) $(KERNEL) $(march_v4bf16) $(LEVELS)
+text_link    := $(CC) $(LINK) $(LDLIBS) $(objects)
+text_version := $(VERSION) $(commit)
+$(BUILD)/%.flags: FORCE
+	@mkdir -p $(@D)
+	@echo '$(text_$*)' | cmp -s - $@ || echo '$(text_$*)' > $@
+
+-include $(shell find $(BUILD) -name '*.d' 2>/dev/null)

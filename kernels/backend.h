@@ -1,0 +1,52 @@
+/* backend.h - what a device offers: memory and kernels.
+ *
+ * One struct of function pointers a backend, made from ops.def. A kernel that a backend lacks is an
+ * empty slot: Lua says "rmsnorm has no cuda kernel", the linker says nothing.
+ */
+#ifndef DS_BACKEND_H
+#define DS_BACKEND_H
+
+#include <stddef.h>
+
+#include "error.h"
+#include "tensor.h"
+
+typedef struct ds_ops {
+#define C const ds_tensor *
+#define T ds_tensor *
+#define DS_UNARY(name, saved)                                                                      \
+    int (*name)(T y, C x);                                                                         \
+    int (*name##_backward)(T dx, C dy, C s);
+#define DS_BINARY(name)                                                                            \
+    int (*name)(T y, C a, C b);                                                                    \
+    int (*name##_scalar)(T y, C x, double s, int flip);
+#define DS_COMPARE(name)                                                                           \
+    int (*name)(T y, C a, C b);                                                                    \
+    int (*name##_scalar)(T y, C x, double s, int flip);
+#define DS_KERNEL(name, signature) int(*name) signature;
+#include "ops.def"
+#undef C
+#undef T
+} ds_ops;
+
+typedef struct ds_backend {
+    const char *name; /* "cpu", "cuda" */
+    ds_ops ops;
+    /* Memory of this device, not zeroed; the caching allocator above calls it rarely. */
+    int (*memory_take)(void **out, size_t bytes);
+    void (*memory_give)(void *data, size_t bytes);
+    /* Waits for all that was asked of the device. */
+    int (*synchronize)(void);
+} ds_backend;
+
+/* The CPU backend at the chosen level. Levels: "x86-64-v2", "x86-64-v3", "x86-64-v4", "x86-64-v4-bf16",
+ * or "portable" elsewhere. `level` NULL: the highest that this processor has, or a lower one that
+ * DS_CPU_LEVEL names. NULL on a level that the processor lacks or does not exist (ds_error() says which
+ * there are). The first call decides, later calls return the same. */
+const ds_backend *ds_cpu_backend(const char *level);
+
+/* The level chosen, for `dsrun env`; levels this machine has, lowest first, NULL at the end. */
+const char *ds_cpu_level(void);
+const char *const *ds_cpu_levels(void);
+
+#endif

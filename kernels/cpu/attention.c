@@ -1,0 +1,337 @@
+/* attention.c - scaled dot-product attention, forward: y = softmax(scale q kᵀ + mask) v.
+ *
+ * See attention.h for how the work is cut. Each (batch, kv head) packs its keys and values once.
+ */
+#include "kernels/cpu/attention.h"
+
+#include "kernels/cpu/dnnl.h"
+#include "kernels/philox.h"
+
+#define PARTS 4 /* of the work, a thread: so that none waits long for another at the end */
+
+/* ---- checking */
+
+int attention_same(const char *what, const ds_tensor *x, const char *name, const ds_tensor *like)
+{
+    if (x->ndim != 4 || x->dtype != like->dtype)
+        return ds_fail(DS_EINVAL, "%s: %s is %d-d %s, must be 4-d %s", what, name, x->ndim,
+                       ds_name_of(x->dtype), ds_name_of(like->dtype));
+    for (int i = 0; i < 4; i++)
+        if (x->shape[i] != like->shape[i])
+            return ds_fail(DS_EINVAL, "%s: size %lld of %s's dimension %d, must be %lld", what,
+                           (long long)x->shape[i], name, i + 1, (long long)like->shape[i]);
+    if (x->stride[3] != 1 && x->shape[3] > 1)
+        return ds_fail(DS_EINVAL, "%s: the last dimension of %s is not dense (stride %lld)", what,
+                       name, (long long)x->stride[3]);
+    return 0;
+}
+
+static int check_mask(attention *a, const char *what, const ds_tensor *mask)
+{
+    const int64_t full[4] = {a->batches, a->H, a->T, a->S};
+
+    if (!mask)
+        return 0;
+    if (mask->ndim > 4 || (mask->dtype != DS_BOOL && !ds_is_float(mask->dtype)))
+        return ds_fail(DS_EINVAL, "%s: the mask is %d-d %s, must be bool or float, at most 4-d",
+                       what, mask->ndim, ds_name_of(mask->dtype));
+    for (int i = 4 - mask->ndim; i < 4; i++) {
+        int64_t size = mask->shape[i - 4 + mask->ndim];
+
+        if (size != 1 && size != full[i])
+            return ds_fail(DS_EINVAL,
+                           "%s: the mask has %lld where [batch x heads x queries x keys] is "
+                           "[%lld x %lld x %lld x %lld]",
+                           what, (long long)size, (long long)full[0], (long long)full[1],
+                           (long long)full[2], (long long)full[3]);
+        a->mask_stride[i] = size == 1 ? 0 : mask->stride[i - 4 + mask->ndim];
+    }
+    return 0;
+}
+
+int attention_check(attention *a, const char *what, const ds_tensor *q, const ds_tensor *k,
+                    const ds_tensor *v, const ds_tensor *lse, const ds_tensor *mask, int causal,
+                    double scale, double p, uint64_t seed, uint64_t offset)
+{
+    int rc;
+
+    *a = (attention){.q = q, .k = k, .v = v, .mask = mask, .lse = lse, .causal = causal,
+                     .scale = scale, .p = p, .seed = seed, .offset = offset};
+    if (!ds_is_float(q->dtype))
+        return ds_fail(DS_EINVAL, "%s: the query is %s, must be f32, bf16, f16 or f64", what,
+                       ds_name_of(q->dtype));
+    if ((rc = attention_same(what, q, "the query", q)) < 0 ||
+        (rc = attention_same(what, v, "the value", k)) < 0)
+        return rc;
+    a->batches = q->shape[0];
+    a->T = q->shape[1];
+    a->H = q->shape[2];
+    a->D = q->shape[3];
+    a->S = k->shape[1];
+    a->G = k->shape[2];
+    if (k->dtype != q->dtype || k->shape[0] != a->batches || k->shape[3] != a->D)
+        return ds_fail(DS_EINVAL, "%s: key %s [%lld x %lld x %lld x %lld] does not match query %s "
+                       "[%lld x %lld x %lld x %lld]", what, ds_name_of(k->dtype),
+                       (long long)k->shape[0], (long long)a->S, (long long)a->G,
+                       (long long)k->shape[3], ds_name_of(q->dtype), (long long)a->batches,
+                       (long long)a->T, (long long)a->H, (long long)a->D);
+    if (k->stride[3] != 1 && a->D > 1)
+        return ds_fail(DS_EINVAL, "%s: the last dimension of the key is not dense (stride %lld)",
+                       what, (long long)k->stride[3]);
+    if (a->G < 1 || a->H % a->G)
+        return ds_fail(DS_EINVAL, "%s: %lld query heads are not a multiple of %lld key heads", what,
+                       (long long)a->H, (long long)a->G);
+    if (a->D < 1 || a->D > ATTENTION_MAX_D)
+        return ds_fail(DS_EINVAL, "%s: heads of %lld, must be 1 to %d wide", what, (long long)a->D,
+                       ATTENTION_MAX_D);
+    if (p < 0 || p >= 1)
+        return ds_fail(DS_EINVAL, "%s: dropout %g, must be in [0, 1)", what, p);
+    if ((lse->dtype != DS_F32 && (lse->dtype != DS_F64 || q->dtype != DS_F64)) || lse->ndim != 3 ||
+        lse->shape[0] != a->batches || lse->shape[1] != a->H || lse->shape[2] != a->T)
+        return ds_fail(DS_EINVAL, "%s: lse must be f32 [%lld x %lld x %lld]", what,
+                       (long long)a->batches, (long long)a->H, (long long)a->T);
+    a->ratio = a->H / a->G;
+    a->row_count = a->T * a->ratio;
+    a->pairs = ATTENTION_PAIRS && q->dtype == DS_BF16;
+    a->depth = a->pairs ? (a->D + 1) / 2 : a->D;
+    a->wide = round_up(a->D, VF_LANES);
+    a->keys = round_up(a->S, VF_LANES);
+    return check_mask(a, what, mask);
+}
+
+/* ---- masks, dropout */
+
+void attention_prepare(float *s, const attention *a, const block *b, int64_t i, int64_t key,
+                       int64_t seen)
+{
+    int64_t r = b->first + i, stride = a->mask_stride[3];
+    float scale = (float)a->scale, added[STRIP] = {0};
+
+    if (a->mask) {
+        const char *m = mask_at(a, b->batch, b->group * a->ratio + r % a->ratio, r / a->ratio, key);
+
+        if (a->mask->dtype == DS_BOOL)
+            for (int64_t j = 0; j < seen; j++)
+                added[j] = m[j * stride] ? 0 : -INFINITY;
+        else
+            ds_row_load(added, m, a->mask->dtype, seen, stride);
+    }
+    for (int64_t j = 0; j < seen; j++)
+        s[j] = s[j] * scale + added[j];
+}
+
+/* n <= STRIP. Whole Philox blocks are made; by lane, so that the compiler's vectors hold one lane each
+ * of several blocks. */
+static void keep_strip(float *keep, const attention *a, uint64_t element, int64_t n)
+{
+    uint32_t lane[4][STRIP / 4 + 1];
+    uint64_t begin = element / 4;
+    int blocks = (int)((element + (uint64_t)n + 3) / 4 - begin);
+    float p = (float)a->p, kept = (float)(1 / (1 - a->p));
+
+#pragma omp simd
+    for (int i = 0; i < blocks; i++) {
+        ds_philox_block x = ds_philox(a->seed, a->offset + begin + (uint64_t)i);
+
+        lane[0][i] = x.lane[0];
+        lane[1][i] = x.lane[1];
+        lane[2][i] = x.lane[2];
+        lane[3][i] = x.lane[3];
+    }
+    for (int64_t j = 0; j < n; j++) {
+        uint64_t e = element % 4 + (uint64_t)j;
+
+        keep[j] = ds_uniform_f32(lane[e % 4][e / 4]) >= p ? kept : 0;
+    }
+}
+
+void attention_keep(float *keep, const attention *a, int64_t batch, int64_t head, int64_t t,
+                    int64_t key, int64_t n)
+{
+    int64_t element = ((batch * a->H + head) * a->T + t) * a->S + key;
+
+    for (int64_t j = 0; j < n; j += STRIP)
+        keep_strip(keep + j, a, (uint64_t)(element + j), min64(STRIP, n - j));
+}
+
+/* ---- softmax */
+
+/* One row of a strip: scores to weights exp(score - highest), 0 where it doesn't see; in place, as
+ * bf16 in the pairs form. m, l: its state, highest exponent of 2 and sum. Returns what the row's
+ * earlier output shrinks by. */
+VF_FUNC float softmax_row(float *s, int64_t seen, int64_t vectors, float scale, float *m, float *l,
+                          const float *keep, int pairs)
+{
+    const int dtype = pairs ? DS_BF16 : DS_F32;
+    const vf hidden = vf_set(-INFINITY);
+    int64_t full = seen / VF_LANES, part = seen % VF_LANES, j = 0;
+    vf top = hidden, sum = {0}, e, shift;
+    float before = *m, high, shrink;
+
+    for (; j < full; j++)
+        top = vf_max(vf_load(s + j * VF_LANES), top);
+    if (part)
+        top = vf_max(first_lanes(vf_load(s + j * VF_LANES), part, hidden), top);
+    high = vf_max_lane(top) * scale;
+    *m = high > before ? high : before;
+    high = *m == -INFINITY ? 0 : *m; /* nothing seen so far: weights of 0, not NaN */
+    shift = vf_set(-high);
+    for (j = 0; j < full; j++) {
+        e = exp2_of(vf_fma(vf_load(s + j * VF_LANES), vf_set(scale), shift), pairs);
+        sum += e;
+        e = keep ? e * vf_load(keep + j * VF_LANES) : e;
+        vf_store_as(s, j * VF_LANES, dtype, e);
+    }
+    if (part) {
+        e = exp2_of(vf_fma(vf_load(s + j * VF_LANES), vf_set(scale), shift), pairs);
+        e = first_lanes(e, part, (vf){0});
+        sum += e;
+        e = keep ? e * vf_load(keep + j * VF_LANES) : e;
+        vf_store_as(s, j++ * VF_LANES, dtype, e);
+    }
+    for (; j < vectors; j++)
+        vf_store_as(s, j * VF_LANES, dtype, (vf){0});
+    shrink = before == -INFINITY ? 0 : exp2_of(vf_set(before - high), 0)[0];
+    *l = *l * shrink + vf_sum(sum);
+    return shrink;
+}
+
+/* ---- a block of rows */
+
+/* A thread's own memory. */
+typedef struct work {
+    float *k;    /* columns [keys / lanes][depth][lanes] */
+    float *v;    /* rows [wide / lanes][keys in units][lanes] */
+    float *q;    /* columns [BLOCK / lanes][depth][lanes] */
+    float *s;    /* [BLOCK][STRIP_LD] */
+    float *o;    /* [BLOCK][wide] */
+    float *keep; /* [STRIP] */
+} work;
+
+/* Fills *w from `memory`, returns how many floats that takes. */
+static int64_t carve(work *w, float *memory, const attention *a)
+{
+    int64_t in_unit = a->pairs ? 2 : 1;
+    const int64_t sizes[] = {a->keys * a->depth, a->wide * a->keys / in_unit, BLOCK * a->depth,
+                             BLOCK * STRIP_LD,   BLOCK * a->wide,             STRIP};
+    float **to[] = {&w->k, &w->v, &w->q, &w->s, &w->o, &w->keep};
+
+    return attention_carve(to, memory, sizes, 6);
+}
+
+/* Weights of a strip, in place of its scores; output rows so far are shrunk. */
+VF_FUNC void weigh_strip(work *w, float *m, float *l, const attention *a, const block *b,
+                         int64_t key, int pairs)
+{
+    float scale = exponent_scale(a);
+
+    for (int64_t i = 0; i < b->n; i++) {
+        float *s = w->s + i * STRIP_LD, shrink;
+        int64_t vectors = vectors_of(tile_seen(b, i / TILE_ROWS, key));
+        int64_t seen = seen_from(b->seen[i], key);
+
+        if (is_prepared(a))
+            attention_prepare(s, a, b, i, key, seen);
+        if (a->p > 0) {
+            block_keep(w->keep, a, b, i, key, seen);
+            shrink = softmax_row(s, seen, vectors, scale, m + i, l + i, w->keep, pairs);
+        } else {
+            shrink = softmax_row(s, seen, vectors, scale, m + i, l + i, NULL, pairs);
+        }
+        if (key > 0 && shrink != 1)
+            for (int64_t d = 0; d < a->wide; d += VF_LANES)
+                vf_store(w->o + i * a->wide + d, vf_load(w->o + i * a->wide + d) * shrink);
+    }
+}
+
+VF_FUNC void forward_block(const rows *y, const rows *q, work *w, const attention *a,
+                           const block *b, int pairs)
+{
+    int64_t most = b->seen[b->n - 1];
+    float m[BLOCK], l[BLOCK];
+
+    for (int64_t i = 0; i < BLOCK; i++) {
+        m[i] = -INFINITY;
+        l[i] = 0;
+    }
+    pack_columns(w->q, q, b->first, b->n, a->D, pairs);
+    for (int64_t key = 0; key < most; key += STRIP) {
+        product_scores(w->s, w->q, w->k, b, key, a->depth, pairs);
+        weigh_strip(w, m, l, a, b, key, pairs);
+        product_weighted(w->o, w->s, w->v, b, key, a->wide, a->keys / (pairs ? 2 : 1), pairs);
+    }
+    for (int64_t i = 0; i < b->n; i++) {
+        if (l[i] == 0) /* a row that sees nothing */
+            memset(w->o + i * a->wide, 0, (size_t)a->D * sizeof(float));
+        store_row(row_at(y, b->first + i), w->o + i * a->wide, a->D, y->dtype,
+                  l[i] == 0 ? 0 : 1 / l[i]);
+        *lse_at(a, b, i) = l[i] == 0 ? -INFINITY : (float)((m[i] + log2f(l[i])) / LOG2E);
+    }
+}
+
+/* Blocks part, part + parts, …: even where causality makes later ones dearer. */
+VF_FUNC void forward_unit(const ds_tensor *y, work *w, const attention *a, int64_t unit,
+                          int64_t part, int64_t parts, int pairs)
+{
+    int64_t batch = unit / a->G, group = unit % a->G;
+    rows k = rows_of(a->k, batch, group, 1), v = rows_of(a->v, batch, group, 1);
+    rows q = rows_of(a->q, batch, group, a->ratio), out = rows_of(y, batch, group, a->ratio);
+
+    pack_columns(w->k, &k, 0, a->S, a->D, pairs);
+    pack_rows(w->v, &v, 0, a->S, a->D, pairs);
+    for (int64_t first = part * BLOCK; first < a->row_count; first += parts * BLOCK) {
+        block b;
+
+        block_set(&b, a, batch, group, first);
+        forward_block(&out, &q, w, a, &b, pairs);
+    }
+}
+
+static __attribute__((noinline)) void unit_f32(const ds_tensor *y, work *w, const attention *a,
+                                               int64_t unit, int64_t part, int64_t parts)
+{
+    forward_unit(y, w, a, unit, part, parts, 0);
+}
+
+static __attribute__((noinline)) void unit_pairs(const ds_tensor *y, work *w, const attention *a,
+                                                 int64_t unit, int64_t part, int64_t parts)
+{
+    forward_unit(y, w, a, unit, part, parts, ATTENTION_PAIRS);
+}
+
+int DS_CPU(attention)(ds_tensor *y, ds_tensor *lse, const ds_tensor *q, const ds_tensor *k,
+                      const ds_tensor *v, const ds_tensor *mask, int causal, double scale, double p,
+                      uint64_t seed, uint64_t offset)
+{
+    attention a;
+    work none;
+    int rc = attention_check(&a, "attention", q, k, v, lse, mask, causal, scale, p, seed, offset);
+    int64_t units, parts, blocks, floats;
+    float *memory;
+    int threads;
+
+    if (rc < 0 || (rc = attention_same("attention", y, "the output", q)) < 0)
+        return rc;
+    if (q->dtype == DS_F64)
+        return attention_f64(y, &a);
+    units = a.batches * a.G;
+    if (units == 0 || a.row_count == 0)
+        return 0;
+    threads = ds_threads(units * a.row_count * (a.S + 1) * a.D / 16);
+    blocks = (a.row_count + BLOCK - 1) / BLOCK;
+    parts = units >= PARTS * threads ? 1 : min64((blocks + 1) / 2, PARTS * threads / units);
+    floats = carve(&none, NULL, &a);
+    memory = ds_scratch(DS_SCRATCH_A, (size_t)(threads * floats) * sizeof(float));
+    if (!memory)
+        return DS_ENOMEM;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        work w;
+
+        carve(&w, memory + omp_get_thread_num() * floats, &a);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < units * parts; i++)
+            (a.pairs ? unit_pairs : unit_f32)(y, &w, &a, i / parts, i % parts, parts);
+    }
+    return 0;
+}

@@ -1,0 +1,315 @@
+/* cross_entropy.c - the output projection and its mean cross-entropy in one, with gradients.
+ *
+ * With a vocabulary of 50 000 the logits are the largest tensor of a language model and are needed
+ * for a moment only. So rows are taken in chunks: logits into scratch, loss and gradient of each row in
+ * one visit (each exp is computed once), then the two products that use the gradient while it is
+ * still in the cache.
+ */
+#include <math.h>
+
+#include "kernels/cpu/dnnl.h"
+#include "kernels/cpu/matmul.h"
+#include "kernels/cpu/simd.h"
+
+/* ---- targets ---- */
+
+static int64_t target_at(const ds_tensor *target, int64_t i)
+{
+    int64_t at = i * target->stride[0];
+
+    if (target->dtype == DS_I64)
+        return ((const int64_t *)target->data)[at];
+    if (target->dtype == DS_I32)
+        return ((const int32_t *)target->data)[at];
+    return ((const uint8_t *)target->data)[at];
+}
+
+/* How many rows count. */
+static int count_targets(int64_t *count, const ds_tensor *target, int64_t ignore, int64_t classes)
+{
+    *count = 0;
+    for (int64_t i = 0; i < target->shape[0]; i++) {
+        int64_t t = target_at(target, i);
+
+        if (t == ignore)
+            continue;
+        if (t < 0 || t >= classes)
+            return ds_fail(DS_ERANGE,
+                           "linear_cross_entropy: target %lld in row %lld is not a class: there are %lld, "
+                           "and %lld is ignored",
+                           (long long)t, (long long)i, (long long)classes, (long long)ignore);
+        ++*count;
+    }
+    return 0;
+}
+
+/* ---- one row of logits ---- */
+
+VF_FUNC vf row_max(const char *row, int64_t padded, int dtype)
+{
+    vf a = vf_set(-INFINITY), b = a, c = a, d = a;
+    int64_t i = 0;
+
+    /* vf_max keeps its second argument where the first is NaN; the sum brings the NaN out. */
+    for (; i + 4 * VF_LANES <= padded; i += 4 * VF_LANES) {
+        a = vf_max(vf_load_as(row, i, dtype), a);
+        b = vf_max(vf_load_as(row, i + VF_LANES, dtype), b);
+        c = vf_max(vf_load_as(row, i + 2 * VF_LANES, dtype), c);
+        d = vf_max(vf_load_as(row, i + 3 * VF_LANES, dtype), d);
+    }
+    for (; i < padded; i += VF_LANES)
+        a = vf_max(vf_load_as(row, i, dtype), a);
+    return vf_set(vf_max_lane(vf_max(vf_max(a, b), vf_max(c, d))));
+}
+
+/* Sum of e^(row - max); [powers]: those, which may be the row itself where it is f32. */
+VF_FUNC float row_powers(float *powers, const char *row, vf max, int64_t padded, int dtype)
+{
+    vf a = vf_set(0), b = a;
+    int64_t i = 0;
+
+    for (; i + 2 * VF_LANES <= padded; i += 2 * VF_LANES) {
+        vf x = vf_exp(vf_load_as(row, i, dtype) - max);
+        vf y = vf_exp(vf_load_as(row, i + VF_LANES, dtype) - max);
+
+        if (powers) {
+            vf_store(powers + i, x);
+            vf_store(powers + i + VF_LANES, y);
+        }
+        a += x;
+        b += y;
+    }
+    for (; i < padded; i += VF_LANES) {
+        vf x = vf_exp(vf_load_as(row, i, dtype) - max);
+
+        if (powers)
+            vf_store(powers + i, x);
+        a += x;
+    }
+    return vf_sum(a + b);
+}
+
+/* The loss of a row of logits; [powers] not NULL: the row becomes scale (softmax - one at target).
+ * padded is a multiple of 16 and the columns beyond the classes hold -inf. */
+VF_FUNC double visit_row(char *row, float *powers, int64_t target, int64_t padded, float scale,
+                         int dtype)
+{
+    vf max = row_max(row, padded, dtype);
+    vf at_target = vf_load_part_as(row, target, dtype, 1);
+    float sum = row_powers(powers, row, max, padded, dtype);
+
+    if (powers) {
+        vf factor = vf_set(scale / sum);
+
+        powers[target] -= sum;
+        for (int64_t i = 0; i < padded; i += VF_LANES)
+            vf_store_as(row, i, dtype, vf_load(powers + i) * factor);
+    }
+    return log((double)sum) + ((double)max[0] - (double)at_target[0]);
+}
+
+static double visit_row_any(char *row, float *powers, int64_t target, int64_t padded, float scale,
+                            int dtype)
+{
+    if (dtype == DS_F32)
+        return visit_row(row, powers ? (float *)row : NULL, target, padded, scale, DS_F32);
+    if (dtype == DS_BF16)
+        return visit_row(row, powers, target, padded, scale, DS_BF16);
+    return visit_row(row, powers, target, padded, scale, DS_F16);
+}
+
+static double visit_row_f64(double *row, int gradient, int64_t target, int64_t classes, double scale)
+{
+    double max = -INFINITY, sum = 0, at_target = row[target];
+
+    for (int64_t i = 0; i < classes; i++)
+        max = row[i] > max ? row[i] : max;
+    for (int64_t i = 0; i < classes; i++) {
+        double e = exp(row[i] - max);
+
+        sum += e;
+        if (gradient)
+            row[i] = e;
+    }
+    for (int64_t i = 0; gradient && i < classes; i++)
+        row[i] = (row[i] / sum - (i == target)) * scale;
+    return log(sum) + (max - at_target);
+}
+
+/* ---- a chunk of rows ---- */
+
+typedef struct task {
+    ds_tensor *loss, *dx, *dw; /* dx, dw: may be NULL */
+    const ds_tensor *x, *w, *target;
+    char *logits; /* scratch: [rows, padded] */
+    int64_t rows, padded, classes, width;
+    int64_t ignore;
+    double scale; /* of the gradient: seed / rows that count */
+    double *losses; /* [N] */
+    int gradient, accumulate, dtype;
+} task;
+
+static void fill_low(char *row, int64_t n, int dtype)
+{
+    static const float low[16] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY,
+                                  -INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY,
+                                  -INFINITY, -INFINITY, -INFINITY, -INFINITY};
+
+    ds_row_store(row, low, dtype, n, 1);
+}
+
+static double visit(const task *t, int64_t i, char *row, float *powers)
+{
+    int64_t target = target_at(t->target, i), bytes = ds_bytes_of(t->dtype);
+
+    if (target == t->ignore) {
+        memset(row, 0, (size_t)(t->classes * bytes));
+        return 0;
+    }
+    if (t->dtype == DS_F64)
+        return visit_row_f64((double *)row, t->gradient, target, t->classes, t->scale);
+    if (t->padded > t->classes)
+        fill_low(row + t->classes * bytes, t->padded - t->classes, t->dtype);
+    return visit_row_any(row, t->gradient ? powers : NULL, target, t->padded, (float)t->scale, t->dtype);
+}
+
+static int visit_chunk(const task *t, int64_t first, int64_t rows)
+{
+    int64_t row_bytes = t->padded * ds_bytes_of(t->dtype);
+    int threads = ds_threads(rows * t->classes * 4);
+    float *powers = ds_scratch(DS_SCRATCH_ROWS, (size_t)(threads * t->padded) * sizeof *powers);
+
+    if (!powers)
+        return DS_ENOMEM;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        float *mine = powers + t->padded * omp_get_thread_num();
+        int64_t begin, end;
+
+        ds_part(&begin, &end, rows, 1);
+        for (int64_t i = begin; i < end; i++)
+            t->losses[first + i] = visit(t, first + i, t->logits + i * row_bytes, mine);
+    }
+    return 0;
+}
+
+/* Rows `first` and on of x [N, K]. */
+static ds_matrix rows_from(const ds_tensor *x, int64_t first)
+{
+    return ds_matrix_of((char *)x->data + first * x->stride[0] * ds_bytes_of(x->dtype), x->stride[0],
+                        x->stride[1], x->dtype);
+}
+
+static int run_chunk(const task *t, int64_t first, int64_t rows)
+{
+    ds_matrix logits = ds_matrix_of(t->logits, t->padded, 1, t->dtype);
+    ds_matrix x = rows_from(t->x, first), w = rows_from(t->w, 0);
+    ds_product forward = {.y = logits, .a = x, .b = w, .alpha = 1};
+    ds_product to_x = {.a = logits, .b = w, .alpha = 1};
+    ds_product to_w = {.a = logits, .b = x, .alpha = 1, .beta = t->accumulate || first > 0};
+    int rc;
+
+    forward.m = rows, forward.n = t->classes, forward.k = t->width;
+    forward.b.row = w.col, forward.b.col = w.row;
+    rc = ds_product_run(&forward);
+    if (rc == 0)
+        rc = visit_chunk(t, first, rows);
+    if (rc == 0 && t->dx) {
+        to_x.y = rows_from(t->dx, first);
+        to_x.m = rows, to_x.n = t->width, to_x.k = t->classes;
+        rc = ds_product_run(&to_x);
+    }
+    if (rc == 0 && t->dw) {
+        to_w.y = rows_from(t->dw, 0);
+        to_w.a.row = 1, to_w.a.col = t->padded;
+        to_w.m = t->classes, to_w.n = t->width, to_w.k = rows;
+        rc = ds_product_run(&to_w);
+    }
+    return rc;
+}
+
+/* ---- the kernel ---- */
+
+static int check(const task *t, const ds_tensor *scratch)
+{
+    const ds_tensor *x = t->x, *w = t->w, *target = t->target;
+
+    if (x->ndim != 2 || w->ndim != 2 || x->shape[1] != w->shape[1] || target->ndim != 1 ||
+        target->shape[0] != x->shape[0])
+        return ds_fail(DS_EINVAL, "linear_cross_entropy wants x [N x K], w [V x K] and target [N]");
+    if (!ds_is_float(x->dtype) || w->dtype != x->dtype || scratch->dtype != x->dtype ||
+        t->loss->dtype != (x->dtype == DS_F64 ? DS_F64 : DS_F32) || t->loss->numel != 1)
+        return ds_fail(DS_EINVAL, "linear_cross_entropy wants w and scratch in the dtype of x, %s, and "
+                                  "one loss in f32 (f64 for f64)",
+                       ds_name_of(x->dtype));
+    if (target->dtype != DS_I64 && target->dtype != DS_I32 && target->dtype != DS_U8)
+        return ds_fail(DS_EINVAL, "linear_cross_entropy wants targets of i64, i32 or u8, not %s",
+                       ds_name_of(target->dtype));
+    if (scratch->ndim != 2 || !scratch->dense || scratch->shape[0] < 1 ||
+        scratch->shape[1] % 16 != 0 || scratch->shape[1] < w->shape[0] || w->shape[0] < 1)
+        return ds_fail(DS_EINVAL, "linear_cross_entropy wants scratch [rows x %lld], dense",
+                       (long long)((w->shape[0] + 15) / 16 * 16));
+    if ((t->dx && (t->dx->ndim != 2 || t->dx->shape[0] != x->shape[0] ||
+                   t->dx->shape[1] != x->shape[1] || t->dx->dtype != x->dtype)) ||
+        (t->dw && (t->dw->ndim != 2 || t->dw->shape[0] != w->shape[0] ||
+                   t->dw->shape[1] != w->shape[1] || !ds_is_float(t->dw->dtype))))
+        return ds_fail(DS_EINVAL, "linear_cross_entropy wants dx like x and dw like w, in f32");
+    return 0;
+}
+
+/* No row counts: gradients of 0. */
+static int clear(const task *t)
+{
+    ds_product none = {.alpha = 1}; /* k = 0 */
+    int rc = 0;
+
+    if (t->dx) {
+        none.y = rows_from(t->dx, 0), none.m = t->dx->shape[0], none.n = t->width;
+        rc = ds_product_run(&none);
+    }
+    if (rc == 0 && t->dw && !t->accumulate) {
+        none.y = rows_from(t->dw, 0), none.m = t->classes, none.n = t->width;
+        rc = ds_product_run(&none);
+    }
+    return rc;
+}
+
+static void set_loss(ds_tensor *loss, double value)
+{
+    if (loss->dtype == DS_F64)
+        *(double *)loss->data = value;
+    else
+        *(float *)loss->data = (float)value;
+}
+
+int DS_CPU(linear_cross_entropy)(ds_tensor *loss, ds_tensor *dx, ds_tensor *dw, ds_tensor *scratch,
+                                 const ds_tensor *x, const ds_tensor *w, const ds_tensor *target,
+                                 int64_t ignore, double seed, int accumulate)
+{
+    task t = {.loss = loss, .dx = dx, .dw = dw, .x = x, .w = w, .target = target, .ignore = ignore};
+    int64_t n = x->shape[0], count;
+    double sum = 0;
+    int rc = check(&t, scratch);
+
+    if (rc < 0 || (rc = count_targets(&count, target, ignore, w->shape[0])) < 0)
+        return rc;
+    t.logits = scratch->data;
+    t.rows = scratch->shape[0], t.padded = scratch->shape[1];
+    t.classes = w->shape[0], t.width = w->shape[1];
+    t.gradient = dx || dw, t.accumulate = accumulate, t.dtype = x->dtype;
+    set_loss(loss, 0);
+    if (count == 0)
+        return clear(&t);
+    t.scale = seed / (double)count;
+    t.losses = ds_scratch(DS_SCRATCH_LOSSES, (size_t)n * sizeof *t.losses);
+    if (!t.losses)
+        return DS_ENOMEM;
+    for (int64_t first = 0; first < n && rc == 0; first += t.rows)
+        rc = run_chunk(&t, first, n - first < t.rows ? n - first : t.rows);
+    if (rc < 0)
+        return rc;
+    for (int64_t i = 0; i < n; i++)
+        sum += t.losses[i];
+    set_loss(loss, sum / (double)count);
+    return 0;
+}

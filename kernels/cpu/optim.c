@@ -1,0 +1,170 @@
+/* optim.c - optimizers: one pass over flat buffers of weights, state and gradients.
+ *
+ * A pass is bound by memory, so whatever can ride along does: the gradient's scale (loss scale and
+ * clipping) and the copy of the new weights in low precision. Blocks of a few KB pass through the
+ * first-level cache: low precision gradients are widened there, new weights are rounded from there.
+ */
+#include "kernels/cpu/level.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "kernels/cpu/simd.h"
+
+#define BLOCK 2048 /* elements; 5 rows of them fit the first-level cache */
+
+typedef struct hyper {
+    double lr, beta1, beta2, eps, weight_decay, c1, c2, gscale;
+    double momentum, dampening;
+    int decoupled, nesterov, first;
+} hyper;
+
+typedef void rule(void *p, void *a, void *b, const void *g, int64_t n, const hyper *h);
+
+#define REAL float
+#define SQRT sqrtf
+#define NAME(rule) rule##_f32
+#include "kernels/cpu/optim_rules.h"
+#undef REAL
+#undef SQRT
+#undef NAME
+
+#define REAL double
+#define SQRT sqrt
+#define NAME(rule) rule##_f64
+#include "kernels/cpu/optim_rules.h"
+
+/* state: the rest of what must lie beside p, may hold NULLs. */
+static int check(const char *what, const ds_tensor *p, const ds_tensor *const state[2],
+                 const ds_tensor *low, const ds_tensor *g)
+{
+    const ds_tensor *all[] = {p, state[0], state[1], low, g};
+
+    if (p->dtype != DS_F32 && p->dtype != DS_F64)
+        return ds_fail(DS_EINVAL, "%s: weights are %s, must be f32 or f64", what,
+                       ds_name_of(p->dtype));
+    for (int i = 0; i < 5; i++) {
+        if (!all[i])
+            continue;
+        if (all[i]->numel != p->numel)
+            return ds_fail(DS_EINVAL, "%s: %lld elements beside %lld weights", what,
+                           (long long)all[i]->numel, (long long)p->numel);
+        if (!all[i]->dense)
+            return ds_fail(DS_EINVAL, "%s: a buffer is not dense (call contiguous() first)", what);
+    }
+    for (int i = 0; i < 2; i++)
+        if (state[i] && state[i]->dtype != p->dtype)
+            return ds_fail(DS_EINVAL, "%s: state is %s beside %s weights", what,
+                           ds_name_of(state[i]->dtype), ds_name_of(p->dtype));
+    if (!ds_is_float(g->dtype) || (p->dtype == DS_F64) != (g->dtype == DS_F64))
+        return ds_fail(DS_EINVAL, "%s: gradients are %s beside %s weights", what,
+                       ds_name_of(g->dtype), ds_name_of(p->dtype));
+    if (low && (p->dtype != DS_F32 || (low->dtype != DS_BF16 && low->dtype != DS_F16)))
+        return ds_fail(DS_EINVAL, "%s: a %s copy of %s weights, must be bf16 or f16 of f32", what,
+                       ds_name_of(low->dtype), ds_name_of(p->dtype));
+    return 0;
+}
+
+/* Where element i lies. */
+static void *at(const ds_tensor *t, int64_t i)
+{
+    return t ? (char *)t->data + i * ds_bytes_of(t->dtype) : NULL;
+}
+
+static void pass_f32(rule *step, const ds_tensor *p, const ds_tensor *const state[2],
+                     const ds_tensor *low, const ds_tensor *g, const hyper *h)
+{
+    int64_t begin, end;
+    float wide[BLOCK];
+
+    ds_part(&begin, &end, p->numel, BLOCK);
+    for (int64_t i = begin; i < end; i += BLOCK) {
+        int64_t n = end - i < BLOCK ? end - i : BLOCK;
+        const void *gi = at(g, i);
+
+        if (g->dtype != DS_F32) {
+            ds_row_load(wide, gi, g->dtype, n, 1);
+            gi = wide;
+        }
+        step(at(p, i), at(state[0], i), at(state[1], i), gi, n, h);
+        if (low)
+            ds_row_store(at(low, i), at(p, i), low->dtype, n, 1);
+    }
+}
+
+static int run(const char *what, rule *f32, rule *f64, ds_tensor *p, ds_tensor *a, ds_tensor *b,
+               ds_tensor *low, const ds_tensor *g, const hyper *h)
+{
+    const ds_tensor *const state[2] = {a, b};
+    int rc = check(what, p, state, low, g);
+    int threads = ds_threads(p->numel * 4);
+
+    if (rc < 0)
+        return rc;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        if (p->dtype == DS_F64) {
+            int64_t begin, end;
+
+            ds_part(&begin, &end, p->numel, BLOCK);
+            f64(at(p, begin), at(a, begin), at(b, begin), at(g, begin), end - begin, h);
+        } else {
+            pass_f32(f32, p, state, low, g, h);
+        }
+    }
+    return 0;
+}
+
+int DS_CPU(adam)(ds_tensor *p, ds_tensor *m, ds_tensor *v, ds_tensor *low, const ds_tensor *g,
+                 double lr, double beta1, double beta2, double eps, double weight_decay, double c1,
+                 double c2, double gscale, int decoupled)
+{
+    hyper h = {.lr = lr,
+               .beta1 = beta1,
+               .beta2 = beta2,
+               .eps = eps,
+               .weight_decay = weight_decay,
+               .c1 = c1,
+               .c2 = c2,
+               .gscale = gscale,
+               .decoupled = decoupled};
+
+    return run("adam", adam_f32, adam_f64, p, m, v, low, g, &h);
+}
+
+int DS_CPU(sgd)(ds_tensor *p, ds_tensor *momentum_buffer, ds_tensor *low, const ds_tensor *g,
+                double lr, double momentum, double dampening, double weight_decay, int nesterov,
+                int first, double gscale)
+{
+    hyper h = {.lr = lr,
+               .momentum = momentum,
+               .dampening = dampening,
+               .weight_decay = weight_decay,
+               .gscale = gscale,
+               .nesterov = nesterov,
+               .first = first};
+
+    if (!momentum_buffer && momentum != 0)
+        return ds_fail(DS_EINVAL, "sgd: momentum %g needs a momentum buffer", momentum);
+    return run("sgd", sgd_f32, sgd_f64, p, momentum_buffer, NULL, low, g, &h);
+}
+
+int DS_CPU(lion)(ds_tensor *p, ds_tensor *m, ds_tensor *low, const ds_tensor *g, double lr,
+                 double beta1, double beta2, double weight_decay, double gscale)
+{
+    hyper h = {.lr = lr,
+               .beta1 = beta1,
+               .beta2 = beta2,
+               .weight_decay = weight_decay,
+               .gscale = gscale};
+
+    return run("lion", lion_f32, lion_f64, p, m, NULL, low, g, &h);
+}
+
+int DS_CPU(adagrad)(ds_tensor *p, ds_tensor *sum, ds_tensor *low, const ds_tensor *g, double lr,
+                    double eps, double weight_decay, double gscale)
+{
+    hyper h = {.lr = lr, .eps = eps, .weight_decay = weight_decay, .gscale = gscale};
+
+    return run("adagrad", adagrad_f32, adagrad_f64, p, sum, NULL, low, g, &h);
+}

@@ -1,0 +1,337 @@
+/* walk.c - loops over several strided tensors by dense rows; walk.h says how. */
+#include "kernels/cpu/walk.h"
+
+#include <stdio.h>
+
+#define LONG_ROW 128 /* rows from this length on are visited one by one, shorter ones are collected */
+
+const char *DS_CPU(shape_text)(char text[128], const ds_tensor *t)
+{
+    int at = snprintf(text, 128, "[");
+
+    for (int i = 0; i < t->ndim && at < 100; i++)
+        at += snprintf(text + at, 128 - (size_t)at, "%s%lld", i ? " x " : "",
+                       (long long)t->shape[i]);
+    snprintf(text + at, 128 - (size_t)at, "]");
+    return text;
+}
+
+/* ---- making a walk */
+
+/* Bodies work on the storage itself. */
+static int is_direct(int dtype)
+{
+    return dtype != DS_BF16 && dtype != DS_F16;
+}
+
+static void swap_dims(walk *w, int i, int j)
+{
+    int64_t t = w->shape[i];
+
+    w->shape[i] = w->shape[j];
+    w->shape[j] = t;
+    for (int k = 0; k < w->count; k++) {
+        t = w->op[k].stride[i];
+        w->op[k].stride[i] = w->op[k].stride[j];
+        w->op[k].stride[j] = t;
+    }
+}
+
+/* Follows the output's memory; dimensions of size 1 go, those that continue each other merge. */
+static void simplify(walk *w)
+{
+    int n = 0;
+
+    for (int i = 1; i < w->ndim; i++)
+        for (int j = i; j > 0 && w->op[0].stride[j - 1] < w->op[0].stride[j]; j--)
+            swap_dims(w, j - 1, j);
+    for (int i = 0; i < w->ndim; i++) {
+        int merge = n > 0;
+
+        if (w->shape[i] == 1)
+            continue;
+        for (int k = 0; k < w->count && merge; k++)
+            merge = w->op[k].stride[n - 1] == w->op[k].stride[i] * w->shape[i];
+        if (merge) {
+            w->shape[n - 1] *= w->shape[i];
+            for (int k = 0; k < w->count; k++)
+                w->op[k].stride[n - 1] = w->op[k].stride[i];
+            continue;
+        }
+        w->shape[n] = w->shape[i];
+        for (int k = 0; k < w->count; k++)
+            w->op[k].stride[n] = w->op[k].stride[i];
+        n++;
+    }
+    if (n == 0) {
+        w->shape[0] = 1;
+        for (int k = 0; k < w->count; k++)
+            w->op[k].stride[0] = 0;
+        n = 1;
+    }
+    w->ndim = n;
+}
+
+int DS_CPU(walk_start)(walk *w, const char *name, int count, const ds_tensor *const *t)
+{
+    const ds_tensor *y = t[0];
+    char want[128], have[128];
+
+    w->name = name;
+    w->count = count;
+    w->ndim = y->ndim;
+    w->numel = y->numel;
+    memcpy(w->shape, y->shape, sizeof w->shape);
+    for (int k = 0; k < count; k++) {
+        int lead = y->ndim - t[k]->ndim;
+
+        w->op[k].data = t[k]->data;
+        w->op[k].dtype = t[k]->dtype;
+        w->op[k].size = ds_bytes_of(t[k]->dtype);
+        for (int i = 0; i < y->ndim; i++) {
+            int64_t size = i < lead ? 1 : t[k]->shape[i - lead];
+
+            if (lead < 0 || (size != y->shape[i] && size != 1))
+                return ds_fail(DS_EINVAL, "%s: %s does not broadcast to %s", name,
+                               DS_CPU(shape_text)(have, t[k]), DS_CPU(shape_text)(want, y));
+            w->op[k].stride[i] = size == 1 ? 0 : t[k]->stride[i - lead];
+        }
+        if (lead < 0)
+            return ds_fail(DS_EINVAL, "%s: %s does not broadcast to %s", name,
+                           DS_CPU(shape_text)(have, t[k]), DS_CPU(shape_text)(want, y));
+    }
+    simplify(w);
+    for (int k = 0; k < count; k++) {
+        int64_t expected = 1;
+
+        w->op[k].linear = 1;
+        for (int i = w->ndim - 1; i >= 0; i--) {
+            w->op[k].linear &= w->op[k].stride[i] == expected || w->shape[i] == 1;
+            expected *= w->shape[i];
+        }
+    }
+    return 0;
+}
+
+/* ---- moving rows between tensors and buffers */
+
+#define MOVE(type)                                                                                 \
+    {                                                                                              \
+        const type *s = src;                                                                       \
+        type *d = dst;                                                                             \
+                                                                                                   \
+        if (from == 0)                                                                             \
+            for (int64_t i = 0; i < n; i++)                                                        \
+                d[i * to] = s[0];                                                                  \
+        else if (to == 1)                                                                          \
+            for (int64_t i = 0; i < n; i++)                                                        \
+                d[i] = s[i * from];                                                                \
+        else                                                                                       \
+            for (int64_t i = 0; i < n; i++)                                                        \
+                d[i * to] = s[i * from];                                                           \
+        return;                                                                                    \
+    }
+
+/* n elements of `size` bytes; strides in elements. */
+static void move(void *restrict dst, int64_t to, const void *restrict src, int64_t from,
+                 int64_t size, int64_t n)
+{
+    if (to == 1 && from == 1) {
+        memcpy(dst, src, (size_t)(n * size));
+        return;
+    }
+    switch (size) {
+    case 1:
+        MOVE(uint8_t)
+    case 2:
+        MOVE(uint16_t)
+    case 4:
+        MOVE(uint32_t)
+    default:
+        MOVE(uint64_t)
+    }
+}
+
+/* Between memory of op's dtype and a dense buffer of what bodies work on. */
+static void convert(const struct walk_operand *op, int out, void *buffer, char *memory,
+                    int64_t stride, int64_t n)
+{
+    if (is_direct(op->dtype) && out)
+        move(memory, stride, buffer, 1, op->size, n);
+    else if (is_direct(op->dtype))
+        move(buffer, 1, memory, stride, op->size, n);
+    else if (out)
+        ds_row_store(memory, buffer, op->dtype, n, stride);
+    else
+        ds_row_load(buffer, memory, op->dtype, n, stride);
+}
+
+/* The same for n elements from `index` on, over several rows. */
+static void convert_rows(const walk *w, int k, void *buffer, const int64_t *index, int64_t n)
+{
+    const struct walk_operand *op = &w->op[k];
+    int last = w->ndim - 1;
+    int64_t at[DS_MAX_DIM], width = is_direct(op->dtype) ? op->size : 4, offset = 0;
+    char *to = buffer;
+
+    for (int i = 0; i <= last; i++) {
+        at[i] = index[i];
+        offset += at[i] * op->stride[i];
+    }
+    for (;;) {
+        int64_t run = w->shape[last] - at[last] < n ? w->shape[last] - at[last] : n;
+        int d = last;
+
+        convert(op, k == 0, to, op->data + offset * op->size, op->stride[last], run);
+        to += run * width;
+        n -= run;
+        if (n == 0)
+            return;
+        offset -= at[last] * op->stride[last];
+        for (at[d--] = 0; ++at[d] == w->shape[d]; d--) {
+            offset -= (w->shape[d] - 1) * op->stride[d];
+            at[d] = 0;
+        }
+        offset += op->stride[d];
+    }
+}
+
+/* ---- running */
+
+typedef struct part {
+    int64_t index[DS_MAX_DIM]; /* where it is */
+    int64_t offset[WALK_MAX];  /* elements to there */
+    char *filled[WALK_MAX];    /* the constant that a buffer is full of */
+    int64_t limit;             /* elements in one go */
+    int64_t row;               /* elements that follow each other in every operand */
+    int by_rows;               /* one row is visited after the other */
+} part;
+
+typedef struct buffers {
+    char data[WALK_MAX][WALK_CHUNK * 8];
+} buffers;
+
+static void part_start(part *p, const walk *w, int64_t begin)
+{
+    p->limit = INT64_MAX;
+    p->by_rows = 0;
+    for (int i = w->ndim - 1; i >= 0; i--) {
+        p->index[i] = begin % w->shape[i];
+        begin /= w->shape[i];
+    }
+    for (int k = 0; k < w->count; k++) {
+        const struct walk_operand *op = &w->op[k];
+        int64_t inner = op->stride[w->ndim - 1];
+
+        p->filled[k] = NULL;
+        p->offset[k] = 0;
+        for (int i = 0; i < w->ndim; i++)
+            p->offset[k] += p->index[i] * op->stride[i];
+        if (!op->linear && w->ndim > 1)
+            p->by_rows = 1;
+        if (!is_direct(op->dtype) || inner != 1)
+            p->limit = WALK_CHUNK;
+    }
+    p->row = w->shape[w->ndim - 1];
+    if (p->by_rows && p->row < LONG_ROW) {
+        p->limit = WALK_CHUNK;
+        p->by_rows = 0;
+    }
+}
+
+/* Goes on by n elements, which end in this row at the latest unless rows are short. */
+static void part_advance(part *p, const walk *w, int64_t n)
+{
+    int d = w->ndim - 1;
+
+    p->index[d] += n;
+    for (int k = 0; k < w->count; k++)
+        p->offset[k] += n * w->op[k].stride[d];
+    while (d > 0 && p->index[d] >= w->shape[d]) {
+        int64_t carry = p->index[d] / w->shape[d];
+
+        p->index[d] -= carry * w->shape[d];
+        p->index[d - 1] += carry;
+        for (int k = 0; k < w->count; k++)
+            p->offset[k] += carry * (w->op[k].stride[d - 1] - w->shape[d] * w->op[k].stride[d]);
+        d--;
+    }
+}
+
+/* Where the body finds operand k; fills the buffer if there must be one. */
+static void *operand(const walk *w, part *p, int k, char *buffer, int64_t n, int one_row)
+{
+    const struct walk_operand *op = &w->op[k];
+    int64_t inner = op->stride[w->ndim - 1];
+    char *memory = op->data + p->offset[k] * op->size;
+    int contiguous = op->linear || (one_row && inner == 1);
+
+    if (contiguous && is_direct(op->dtype))
+        return memory;
+    if (k == 0)
+        return buffer;
+    if (contiguous) {
+        ds_row_load((float *)(void *)buffer, memory, op->dtype, n, 1);
+    } else if (one_row && inner == 0) {
+        if (p->filled[k] != memory)
+            convert(op, 0, buffer, memory, 0, p->limit < p->row ? p->limit : p->row);
+        p->filled[k] = memory;
+    } else if (one_row) {
+        convert(op, 0, buffer, memory, inner, n);
+    } else {
+        convert_rows(w, k, buffer, p->index, n);
+        p->filled[k] = NULL;
+    }
+    return buffer;
+}
+
+static void run_part(const walk *w, walk_body *body, const double *scalars, int64_t begin,
+                     int64_t end)
+{
+    _Alignas(64) buffers buffer;
+    void *at[WALK_MAX];
+    int last = w->ndim - 1;
+    int64_t n;
+    part p;
+
+    part_start(&p, w, begin);
+    for (; begin < end; begin += n) {
+        int64_t rest = w->shape[last] - p.index[last];
+        int one_row;
+
+        n = end - begin < p.limit ? end - begin : p.limit;
+        if (p.by_rows)
+            n = n < rest ? n : rest;
+        one_row = n <= rest;
+        for (int k = 0; k < w->count; k++)
+            at[k] = operand(w, &p, k, buffer.data[k], n, one_row);
+        body(n, at, scalars);
+        if (at[0] == (void *)buffer.data[0]) {
+            if (w->op[0].linear || one_row)
+                convert(&w->op[0], 1, buffer.data[0], w->op[0].data + p.offset[0] * w->op[0].size,
+                        w->op[0].stride[last], n);
+            else
+                convert_rows(w, 0, buffer.data[0], p.index, n);
+        }
+        part_advance(&p, w, n);
+    }
+}
+
+void DS_CPU(walk_run)(const walk *w, walk_body *body, const double *scalars, int cost)
+{
+    int threads = ds_threads(w->numel * cost);
+
+    if (w->numel == 0)
+        return;
+    if (threads == 1) {
+        run_part(w, body, scalars, 0, w->numel);
+        return;
+    }
+#pragma omp parallel num_threads(threads)
+    {
+        int64_t begin, end;
+
+        ds_part(&begin, &end, w->numel, WALK_CHUNK);
+        run_part(w, body, scalars, begin, end);
+    }
+}

@@ -1,0 +1,31 @@
+/* tensor.h - the tensor as kernels see it: memory with a shape, strides and a dtype.
+ *
+ * Kernels read and write `data`; who owns the memory (`storage`) is the runner's affair.
+ */
+#ifndef DS_TENSOR_H
+#define DS_TENSOR_H
+
+#include <stdint.h>
+
+#define DS_MAX_DIM 8
+
+/* ds.h: begin ffi */
+enum ds_dtype { DS_F32, DS_BF16, DS_F16, DS_F64, DS_I64, DS_I32, DS_U8, DS_BOOL, DS_DTYPES };
+enum ds_device { DS_CPU, DS_CUDA, DS_META };
+
+typedef struct ds_storage ds_storage;
+
+typedef struct ds_tensor {
+    void *data;          /* first element; NULL: released, on the meta device, or sharded away */
+    ds_storage *storage; /* one reference is held; NULL on the meta device and when released */
+    int64_t numel;
+    int64_t shape[8];  /* DS_MAX_DIM */
+    int64_t stride[8]; /* in elements; 0 for an expanded dimension */
+    int32_t ndim;
+    int32_t dtype;  /* enum ds_dtype */
+    int32_t device; /* enum ds_device */
+    int32_t dense;  /* 1: row-major without gaps */
+} ds_tensor;
+/* ds.h: end ffi */
+
+#endif

@@ -1,0 +1,632 @@
+--- The tape: how an operation is defined, dispatched, recorded, and run backwards.
+--
+-- `define` turns the description of an operation into the function that users call. All of them pass
+-- through the same few steps, generated once per operation so that the JIT sees straight code:
+--
+--     arguments are tensors and alive    (the one place where a parameter is unwrapped)
+--     infer(inputs, args)                the shape rule: checks, makes outputs; all that meta needs
+--     kernel(outputs, inputs, args)      C, unless the device is meta
+--     record                             if gradients are on and an input wants one
+--
+-- A record is a flat table of plain values: the inputs, arguments and outputs under their names, `op`,
+-- and `seq`, a number that grows. Outputs point at their record. backward() collects the records
+-- reachable from a loss, walks them by falling `seq`, and drops each activation as soon as the record
+-- that made it is done: nothing recorded earlier can need it.
+
+local border = require "ds.ffi"
+local scope = require "ds.scope"
+local tensor = require "ds.tensor"
+
+local C, check, raise = border.C, border.check, border.raise
+local memory = C.ds_memory_of(0)
+local release = scope.release
+
+local M = {
+  ops = {},    -- by name
+  order = {},  -- names in order of definition
+}
+
+local Record = {}
+Record.__index = Record
+
+local state = { seq = 0 }
+
+-- ---- definition
+
+local function bad_argument(op, position, name, value)
+  tensor.need_tensor(value, op.name .. " (" .. name .. ")", position)
+end
+
+--- The kernels of a device once it is known that this op has one there.
+local function first_use(op, device)
+  local ops = tensor.kernels(device)
+  if op.kernel and ops[op.kernel] == nil then raise("%s has no %s kernel", op.name, device) end
+  op.tables[device] = ops
+  return ops
+end
+
+local function list(names, format, sep)
+  local out = {}
+  for i, name in ipairs(names) do out[i] = (format:gsub("@", name)) end
+  return table.concat(out, sep or ", ")
+end
+
+local function concat(...)
+  local out = {}
+  for _, names in ipairs { ... } do
+    for _, name in ipairs(names) do out[#out + 1] = name end
+  end
+  return out
+end
+
+--- The source of an op's dispatch function.
+local function generate(op)
+  local lines = {}
+  local function put(...) lines[#lines + 1] = (...):format(select(2, ...)) end
+  local produced = concat(op.outputs, op.saved)
+  put("local op, infer, scope, state, memory, tables, first_use, revive, bad, check, Record, setmetatable = ...")
+  put("return function(%s)", table.concat(concat(op.inputs, op.args), ", "))
+  for i, name in ipairs(op.inputs) do
+    if op.optional[name] then
+      put("local c_%s if %s ~= nil then", name, name)
+    else
+      put("local c_%s do", name)
+    end
+    put("  c_%s = type(%s) == 'table' and %s._c", name, name, name)
+    put("  if not c_%s then bad(op, %d, '%s', %s) end", name, i, name, name)
+    put("  if c_%s.data == nil then revive(%s, '%s') end", name, name, op.name)
+    put("end")
+  end
+  put("memory.tag = %d", op.id)
+  put("local %s = infer(%s)", table.concat(produced, ", "), table.concat(concat(op.inputs, op.args), ", "))
+  local y = op.outputs[1]
+  if op.kernel then
+    put("if %s.device ~= 'meta' then", y)
+    put("  local K = tables[%s.device] or first_use(op, %s.device)", y, y)
+    local call = {}
+    for _, name in ipairs(op.call or concat(produced, op.inputs, op.args)) do
+      local is_input, is_output = false, false
+      for _, n in ipairs(op.inputs) do is_input = is_input or n == name end
+      for _, n in ipairs(produced) do is_output = is_output or n == name end
+      call[#call + 1] = is_input and "c_" .. name or is_output
+        and (op.optional[name] and ("(%s and %s._c or nil)"):format(name, name) or name .. "._c") or name
+    end
+    put("  local rc = K.%s(%s)", op.kernel, table.concat(call, ", "))
+    put("  if rc ~= 0 then check(rc, '%s') end", op.name)
+    put("end")
+  end
+  put("memory.tag = 0")
+  if op.backward then
+    local wants = {}
+    for _, name in ipairs(op.inputs) do
+      wants[#wants + 1] = op.optional[name] and ("(%s and %s.requires_grad)"):format(name, name)
+        or name .. ".requires_grad"
+    end
+    put("if scope.grad and (%s) then", table.concat(wants, " or "))
+    put("  local seq = state.seq + 1 state.seq = seq")
+    put("  local r = setmetatable({ op = op, seq = seq, mark = 0, %s }, Record)",
+      list(concat(op.inputs, op.args, produced), "@ = @"))
+    for _, name in ipairs(op.outputs) do
+      put("  %s._rec = r %s.requires_grad = true", name, name)
+    end
+    put("end")
+  end
+  put("return %s", table.concat(op.outputs, ", "))
+  put("end")
+  return table.concat(lines, "\n")
+end
+
+--- Defines an operation and returns the function that dispatches it.
+-- @tparam string name
+-- @tparam table spec
+--   inputs   names of the tensor arguments, "b?" may be nil
+--   args     names of the other arguments, which follow
+--   outputs  names of what the user gets (default { "y" })
+--   saved    names of what else the kernel makes, kept for backward, "slope?" may be nil
+--   infer    function(inputs…, args…) → outputs…, saved…: checks shapes and makes the tensors
+--   kernel   the kernel's name in ops.def; nil: infer does it all (views)
+--   call     the kernel's arguments by name, if not outputs, saved, inputs, args
+--   partial  with several outputs: backward takes missing gradients as false (default: zeros)
+--   backward function(r, d_output…) → one gradient (or nil) per input; r: the record
+function M.define(name, spec)
+  if M.ops[name] then error(("operation '%s' is already defined"):format(name), 2) end
+  local op = { name = name, id = #M.order + 1, args = spec.args or {}, outputs = spec.outputs or { "y" },
+    kernel = spec.kernel, call = spec.call, backward = spec.backward, partial = spec.partial, optional = {}, tables = {} }
+  local function plain(names)
+    local out = {}
+    for i, n in ipairs(names or {}) do
+      out[i] = n:gsub("%?", "")
+      op.optional[out[i]] = n:sub(-1) == "?" or nil
+    end
+    return out
+  end
+  op.inputs, op.saved = plain(spec.inputs or { "x" }), plain(spec.saved)
+  M.ops[name] = op
+  M.order[#M.order + 1] = name
+  tensor.tags[op.id] = name
+  local chunk = assert(loadstring(generate(op), "=op " .. name))
+  op.call_ = chunk(op, spec.infer, scope, state, memory, op.tables, first_use, tensor.revive,
+    bad_argument, check, Record, setmetatable)
+  return op.call_
+end
+
+-- ---- backward
+
+M.owner = nil -- parameters with another `_engine` get no gradient; nil: all do; a set of engines
+
+--- Whether backward should compute a gradient for t.
+function M.needs(t)
+  if not t or not t.requires_grad then return false end
+  local e = t._engine
+  return t._rec ~= false or not e or not M.owner or M.owner[e] ~= nil
+end
+local needs = M.needs
+
+--- Where a kernel may write the gradient of t directly.
+-- For a leaf that is t.grad itself; for anything else (and for leaves that others write as well) a new
+-- tensor. Return what you get: accumulating notices that it is there already.
+-- @treturn Tensor of t's shape; f32 for a leaf in the engine's flat buffer, else t's dtype
+-- @treturn number 1: add to it, 0: overwrite it
+function M.sink(t)
+  if not t._rec then
+    local g = t.grad
+    if not g then
+      g = tensor.new(t.shape, t.dtype, t.device)
+      scope.keep(g)
+      g._keep = true
+      t.grad = g
+      return g, 0
+    end
+    if g._c.dense == 1 then
+      local fresh = t._fresh
+      t._fresh = false
+      return g, fresh and 0 or 1
+    end
+  end
+  return tensor.new(t.shape, t.dtype, t.device), 0
+end
+
+local function add_into(a, b)
+  check(tensor.kernels(a.device).add_scaled(a._c, a._c, b._c, 1), "gradient")
+end
+
+--- Adds gradient g to what t has.
+local function accumulate(t, g)
+  if not t._rec then
+    local have = t.grad
+    if have == g then return end
+    if not have then
+      if g._rec or g._keep or g.dtype ~= t.dtype or tensor.shared(g) or g._c.dense ~= 1 then
+        local copy = tensor.new(t.shape, t.dtype, t.device)
+        tensor.run("copy", t.device, copy._c, g._c)
+        g = copy
+      end
+      scope.keep(g)
+      g._keep = true
+      t.grad = g
+    elseif t.device ~= "meta" then
+      if t._fresh then
+        tensor.run("copy", t.device, have._c, g._c)
+      elseif have.dtype == g.dtype then
+        add_into(have, g)
+      else
+        local wide = tensor.new(g.shape, have.dtype, g.device)
+        tensor.run("copy", t.device, wide._c, g._c)
+        add_into(have, wide)
+      end
+    end
+    t._fresh = false
+    return
+  end
+  local have = t._g
+  if not have then
+    t._g = g
+    g._uses = g._uses + 1
+  elseif have._uses == 1 and have._c.dense == 1 and t.device ~= "meta" and not tensor.shared(have)
+    and have.dtype == g.dtype then
+    add_into(have, g)
+  else
+    local sum = M.ops.add.call_(have, g)
+    have._uses = have._uses - 1
+    if have._uses == 0 and not have._keep then release(have) end
+    sum._uses = 1
+    t._g = sum
+  end
+end
+
+--- The records that `roots` depend on, placed by seq. Returns the table, its lowest and highest seq.
+local mark = 0
+local function collect(roots)
+  mark = mark + 1
+  local stack, n = {}, 0
+  local placed, low, high = {}, math.huge, 0
+  for i = 1, #roots do
+    local r = roots[i]._rec
+    if r and r.mark ~= mark then
+      r.mark = mark
+      n = n + 1
+      stack[n] = r
+    end
+  end
+  while n > 0 do
+    local r = stack[n]
+    n = n - 1
+    local seq = r.seq
+    placed[seq] = r
+    if seq < low then low = seq end
+    if seq > high then high = seq end
+    local inputs = r.op.inputs
+    for i = 1, #inputs do
+      local t = r[inputs[i]]
+      local up = t and t._rec
+      if up and up.mark ~= mark then
+        up.mark = mark
+        n = n + 1
+        stack[n] = up
+      end
+    end
+  end
+  return placed, low, high
+end
+
+--- Releases what lies in the temporary scope and is nobody's gradient.
+local function sweep(temporary)
+  for i = 1, temporary.n do
+    local t = temporary[i]
+    temporary[i] = nil
+    if t._scope == temporary then
+      t._scope = false
+      if t._uses == 0 then release(t) end
+    end
+  end
+  temporary.n = 0
+end
+
+--- A record is done: its outputs' gradients and activations go, and the record lets go of its tensors.
+local function finish(r, retain)
+  local op = r.op
+  local outputs = op.outputs
+  for i = 1, #outputs do
+    local y = r[outputs[i]]
+    local g = y._g
+    if g then
+      y._g = false
+      g._uses = g._uses - 1
+      if g._uses == 0 and not g._keep then release(g) end
+    end
+    if not retain then
+      y._rec = false
+      y._done = true
+      if not y._keep and tensor.numel_of(y.shape) ~= 1 then release(y) end
+    end
+  end
+  if retain then return end
+  for i = 1, #op.saved do
+    local t = r[op.saved[i]]
+    if t and not t._keep then release(t) end
+  end
+  for i = 1, #op.inputs do r[op.inputs[i]] = nil end
+  for i = 1, #outputs do r[outputs[i]] = nil end
+  for i = 1, #op.saved do r[op.saved[i]] = nil end
+  r.kept, r.list, r.arguments = nil, nil, nil
+end
+
+local function missing(r, i)
+  local y = r[r.op.outputs[i]]
+  return tensor.zeros_like(y)
+end
+
+--- One record backwards: gradients of its outputs to gradients of its inputs.
+local function step(r)
+  local op = r.op
+  local outputs = op.outputs
+  local n = #outputs
+  local d1 = r[outputs[1]]._g
+  local g1, g2, g3, g4
+  if n == 1 then
+    if not d1 then return end
+    g1, g2, g3, g4 = op.backward(r, op.many and { d1 } or d1)
+  else
+    local d, any = {}, false
+    for i = 1, n do
+      d[i] = r[outputs[i]]._g
+      any = any or d[i]
+    end
+    if not any then return end
+    if not op.partial then
+      for i = 1, n do d[i] = d[i] or missing(r, i) end
+    end
+    if op.many then
+      g1 = op.backward(r, d)
+    else
+      g1, g2, g3, g4 = op.backward(r, unpack(d, 1, n))
+    end
+  end
+  local inputs = op.inputs
+  local count = #inputs
+  if op.many then -- inputs in any number: one table of gradients
+    for i = 1, count do
+      local t = r[inputs[i]]
+      if g1[i] and needs(t) then accumulate(t, g1[i]) end
+    end
+    return
+  end
+  local t = r[inputs[1]]
+  if g1 and needs(t) then accumulate(t, g1) end
+  if count < 2 then return end
+  t = r[inputs[2]]
+  if g2 and needs(t) then accumulate(t, g2) end
+  t = r[inputs[3]]
+  if g3 and needs(t) then accumulate(t, g3) end
+  t = r[inputs[4]]
+  if g4 and needs(t) then accumulate(t, g4) end
+end
+
+local function walk(placed, low, high, temporary, retain)
+  local dense = high - low < 1e6
+  local keys
+  if not dense then
+    keys = {}
+    for seq in pairs(placed) do keys[#keys + 1] = seq end
+    table.sort(keys)
+    low, high = 1, #keys
+  end
+  for i = high, low, -1 do
+    local r = placed[dense and i or keys[i]]
+    if r then
+      state.now = r
+      step(r)
+      sweep(temporary)
+      finish(r, retain)
+    end
+  end
+  state.now = nil
+end
+
+--- Runs backward from several tensors at once.
+-- @tparam table roots tensors with a history
+-- @tparam table seeds their gradients, tensors of the same shape
+-- @tparam[opt] boolean retain keep the records and activations for another backward
+function M.run(roots, seeds, retain)
+  local temporary, grad = scope.new(), scope.grad
+  local placed, low, high = collect(roots)
+  local outer = scope.enter(temporary)
+  scope.grad = false
+  for i = 1, #roots do accumulate(roots[i], seeds[i]) end
+  local ok, message = xpcall(walk, border.note, placed, low, high, temporary, retain)
+  scope.enter(outer)
+  scope.grad = grad
+  if not ok then
+    local r = state.now
+    state.now = nil
+    for _, rec in pairs(placed) do
+      for _, name in ipairs(rec.op.outputs) do
+        local y = rec[name]
+        if y then y._g = false end
+      end
+    end
+    scope.close(temporary, "when backward() failed")
+    if r and type(message) == "string" then
+      message = message:gsub("^([^\n]*:%d+: )", "%1in backward of " .. r.op.name .. ": ", 1)
+      border.host.error = message
+    end
+    error(message, 0)
+  end
+  scope.close(temporary, "by backward()")
+end
+
+--- Gradients of all that this tensor was made of, added to their `.grad`.
+-- Frees every activation it passes; what you want to look at afterwards, `keep()` before.
+-- @tparam[opt] Tensor|table gradient of this tensor (default 1 for a one-element tensor), or options
+-- @tparam[opt] table options { retain_graph = true }: for a second backward over the same records
+function tensor.methods:backward(gradient, options)
+  tensor.need_tensor(self, "backward", 1)
+  if gradient and not tensor.is_tensor(gradient) then gradient, options = nil, gradient end
+  options = options or {}
+  if not self._rec then
+    if self._done then
+      raise("backward: it was already called; use { retain_graph = true } in the first call")
+    end
+    raise("backward: the tensor does not depend on anything that requires a gradient")
+  end
+  if not gradient then
+    if self:numel() ~= 1 then
+      raise("backward: the tensor has %d elements %s, so it needs a gradient; or take :mean() or :sum() first",
+        self:numel(), border.shape_string(self.shape))
+    end
+    gradient = tensor.full(self.shape, 1, { dtype = self.dtype, device = self.device })
+  end
+  local kept = self._keep
+  self._keep = true -- the argument of backward survives
+  if self._scope then scope.keep(self) end
+  M.run({ self }, { gradient }, options.retain_graph)
+  self._keep = kept
+end
+
+-- ---- operations in Lua
+
+--- Notes tensors and values for backward. In a Function's forward.
+function Record:save(...)
+  self.kept = { n = select("#", ...), ... }
+end
+
+--- What save() was given. In a Function's backward.
+function Record:saved()
+  return unpack(self.kept, 1, self.kept.n)
+end
+
+--- Whether the gradient of argument i is wanted.
+function Record:needs(i)
+  return needs(self[i])
+end
+
+local numbers = {}
+local function up_to(n)
+  if not numbers[n] then
+    numbers[n] = {}
+    for i = 1, n do numbers[n][i] = i end
+  end
+  return numbers[n]
+end
+
+local function record_function(fn, r, inputs, n_out, ...)
+  local outputs = {}
+  for i = 1, n_out do
+    local y = select(i, ...)
+    if not tensor.is_tensor(y) then raise("%s: forward must return tensors", fn.name) end
+    outputs[i] = "y" .. i
+    for j = 1, #inputs do
+      if y == r[j] then
+        y = tensor.view.alias(y)
+        break
+      end
+    end
+    r["y" .. i] = y
+    y._rec, y.requires_grad = r, true
+  end
+  r.op = { name = fn.name, inputs = up_to(#inputs), outputs = outputs, saved = {}, many = true,
+    args = {}, backward = fn.backward_many }
+  state.seq = state.seq + 1
+  r.seq = state.seq
+  local out = {}
+  for i = 1, n_out do out[i] = r["y" .. i] end
+  return unpack(out, 1, n_out)
+end
+
+local function pack_values(...) return { n = select("#", ...), ... } end
+
+--- An operation with its own gradient, written in Lua.
+-- `forward(ctx, …)` computes with tensor methods (unrecorded) and `ctx:save(…)`s what backward needs;
+-- `backward(ctx, dy…)` returns one gradient, or nil, for each argument of forward, in order.
+-- @usage local sign = ds.Function("sign_ste", { forward = …, backward = … }); y = sign(x)
+function M.Function(name, spec)
+  if type(name) ~= "string" or type(spec) ~= "table" or type(spec.forward) ~= "function"
+    or type(spec.backward) ~= "function" then
+    raise("Function: expects (name, { forward = function, backward = function })")
+  end
+  local fn = { name = name }
+  function fn.backward_many(r, dys)
+    local given = pack_values(spec.backward(r, unpack(dys)))
+    local grads = {}
+    for i = 1, r.count do
+      local g, t = given[i], r.arguments[i]
+      if g and tensor.is_tensor(t) then
+        if not tensor.is_tensor(g) then raise("%s: backward returned a %s for argument %d", name, type(g), i) end
+        if border.shape_string(g.shape) ~= border.shape_string(t.shape) then
+          raise("%s: backward returned %s for argument %d of shape %s", name,
+            border.shape_string(g.shape), i, border.shape_string(t.shape))
+        end
+        grads[r.position[i]] = g
+      end
+    end
+    return grads
+  end
+  return function(...)
+    local r = setmetatable({ mark = 0, count = select("#", ...), arguments = {}, position = {} }, Record)
+    local wanted, inputs = false, {}
+    for i = 1, r.count do
+      local t = select(i, ...)
+      if tensor.is_tensor(t) then
+        tensor.need_tensor(t, name, i)
+        inputs[#inputs + 1] = t
+        r[#inputs] = t
+        r.position[i] = #inputs
+        wanted = wanted or t.requires_grad
+      end
+      r.arguments[i] = t
+    end
+    local grad = scope.grad
+    scope.grad = false
+    local results = pack_values(pcall(spec.forward, r, ...))
+    scope.grad = grad
+    if not results[1] then error(results[2], 0) end
+    if not (grad and wanted) then return unpack(results, 2, results.n) end
+    return record_function(fn, r, inputs, results.n - 1, unpack(results, 2, results.n))
+  end
+end
+
+--- An operation on a list of tensors and one further argument, as cat.
+-- @tparam table spec forward(list, argument) → Tensor; backward(r, dy) → a table of gradients
+function M.variadic(name, spec)
+  local op_of = {}
+  M.order[#M.order + 1] = name
+  tensor.tags[#M.order] = name
+  M.ops[name] = { name = name, backward = spec.backward, variadic = true }
+  return function(tensors, argument)
+    local wanted = false
+    for i, t in ipairs(tensors) do
+      tensor.need_tensor(t, name, i)
+      wanted = wanted or t.requires_grad
+    end
+    local y = spec.forward(tensors, argument)
+    if not (scope.grad and wanted) then return y end
+    local n = #tensors
+    op_of[n] = op_of[n] or { name = name, inputs = up_to(n), outputs = { "y" }, saved = {}, args = {},
+      many = true, backward = function(r, dys) return spec.backward(r, dys[1]) end }
+    state.seq = state.seq + 1
+    local r = setmetatable({ op = op_of[n], seq = state.seq, mark = 0, y = y, list = tensors,
+      dim = argument }, Record)
+    for i = 1, n do r[i] = tensors[i] end
+    y._rec, y.requires_grad = r, true
+    return y
+  end
+end
+
+--- Runs `f(…)` without keeping its activations; backward computes them again, with the same random
+-- numbers. Saves memory for the price of a second forward (Chen et al. 2016).
+-- @usage x = ds.checkpoint(function(x) return self.mlp(x) end, x)
+function M.checkpoint(f, ...)
+  if not scope.grad then return f(...) end
+  local generator = tensor.generator
+  local seed, offset = generator.seed, generator.offset
+  local args = pack_values(...)
+  local results = pack_values(scope.no_grad(f, ...))
+  local r = setmetatable({ mark = 0, count = args.n, arguments = args, position = {} }, Record)
+  local inputs = {}
+  for i = 1, args.n do
+    if tensor.is_tensor(args[i]) then
+      inputs[#inputs + 1] = args[i]
+      r[#inputs] = args[i]
+      r.position[i] = #inputs
+    end
+  end
+  local function backward(rec, dys)
+    local again, now_seed, now_offset = {}, generator.seed, generator.offset
+    for i = 1, args.n do
+      local t = args[i]
+      if tensor.is_tensor(t) then
+        again[i] = tensor.view.alias(t)
+        again[i].requires_grad = needs(t)
+        again[i]._keep = true
+      else
+        again[i] = t
+      end
+    end
+    generator.seed, generator.offset = seed, offset
+    scope.grad = true
+    local out = pack_values(f(unpack(again, 1, args.n)))
+    scope.grad = false
+    generator.seed, generator.offset = now_seed, now_offset
+    local roots, seeds = {}, {}
+    for i = 1, out.n do
+      if out[i]._rec and dys[i] then
+        roots[#roots + 1], seeds[#seeds + 1] = out[i], dys[i]
+      end
+    end
+    M.run(roots, seeds)
+    local grads = {}
+    for i = 1, args.n do
+      local g = rec.position[i] and again[i].grad
+      if g then
+        g._keep = false -- ours alone: goes as soon as it is used
+        grads[rec.position[i]] = g
+      end
+    end
+    return grads
+  end
+  return record_function({ name = "checkpoint", backward_many = backward }, r, inputs, results.n,
+    unpack(results, 1, results.n))
+end
+
+M.Record = Record
+return M

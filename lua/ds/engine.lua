@@ -1,0 +1,567 @@
+--- The engine: mixed precision, gradients, clipping, the optimizer and the schedule behind three verbs.
+--
+--     local loss = engine(x, y)     -- forward
+--     engine:backward(loss)         -- gradients, averaged over the micro-batches of a step
+--     engine:step()                 -- at the boundary: clip, update, next learning rate; true there
+--
+-- Parameters are re-pointed into flat buffers, one a parameter group: weights in the precision of the
+-- config, gradients and the master copy in fp32. A gradient is written by the kernel that makes it
+-- straight into the flat buffer; `_fresh` on a parameter means "overwrite, do not add", so nothing has
+-- to be zeroed. A step is decided before anything is changed: norm and control word first.
+
+local ffi = require "ffi"
+local border = require "ds.ffi"
+local scope = require "ds.scope"
+local tensor = require "ds.tensor"
+local autograd = require "ds.autograd"
+local F = require "ds.functional"
+local nn = require "ds.nn"
+local optim = require "ds.optim"
+local schedule = require "ds.schedule"
+local config = require "ds.config"
+local data = require "ds.data"
+local comm = require "ds.comm"
+local log = require "ds.log"
+
+local C, check, raise = border.C, border.check, border.raise
+local run, slice = tensor.run, tensor.view.slice_flat
+
+local Engine = {}
+Engine.__index = Engine
+local M = { Engine = Engine, alive = {} }
+
+-- ---- making an engine
+
+local function number_of(params)
+  local n = 0
+  for _, p in ipairs(params) do n = n + p:numel() end
+  return n
+end
+
+--- All parameters with names: of the model, or of `model_parameters` if the model has no list of its own.
+local function named_parameters(model, given)
+  if type(model) == "table" and model.named_parameters then return model:named_parameters() end
+  local out = {}
+  local function add(list)
+    for _, p in ipairs(list) do
+      if p.params then add(p.params) else out[#out + 1] = { name = ("param.%d"):format(#out), parameter = p } end
+    end
+  end
+  add(given or {})
+  return out
+end
+
+local function make_optimizer(given, params, settings)
+  if type(given) == "function" then given = given(params) end
+  if given == nil then
+    local spec = settings.optimizer
+    if not spec then return nil end
+    given = optim.new(spec.type, params, spec.params)
+  elseif type(given) == "string" then
+    given = optim.new(given, params)
+  end
+  if type(given) ~= "table" or getmetatable(given) ~= optim.Optimizer then
+    raise("initialize: optimizer must come from ds.optim, as ds.optim.AdamW(model:parameters(), { lr = 1e-3 })")
+  end
+  return given
+end
+
+local function make_scheduler(given, optimizer, settings)
+  if given == nil then
+    given = settings.scheduler
+    if not given or not given.type then return nil end
+  end
+  if type(given) == "string" then given = { type = given } end
+  if type(given) == "table" and given.step and given.load_state_dict then return given end
+  if not optimizer then raise("initialize: a schedule needs an optimizer") end
+  return schedule.scheduler(optimizer, given)
+end
+
+--- Lays the trained parameters into flat buffers, group by group.
+local function flatten(self)
+  local groups = self.optimizer.param_groups
+  local numel, group_of, params = {}, {}, {}
+  for g, group in ipairs(groups) do
+    table.sort(group.params, function(a, b) return a._parameter < b._parameter end)
+    for _, p in ipairs(group.params) do
+      if p._engine then raise("initialize: a parameter belongs to another engine already") end
+      params[#params + 1] = p
+      numel[#params], group_of[#params] = p:numel(), g - 1
+    end
+  end
+  local out = ffi.new("ds_zero *[1]")
+  check(C.ds_zero_make(out, #params, ffi.new("int64_t[?]", #params, numel), ffi.new("int32_t[?]", #params, group_of),
+    #groups, comm.world_size(), self.config.zero_optimization.reduce_bucket_size), "initialize")
+  self.zero = ffi.gc(out[0], C.ds_zero_free)
+  self.flat, self.params = {}, params
+  local segments = {}
+  for g = 1, #groups do
+    local n = tonumber(C.ds_zero_group_numel(self.zero, g - 1))
+    local function buffer(dtype) return tensor.zeros(n, { dtype = dtype, device = self.device }):keep() end
+    local weights = buffer(self.dtype)
+    local master = self.dtype == "f32" and weights or buffer("f32")
+    self.flat[g] = { weights = weights, master = master, grad = buffer("f32") }
+    segments[g] = { p = master, g = self.flat[g].grad, low = master ~= weights and weights or nil }
+  end
+  for i, p in ipairs(params) do
+    local flat, at = self.flat[group_of[i] + 1], tonumber(C.ds_zero_offset(self.zero, i - 1))
+    local master, weight = slice(flat.master, at, p.shape), slice(flat.weights, at, p.shape)
+    run("copy", self.device, master._c, p._c)
+    if flat.master ~= flat.weights then run("copy", self.device, weight._c, p._c) end
+    p.requires_grad = false
+    tensor.repoint(p, weight)
+    p.requires_grad = true
+    p.grad = slice(flat.grad, at, p.shape):keep()
+    p._fresh, p._engine = true, self
+    p._flat = { group = group_of[i] + 1, offset = at }
+  end
+  self.optimizer:bind(segments)
+end
+
+--- Casts what does not train, and checks that all ranks have the same parameters.
+local function settle(self)
+  for _, e in ipairs(self.named) do
+    local p = e.parameter
+    if not p._engine and p.dtype ~= self.dtype then
+      local grad = p.requires_grad
+      p.requires_grad = false
+      tensor.repoint(p, p:to(self.dtype))
+      p.requires_grad = grad
+    end
+  end
+end
+
+local known = { args = true, model = true, model_parameters = true, training_data = true, lr_scheduler = true,
+  optimizer = true, config = true, collate_fn = true, distributed_port = true, dist_init_required = true,
+  config_params = true, mpu = true }
+
+--- Sets up everything around a model: `local engine, optimizer, loader, schedule = ds.initialize { … }`.
+-- @tparam table options
+--   model             a module, or any callable with `model_parameters`
+--   args              script options; `args.deepspeed_config` names the JSON config
+--   config            the config as a path or a table, instead of that
+--   model_parameters  parameters or groups { params = {…}, lr =, weight_decay = … }; default: the model's
+--   optimizer         one from ds.optim, or function(parameters) → optimizer; default: the config's
+--   lr_scheduler      { type =, params = }, a name, function(step, lr), or a scheduler; default: the config's
+--   training_data     a data set: size() and get(i); gives the loader
+--   collate_fn        function(samples) → the batch
+-- @treturn Engine, optimizer, loader (or nil), scheduler (or nil)
+function M.initialize(options)
+  if type(options) ~= "table" then raise("initialize: expects a table: ds.initialize { model = …, config = … }") end
+  for key in pairs(options) do
+    if not known[key] then
+      local names = {}
+      for k in pairs(known) do names[#names + 1] = k end
+      table.sort(names)
+      raise("initialize: unknown option '%s'; there are %s", tostring(key), table.concat(names, ", "))
+    end
+  end
+  local model = options.model
+  if model == nil then raise("initialize: model is missing") end
+  local from_args = type(options.args) == "table" and options.args.deepspeed_config or nil
+  local given = options.config or options.config_params
+  if given and from_args and given ~= from_args then
+    raise("initialize: the config is given twice, as config and as args.deepspeed_config (%s); drop one", from_args)
+  end
+  local source = given or from_args
+  if source == nil then
+    raise("initialize: no config; pass config = { … }, config = \"ds.json\", or args with deepspeed_config")
+  end
+  local settings = config.load(source, { world_size = comm.world_size() })
+  local self = setmetatable({
+    module = model, config = settings, device = settings.device or "cpu",
+    dtype = settings.bf16.enabled and "bf16" or "f32",
+    global_steps = 0, micro_steps = 0, skipped_steps = 0, global_samples = 0,
+    training = true, loss_scale = 1, gas = settings.gradient_accumulation_steps,
+    scopes = {}, returned = {}, pending = 0, backwards = 0, losses = 0, loss_sum = 0, applied = false,
+    named = named_parameters(model, options.model_parameters),
+  }, Engine)
+  if #self.named == 0 then raise("initialize: the model has no parameters; pass model_parameters") end
+  local params = options.model_parameters
+  if not params then
+    params = {}
+    for i, e in ipairs(self.named) do params[i] = e.parameter end
+  end
+  self.optimizer = make_optimizer(options.optimizer, params, settings)
+  if self.optimizer then flatten(self) end
+  settle(self)
+  self.lr_scheduler = make_scheduler(options.lr_scheduler, self.optimizer, settings)
+  if options.training_data then
+    self.training_dataloader = self:deepspeed_io(options.training_data, { collate_fn = options.collate_fn })
+  end
+  M.alive[#M.alive + 1] = self
+  C.ds_signal_claim(1)
+  log.info("%s parameters, %s, %s, batch %d = micro %d × accumulation %d × ranks %d",
+    nn.count_string(number_of(self.optimizer and self.params or {})), self.dtype,
+    self.optimizer and self.optimizer.name or "no optimizer", settings.train_batch_size,
+    settings.train_micro_batch_size_per_gpu, self.gas, comm.world_size())
+  return self, self.optimizer, self.training_dataloader, self.lr_scheduler
+end
+
+--- A loader over a data set, with the engine's batch size and rank.
+-- @tparam table dataset size() and get(i)
+-- @tparam[opt] table options batch_size, shuffle, drop_last, collate_fn
+function Engine:deepspeed_io(dataset, options)
+  options = options or {}
+  local c = self.config
+  return data.loader(dataset, {
+    batch_size = options.batch_size or c.train_micro_batch_size_per_gpu, seed = c.seed or tensor.generator.seed,
+    shuffle = options.shuffle == nil or options.shuffle,
+    drop_last = options.drop_last == nil and c.dataloader_drop_last or options.drop_last,
+    collate_fn = options.collate_fn, rank = comm.rank(), world_size = comm.world_size(),
+  })
+end
+
+-- ---- forward
+
+local function lower(self, ...)
+  local n = select("#", ...)
+  local out = { ... }
+  for i = 1, n do
+    local t = out[i]
+    if tensor.is_tensor(t) and tensor.floating[t.dtype] and t.dtype ~= self.dtype then out[i] = t:to(self.dtype) end
+  end
+  return unpack(out, 1, n)
+end
+
+--- What forward returns lives until the next step begins.
+local function protect(self, value, seen)
+  if type(value) ~= "table" or seen[value] then return end
+  seen[value] = true
+  if value._c then
+    if not value._keep then
+      value._keep = "returned"
+      self.returned[#self.returned + 1] = value
+    end
+    return
+  end
+  if nn.is_module(value) then return end
+  for _, v in pairs(value) do protect(self, v, seen) end
+end
+
+--- Drops what earlier forwards of the last step left.
+local function begin_step(self)
+  for i, t in ipairs(self.returned) do
+    self.returned[i] = nil
+    if t._keep == "returned" then t._keep = false end -- and not by the script's own t:keep()
+  end
+  for i, s in ipairs(self.scopes) do
+    self.scopes[i] = nil
+    scope.close(s, "when the engine's next step began")
+  end
+  self.new_step = false
+end
+
+local function leave(self, s, outer, seed, ok, ...)
+  scope.enter(outer)
+  F.loss_seed = seed
+  if not ok then
+    scope.close(s, "when forward() failed")
+    nn.reset_place()
+    error((...), 0)
+  end
+  self.scopes[#self.scopes + 1] = s
+  for i = 1, select("#", ...) do protect(self, (select(i, ...)), {}) end
+  return ...
+end
+
+--- Runs the model: `engine(x, y)` is the same. In training its activations are kept for backward and
+-- go with it; in evaluation (`engine:eval()`) nothing is recorded.
+function Engine:forward(...)
+  nn.reset_place()
+  if not self.training then
+    return scope.no_grad(self.module, lower(self, ...))
+  end
+  if self.new_step then begin_step(self) end
+  if not self.optimizer then raise("engine: training needs an optimizer; name one in the config") end
+  local s, seed = scope.new(), F.loss_seed
+  local outer = scope.enter(s)
+  F.loss_seed = self.loss_scale / self.gas
+  self.pending = self.pending + 1
+  return leave(self, s, outer, seed, xpcall(self.module, border.note, lower(self, ...)))
+end
+Engine.__call = Engine.forward
+
+-- ---- backward
+
+--- Adds the gradients of loss / (accumulation steps) to the parameters' gradients.
+-- Frees what was reachable from the loss. Several forwards before one backward, and several backwards
+-- a step, are fine.
+-- @tparam Tensor loss one element
+-- @tparam[opt] table options { retain_graph = false, also = another engine whose parameters get
+--   gradients as well, scale_wrt_gas = true }
+-- @treturn Tensor the loss divided by the accumulation steps
+function Engine:backward(loss, options)
+  options = F.options_of("backward", options, { retain_graph = true, also = true, scale_wrt_gas = true })
+  tensor.need_tensor(loss, "backward", 1)
+  if loss:numel() ~= 1 then
+    raise("backward: the loss must have one element, not %s; take :mean() first", border.shape_string(loss.shape))
+  end
+  if not self.training then raise("backward: the engine is in evaluation mode; call engine:train() first") end
+  if not loss._rec then
+    if loss._done then raise("backward: it was already called for this loss; use { retain_graph = true } there") end
+    raise("backward: the loss does not depend on anything that requires a gradient")
+  end
+  local value = self.device == "cpu" and loss:item() or nil
+  if value and value ~= value and self.config.nan_check then
+    raise("step %d: the loss is NaN; training stops (nan_check)", self.global_steps + 1)
+  end
+  local gas = options.scale_wrt_gas == false and 1 or self.gas
+  local seed = tensor.full(loss.shape, self.loss_scale / gas, { dtype = loss.dtype, device = loss.device })
+  local owner = autograd.owner
+  autograd.owner = { [self] = true }
+  if options.also then autograd.owner[options.also] = true end
+  local kept = loss._keep
+  loss._keep = true
+  local ok, message = pcall(autograd.run, { loss }, { seed }, options.retain_graph)
+  autograd.owner = owner
+  loss._keep = kept
+  if not ok then error(message, 0) end
+  self.backwards = self.backwards + 1
+  if value then
+    self.losses = self.losses + 1
+    self.loss_sum = self.loss_sum + value
+  end
+  return gas == 1 and loss or scope.no_grad(function() return loss / gas end)
+end
+
+-- ---- step
+
+--- Whether the coming step() is the one that updates.
+function Engine:is_gradient_accumulation_boundary()
+  if self.forced_boundary ~= nil then return self.forced_boundary end
+  return (self.micro_steps + 1) % self.gas == 0
+end
+
+--- Decides the boundary by hand; nil: by counting again.
+function Engine:set_gradient_accumulation_boundary(on) self.forced_boundary = on end
+
+--- Gradients of parameters that nothing reached since the last update are zero.
+local function complete_gradients(self)
+  for _, p in ipairs(self.params) do
+    if p._fresh then
+      run("fill", self.device, p.grad._c, 0)
+      p._fresh = false
+    end
+  end
+end
+
+local cell = ffi.new("double[1]")
+
+--- Norm of all gradients, unscaled; inf or NaN if one is.
+local function gradient_norm(self)
+  local total = 0
+  for _, flat in ipairs(self.flat) do
+    run("sum_squares", self.device, cell, flat.grad._c)
+    total = total + cell[0]
+  end
+  return math.sqrt(total) / self.loss_scale
+end
+
+local control = ffi.new("ds_control")
+
+local function finish_step(self, applied, norm)
+  for _, p in ipairs(self.params) do p._fresh = true end
+  self.applied = applied
+  self.global_steps = self.global_steps + 1
+  self.global_samples = self.global_samples + self.config.train_batch_size
+  self.global_grad_norm = norm
+  self.backwards, self.pending, self.new_step = 0, 0, true
+  self.last_loss = self.losses > 0 and self.loss_sum / self.losses or nil
+  self.losses, self.loss_sum = 0, 0
+  local every = self.config.steps_per_print
+  if every and every > 0 and self.global_steps % every == 0 then
+    log.info("step=%d, skipped=%d, lr=[%s], loss=%s, norm=%.4g", self.global_steps, self.skipped_steps,
+      table.concat(self:get_lr(), ", "), self.last_loss and ("%.4f"):format(self.last_loss) or "?", norm)
+  end
+end
+
+--- Once a micro-batch. At the boundary: clips, updates, advances the schedule.
+-- @treturn boolean true at the boundary
+function Engine:step()
+  if not self.optimizer then raise("step: the engine has no optimizer") end
+  if not self.training then raise("step: the engine is in evaluation mode; call engine:train() first") end
+  if self.backwards == 0 then
+    raise("step: backward() has not been called since the last step; the order is engine(…), engine:backward(loss), "
+      .. "engine:step()")
+  end
+  local boundary = self:is_gradient_accumulation_boundary()
+  self.micro_steps = self.micro_steps + 1
+  if not boundary then
+    self.backwards = 0
+    self.pending = 0
+    self.accumulated = true
+    return false
+  end
+  complete_gradients(self)
+  local norm = gradient_norm(self)
+  local finite = norm - norm == 0
+  control.overflow = not finite and self.dtype ~= "f32" and self.config.bf16.check_grad_overflow and 1 or 0
+  control.stop, control.save = C.ds_signal_pending(), 0
+  check(C.ds_control_agree(control, comm.world()), "step")
+  local stop = control.stop
+  if control.overflow ~= 0 then
+    self.skipped_steps = self.skipped_steps + 1
+    log.warning("step %d skipped: a gradient is not finite", self.global_steps + 1)
+    finish_step(self, false, norm)
+  else
+    if not finite and self.config.nan_check then
+      raise("step %d: the gradient norm is %s; training stops (nan_check)", self.global_steps + 1, tostring(norm))
+    end
+    local clip = self.config.gradient_clipping
+    local factor = clip > 0 and norm + 1e-6 > clip and clip / (norm + 1e-6) or 1
+    self.optimizer:step(factor / self.loss_scale)
+    finish_step(self, true, norm)
+    if self.lr_scheduler then self.lr_scheduler:step() end
+  end
+  if stop ~= 0 then self:stop(stop) end
+  return true
+end
+
+--- A signal asked to stop: save where checkpoints go, if the script saves any, and end.
+function Engine:stop(signal)
+  if self.save_dir then
+    self:save_checkpoint(self.save_dir, nil, self.client_state)
+    log.info("stopped by signal %d; saved %s/global_step%d", signal, self.save_dir, self.global_steps)
+  else
+    log.info("stopped by signal %d after step %d; nothing was saved, the script saves no checkpoints", signal,
+      self.global_steps)
+  end
+  os.exit(128 + signal)
+end
+
+--- Whether the last step() changed the weights.
+function Engine:was_step_applied() return self.applied end
+
+--- Forgets the gradients of the step so far.
+function Engine:zero_grad()
+  for _, p in ipairs(self.params or {}) do p._fresh = true end
+  self.backwards = 0
+end
+
+-- ---- settings
+
+--- Evaluation mode: dropout off, nothing recorded.
+function Engine:eval()
+  self.training = false
+  if self.module.eval then self.module:eval() end
+  return self
+end
+
+--- Training mode; `train(false)` is eval().
+function Engine:train(on)
+  if on == false then return self:eval() end
+  self.training = true
+  if self.module.train then self.module:train() end
+  return self
+end
+
+--- Learning rates of the coming update, one a parameter group.
+function Engine:get_lr()
+  local out = {}
+  for i, group in ipairs(self.optimizer.param_groups) do out[i] = group.lr end
+  return out
+end
+
+--- Sets the learning rate: of all groups, or of each by a table. Under a schedule it scales the base rate,
+-- so that the coming update has this rate and the schedule's shape goes on. It is saved.
+function Engine:set_lr(lr)
+  for i, group in ipairs(self.optimizer.param_groups) do
+    local want = type(lr) == "table" and lr[i] or lr
+    if type(want) ~= "number" or want < 0 or want - want ~= 0 then
+      raise("set_lr: expects a number from 0, or one for each of %d groups, got %s", #self.optimizer.param_groups,
+        tostring(want))
+    end
+    if self.lr_scheduler and group.lr and group.lr > 0 then
+      group.lr_scale = (group.lr_scale or 1) * want / group.lr
+    elseif self.lr_scheduler then
+      group.initial_lr = want
+    end
+    group.lr = want
+  end
+end
+
+--- Momentum, or betas, of each group.
+function Engine:get_mom()
+  local out = {}
+  for i, group in ipairs(self.optimizer.param_groups) do out[i] = group.betas or group.momentum or 0 end
+  return out
+end
+
+--- Norm of all gradients before clipping at the last update; nil before the first.
+function Engine:get_global_grad_norm() return self.global_grad_norm end
+
+--- Mean loss of the last step's micro-batches, over all ranks; nil before the first.
+function Engine:get_loss() return self.last_loss end
+
+function Engine:train_batch_size() return self.config.train_batch_size end
+function Engine:train_micro_batch_size_per_gpu() return self.config.train_micro_batch_size_per_gpu end
+function Engine:gradient_accumulation_steps() return self.gas end
+function Engine:zero_optimization_stage() return self.config.zero_optimization.stage end
+function Engine:gradient_clipping() return self.config.gradient_clipping end
+function Engine:bfloat16_enabled() return self.config.bf16.enabled end
+
+-- ---- whole batches, evaluation
+
+--- One optimizer step: as many micro-batches as it takes from a loader.
+-- @treturn number the mean loss
+function Engine:train_batch(loader)
+  loader = loader or self.training_dataloader
+  if not loader then raise("train_batch: there is no loader; pass one, or training_data to ds.initialize") end
+  repeat
+    local loss = self:forward(loader:next())
+    self:backward(loss)
+  until self:step()
+  return self.last_loss
+end
+
+--- The mean loss over exactly all samples of a data set. The model returns the mean loss of a batch.
+-- @tparam table dataset size() and get(i)
+-- @tparam[opt] table options { batch_size, collate_fn, max_samples }
+function Engine:evaluate(dataset, options)
+  options = F.options_of("evaluate", options, { batch_size = true, collate_fn = true })
+  local loader = data.loader(dataset, { batch_size = options.batch_size or self.config.train_micro_batch_size_per_gpu,
+    shuffle = false, drop_last = false, collate_fn = options.collate_fn, rank = comm.rank(),
+    world_size = comm.world_size() })
+  local training, total, samples = self.training, 0, 0
+  self:eval()
+  local ok, message = pcall(function()
+    for batch in loader:batches() do
+      local loss = self:forward(unpack(batch, 1, batch.n))
+      if not tensor.is_tensor(loss) or loss:numel() ~= 1 then
+        raise("evaluate: the model must return the loss of a batch, one element")
+      end
+      total = total + loss:item() * batch.samples
+      samples = samples + batch.samples
+      for i = 1, batch.n do
+        if tensor.is_tensor(batch[i]) then scope.release(batch[i], "when evaluate() was done with it") end
+      end
+    end
+  end)
+  self:train(training)
+  if not ok then error(message, 0) end
+  return total / samples
+end
+
+-- Loaded with the first checkpoint.
+for _, name in ipairs { "save_checkpoint", "load_checkpoint" } do
+  Engine[name] = function(self, ...) return require("ds.engine_state")[name](self, ...) end
+end
+
+--- Lets go of the model: its parameters keep their values and belong to no engine.
+function Engine:destroy()
+  begin_step(self)
+  for i, e in ipairs(M.alive) do
+    if e == self then table.remove(M.alive, i) end
+  end
+  for _, p in ipairs(self.params or {}) do
+    p.grad, p._engine, p._flat = nil, nil, nil
+  end
+  if #M.alive == 0 then C.ds_signal_claim(0) end
+end
+
+function Engine:__tostring()
+  return ("engine: %s, step %d, %s"):format(self.dtype, self.global_steps, tostring(self.optimizer))
+end
+
+return M

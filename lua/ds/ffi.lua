@@ -1,0 +1,61 @@
+--- The border to C: the declarations, and how a C code becomes an error at the user's line.
+-- The only file that says `ffi.cdef`; the text comes from the headers themselves, through the host.
+
+local ffi = require "ffi"
+local host = require "ds.host"
+
+ffi.cdef(host.cdef)
+
+local C = ffi.C
+local M = { C = C, host = host }
+
+local library = "@" .. host.root .. "/ds/"
+
+--- Adds to an error message where in a model it happened; nn sets it.
+-- @treturn string|nil as " (in blocks.3.mlp)"
+function M.place() return nil end
+
+--- The first frame outside the library: what the user wrote.
+-- Frames of the library and of C are passed over; tail calls leave none.
+-- @treturn string|nil "file:line: "
+function M.user_frame()
+  for level = 2, 60 do
+    local info = debug.getinfo(level, "Sl")
+    if not info then return nil end
+    if info.currentline > 0 and info.source:sub(1, #library) ~= library
+      and info.source:sub(1, 1) ~= "=" then
+      local name = info.source:sub(1, 1) == "@" and info.source:sub(2) or info.short_src
+      return ("%s:%d: "):format(name, info.currentline)
+    end
+  end
+end
+
+--- Raises at the user's line: "file:line: message (in module)".
+function M.raise(format, ...)
+  local message = select("#", ...) > 0 and format:format(...) or format
+  error((M.user_frame() or "") .. message .. (M.place() or ""), 0)
+end
+
+--- Raises ds_error() at the user's line if `code` is negative, else returns it.
+-- @tparam number code what a C function returned
+-- @tparam[opt] string what put before the message, as "layer_norm"
+function M.check(code, what)
+  if code >= 0 then return code end
+  return M.raise("%s%s", what and what .. ": " or "", ffi.string(C.ds_error()))
+end
+
+--- A message handler for xpcall where the error is raised again further out: keeps the traceback of
+-- the place where it happened, which the host prints if nobody catches it.
+function M.note(message)
+  if host.error ~= message then
+    host.error, host.traceback = message, debug.traceback("", 2)
+  end
+  return message
+end
+
+--- "[8 x 1024 x 512]"; a scalar is "[]".
+function M.shape_string(shape)
+  return "[" .. table.concat(shape, " x ") .. "]"
+end
+
+return M

@@ -1,0 +1,15 @@
+--- Log lines to stderr, with time and rank; information from rank 0 only.
+
+local border = require "ds.ffi"
+
+local M = {}
+local levels = { debug = 0, info = 1, warning = 2, error = 3 }
+
+for name, level in pairs(levels) do
+  --- `log.info("step %d", n)`
+  M[name] = function(format, ...)
+    border.C.ds_log(level, select("#", ...) > 0 and format:format(...) or format)
+  end
+end
+
+return M

@@ -1,0 +1,313 @@
+--- Tensors in files: `ds.save`, `ds.load`, and the safetensors files that checkpoints are made of.
+--
+-- Data only: a file holds tensors under names, and the tables around them as JSON; loading executes
+-- nothing. Any safetensors file can be loaded, and other tools can open what is saved here.
+
+local ffi = require "ffi"
+local border = require "ds.ffi"
+local json = require "ds.json"
+local scope = require "ds.scope"
+local tensor = require "ds.tensor"
+
+local C, check, raise = border.C, border.check, border.raise
+local shape_string = border.shape_string
+local codes, names = tensor.codes, tensor.names
+
+local M = {}
+
+-- ---- writing a file of named tensors
+
+local hash_text = ffi.typeof("char[17]")
+local file_slot = ffi.typeof("ds_file *[1]")
+
+local function bytes_of(t)
+  return t:numel() * tonumber(C.ds_dtype_size(codes[t.dtype]))
+end
+
+--- Bytes that a list of { name, tensor } takes, without the header.
+function M.bytes(list)
+  local n = 0
+  for _, item in ipairs(list) do n = n + bytes_of(item[2]) end
+  return n
+end
+
+--- Wider dtypes first, else the given order: then every tensor in the file is aligned.
+local function by_width(list)
+  local order = {}
+  for i, item in ipairs(list) do
+    order[i] = { item = item, width = tonumber(C.ds_dtype_size(codes[item[2].dtype])), i = i }
+  end
+  table.sort(order, function(a, b)
+    if a.width ~= b.width then return a.width > b.width end
+    return a.i < b.i
+  end)
+  for i, o in ipairs(order) do order[i] = o.item end
+  return order
+end
+
+local function describe(list, what)
+  local entries = ffi.new("ds_entry[?]", math.max(1, #list))
+  for i, item in ipairs(list) do
+    local name, t = item[1], item[2]
+    local e = entries[i - 1]
+    tensor.need_tensor(t, what, i)
+    if t.device == "meta" then raise("%s: '%s' is on the meta device and has no data", what, name) end
+    if type(name) ~= "string" or name == "" or name:find("%z") then
+      raise("%s: %q cannot be a tensor's name", what, tostring(name))
+    end
+    e.name, e.dtype, e.ndim = name, codes[t.dtype], #t.shape
+    for d, size in ipairs(t.shape) do e.shape[d - 1] = size end
+  end
+  return entries
+end
+
+--- Appends a tensor's elements in row-major order.
+local function append(f, t)
+  if t.device == "cpu" and t._c.dense == 1 then
+    return C.ds_file_append(f, t._c.data, bytes_of(t))
+  end
+  local copy = tensor.new(t.shape, t.dtype, "cpu")
+  tensor.run("copy", t.device, copy._c, t._c)
+  local rc = C.ds_file_append(f, copy._c.data, bytes_of(t))
+  scope.release(copy, "after it was written")
+  return rc
+end
+
+--- Writes a safetensors file, durably.
+-- @tparam string path
+-- @tparam table list of { name, tensor }
+-- @tparam table options `replace`: whether a file of that name is replaced, at once and only by a
+-- whole one (else it is an error, and the folder is the caller's to sync); `meta`: array of key,
+-- value, key, value…, strings; `what`: the caller, for messages
+-- @treturn string hash of the whole file
+function M.write(path, list, options)
+  local what = options.what or "save"
+  list = by_width(list)
+  local entries, slot = describe(list, what), file_slot()
+  local meta = options.meta or {}
+  local keys = ffi.new("const char *[?]", #meta + 1, meta)
+  check(C.ds_tensors_create(slot, path, entries, #list, keys, options.replace and 1 or 0), what)
+  local f = slot[0]
+  for _, item in ipairs(list) do
+    local ok, rc = pcall(append, f, item[2])
+    if not ok then
+      C.ds_file_discard(f)
+      error(rc, 0)
+    end
+    if rc < 0 then break end -- commit reports it
+  end
+  local hash = hash_text()
+  check(C.ds_file_commit(f, hash), what)
+  return ffi.string(hash)
+end
+
+-- ---- reading one
+
+local File = {}
+File.__index = File
+
+--- Opens a file for reading; raises if there is none.
+-- @treturn table with `path`, `bytes` and the methods `hash`, `text`, `parse`, `read`, `info`, `close`
+function M.file(path, what)
+  local slot = file_slot()
+  check(C.ds_file_open(slot, path), what)
+  return setmetatable({ path = path, bytes = tonumber(C.ds_file_bytes(slot[0])), what = what,
+    _f = ffi.gc(slot[0], C.ds_file_close) }, File)
+end
+
+--- Hash of the whole file, as in a manifest.
+function File:hash()
+  local hash = hash_text()
+  check(C.ds_file_hash(self._f, hash), self.what)
+  return ffi.string(hash)
+end
+
+--- The whole file as a string.
+function File:text()
+  if self.bytes > 2 ^ 28 then raise("'%s' has %d bytes; no text file is so long", self.path, self.bytes) end
+  local buffer = ffi.new("char[?]", math.max(1, self.bytes))
+  check(C.ds_file_read(self._f, buffer, self.bytes, 0), self.what)
+  return ffi.string(buffer, self.bytes)
+end
+
+--- Reads the header of a safetensors file.
+-- @treturn table self, with `names` in the order of the file and `entries` by name
+function File:parse()
+  local slot = ffi.new("ds_tensors *[1]")
+  check(C.ds_tensors_parse(slot, self._f), self.what)
+  self._t = ffi.gc(slot[0], C.ds_tensors_free)
+  self.names, self.entries = {}, {}
+  for i = 1, C.ds_tensors_count(self._t) do
+    local e = C.ds_tensors_entry(self._t, i - 1)
+    local name, shape = ffi.string(e.name), {}
+    for d = 1, e.ndim do shape[d] = tonumber(e.shape[d - 1]) end
+    self.names[i] = name
+    self.entries[name] = { dtype = names[e.dtype], shape = shape, numel = tonumber(e.numel), entry = e }
+  end
+  return self
+end
+
+--- A string of the file's metadata, or nil.
+function File:meta(key)
+  local text = C.ds_tensors_meta(self._t, key)
+  return text ~= nil and ffi.string(text) or nil
+end
+
+--- dtype and shape of a tensor.
+function File:info(name)
+  local e = self.entries[name]
+  if not e then raise("%s: '%s' has no tensor '%s'", self.what, self.path, name) end
+  return e.dtype, e.shape
+end
+
+--- Fills a tensor with the saved one, converting where the dtypes differ.
+-- @tparam string name
+-- @tparam Tensor t of the same shape
+-- @tparam[opt] table options `from`: fill t, of any shape, with the elements from that one on
+-- (0-based, row-major)
+-- @treturn Tensor t
+function File:read(name, t, options)
+  local dtype, shape = self:info(name)
+  local from = options and options.from
+  tensor.need_tensor(t, self.what, 2)
+  if not from and shape_string(shape) ~= shape_string(t.shape) then
+    raise("%s: tensor '%s' is %s in '%s', and %s here", self.what, name, shape_string(shape), self.path,
+      shape_string(t.shape))
+  end
+  local direct = t.device == "cpu" and t._c.dense == 1 and t.dtype == dtype
+  local to = direct and t or tensor.new(t.shape, dtype, "cpu")
+  check(C.ds_tensors_read(self._f, self.entries[name].entry, to._c.data, from or 0, t:numel()), self.what)
+  if not direct then
+    tensor.run("copy", t.device, t._c, to._c)
+    scope.release(to, "after it was read")
+  end
+  return t
+end
+
+--- Closes the file; nothing can be read any more.
+function File:close()
+  if self._t then C.ds_tensors_free(ffi.gc(self._t, nil)) end
+  if self._f then C.ds_file_close(ffi.gc(self._f, nil)) end
+  self._t, self._f, self.entries = nil, nil, {}
+end
+
+-- ---- ds.save, ds.load: the tables around the tensors are JSON in the file's metadata; in it a tensor
+-- is {"tensor": name}, an array {"list": […]}, any other table {"table": {…}}
+
+local VALUE, DEPTH = "ds.value", 100
+
+local function keys_of(t, path)
+  local keys, n = {}, 0
+  for key in pairs(t) do
+    n = n + 1
+    if type(key) == "string" then
+      keys[#keys + 1] = key
+    elseif type(key) ~= "number" then
+      raise("save: %s has a key that is a %s; keys are strings, or 1 to n", path, type(key))
+    end
+  end
+  if #keys == 0 and (n > 0 or json.is_array(t)) then
+    for i = 1, n do
+      if t[i] == nil then raise("save: %s is an array with holes, or has keys other than 1 to %d", path, n) end
+    end
+    return nil, n
+  end
+  if #keys ~= n then raise("save: %s has mixed keys, strings and numbers", path) end
+  table.sort(keys)
+  return keys, n
+end
+
+local function unique(state, name)
+  local candidate, n = name, 1
+  while state.used[candidate] do
+    n = n + 1
+    candidate = name .. "#" .. n
+  end
+  state.used[candidate] = true
+  return candidate
+end
+
+local function describe_value(state, value, path, name, depth)
+  if tensor.is_tensor(value) then
+    if not state.names[value] then -- a tensor met twice is saved once, and is one again when loaded
+      state.names[value] = unique(state, name == "" and "tensor" or name)
+      state.list[#state.list + 1] = { state.names[value], value }
+    end
+    return '{"tensor":' .. json.encode(state.names[value], { name = path }) .. "}"
+  elseif type(value) ~= "table" or value == json.null then
+    return json.encode(value, { name = path })
+  elseif state.open[value] then
+    raise("save: %s contains itself (at %s)", path, state.open[value])
+  elseif depth > DEPTH then
+    raise("save: %s is nested deeper than %d levels", path, DEPTH)
+  end
+  state.open[value] = path
+  local keys, n = keys_of(value, path)
+  local parts = {}
+  for i = 1, n do
+    local key = keys and keys[i] or i
+    local inner = keys and path .. "." .. key or ("%s[%d]"):format(path, key)
+    parts[i] = (keys and json.encode(key, { name = path }) .. ":" or "")
+      .. describe_value(state, value[key], inner, name == "" and tostring(key) or name .. "." .. key, depth + 1)
+  end
+  state.open[value] = nil
+  return (keys and '{"table":{%s}}' or '{"list":[%s]}'):format(table.concat(parts, ","))
+end
+
+--- Saves a tensor, or a table of tensors, tables, numbers, strings and booleans, into one file.
+-- The file appears under its name when all of it is on the disk.
+-- @tparam Tensor|table value
+-- @tparam string path
+-- @treturn boolean true
+-- @usage ds.save({ weight = w, note = "best so far" }, "best.safetensors")
+function M.save(value, path)
+  if type(path) ~= "string" or path == "" or type(value) ~= "table" then
+    raise("save: expects ds.save(value, path) with a tensor or a table, and a path; got a %s and a %s",
+      type(value), type(path))
+  end
+  local state = { names = {}, used = {}, list = {}, open = {} }
+  local text = describe_value(state, value, "value", "", 1)
+  M.write(path, state.list, { replace = true, meta = { "format", "pt", VALUE, text } })
+  return true
+end
+
+local function rebuild(f, made, value)
+  if type(value) ~= "table" or value == json.null then return value end
+  local out = {}
+  if type(value.tensor) == "string" then
+    local name = value.tensor
+    if not made[name] then
+      local dtype, shape = f:info(name)
+      made[name] = f:read(name, tensor.empty(shape, { dtype = dtype }))
+    end
+    return made[name]
+  elseif type(value.list) == "table" then
+    for i, item in ipairs(value.list) do out[i] = rebuild(f, made, item) end
+    return #out == 0 and json.array(out) or out
+  elseif type(value.table) == "table" then
+    for key, item in pairs(value.table) do out[key] = rebuild(f, made, item) end
+    return out
+  end
+  raise("load: '%s' is damaged: its metadata '%s' makes no sense", f.path, VALUE)
+end
+
+--- Loads what ds.save wrote; a safetensors file from elsewhere becomes a table of tensors by name.
+-- @tparam string path
+-- @treturn Tensor|table
+function M.load(path)
+  if type(path) ~= "string" then raise("load: expects a path, got a %s", type(path)) end
+  local f = M.file(path, "load"):parse()
+  local text, value = f:meta(VALUE), { table = {} }
+  if text then
+    local message
+    value, message = json.decode(text, path)
+    if value == nil then raise("load: '%s' is damaged: %s", path, message) end
+  else
+    for _, name in ipairs(f.names) do value.table[name] = { tensor = name } end
+  end
+  local out = rebuild(f, {}, value)
+  f:close()
+  return out
+end
+
+return M

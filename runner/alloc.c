@@ -1,0 +1,310 @@
+/* alloc.c - caching allocator: freed memory is kept, split, merged and handed out again.
+ *
+ * A training step makes and drops some hundreds of tensors of a few dozen sizes. Asking the system
+ * each time costs page faults on a CPU (64 ms for 256 MB) and a device synchronisation on a GPU. So
+ * memory comes in segments of at least 8 MB; a segment is a chain of pieces, used or free; free ones
+ * wait in lists by size class, two levels of them (Masmano et al. 2004, "TLSF": power of two, then
+ * sixteenths), so that finding one that fits is a look at two bitmaps, and the smallest class that
+ * fits is taken. A freed piece merges with its free neighbours at once, which keeps the peak near
+ * what is live. The bookkeeping lies in host memory beside the pieces: the same code serves devices
+ * whose memory the host cannot write.
+ */
+#include "runner/alloc.h"
+
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define ALIGN 64
+#define SEGMENT_MIN ((int64_t)8 << 20)
+#define SEGMENT_STEP ((int64_t)2 << 20) /* huge pages */
+#define SPLIT_MIN 512                   /* a smaller rest stays with its piece */
+#define FIRST_BITS 48
+#define SECOND 16
+#define TAGS 512
+#define TRIES 8 /* pieces looked at in the class that holds the wanted size itself */
+
+/* Neighbouring tensors whose sizes are multiples of 4 KB would all start at the same cache set;
+ * three lines between them spread them. */
+#define COLOUR 192
+
+struct pool {
+    pthread_mutex_t lock;
+    uint64_t first_map;
+    uint32_t second_map[FIRST_BITS];
+    ds_storage *lists[FIRST_BITS][SECOND];
+    int64_t by_tag[TAGS];
+    ds_memory memory;
+};
+
+static struct pool pools[2] = {
+    [DS_CPU] = {.lock = PTHREAD_MUTEX_INITIALIZER},
+    [DS_CUDA] = {.lock = PTHREAD_MUTEX_INITIALIZER},
+};
+
+const ds_backend *ds_backend_of(int device)
+{
+    if (device == DS_CPU)
+        return ds_cpu_backend(NULL);
+    ds_fail(DS_ENOSYS, "there is no cuda backend in this build; use device \"cpu\"");
+    return NULL;
+}
+
+const ds_ops *ds_ops_of(int device)
+{
+    const ds_backend *backend = ds_backend_of(device);
+
+    return backend ? &backend->ops : NULL;
+}
+
+/* ---- size classes */
+
+static void class_of(int64_t bytes, int *first, int *second)
+{
+    int top = 63 - __builtin_clzll((uint64_t)bytes); /* bytes ≥ 64: top ≥ 6 */
+
+    *first = top;
+    *second = (int)(bytes >> (top - 4)) & (SECOND - 1);
+}
+
+static void list_add(struct pool *p, ds_storage *s)
+{
+    int i, j;
+
+    class_of(s->bytes, &i, &j);
+    s->last_free = NULL;
+    s->next_free = p->lists[i][j];
+    if (s->next_free)
+        s->next_free->last_free = s;
+    p->lists[i][j] = s;
+    p->first_map |= 1ull << i;
+    p->second_map[i] |= 1u << j;
+    p->memory.cached += s->bytes;
+}
+
+static void list_drop(struct pool *p, ds_storage *s)
+{
+    int i, j;
+
+    class_of(s->bytes, &i, &j);
+    if (s->last_free)
+        s->last_free->next_free = s->next_free;
+    else
+        p->lists[i][j] = s->next_free;
+    if (s->next_free)
+        s->next_free->last_free = s->last_free;
+    if (!p->lists[i][j]) {
+        p->second_map[i] &= ~(1u << j);
+        if (!p->second_map[i])
+            p->first_map &= ~(1ull << i);
+    }
+    p->memory.cached -= s->bytes;
+}
+
+/* A free piece of at least `bytes`, off its list; NULL if there is none. */
+static ds_storage *list_find(struct pool *p, int64_t bytes)
+{
+    int i, j, tries = TRIES;
+    uint32_t second;
+    uint64_t first;
+    ds_storage *s;
+
+    class_of(bytes, &i, &j);
+    for (s = p->lists[i][j]; s && tries--; s = s->next_free)
+        if (s->bytes >= bytes)
+            goto found;
+    second = p->second_map[i] & (uint32_t)(~0ull << (j + 1));
+    if (!second) {
+        first = i + 1 < 64 ? p->first_map & (~0ull << (i + 1)) : 0;
+        if (!first)
+            return NULL;
+        i = __builtin_ctzll(first);
+        second = p->second_map[i];
+    }
+    s = p->lists[i][__builtin_ctz(second)];
+found:
+    list_drop(p, s);
+    return s;
+}
+
+/* ---- segments */
+
+/* A new segment as one piece, on no list. */
+static int segment_take(ds_storage **out, int device, int64_t bytes)
+{
+    struct pool *p = &pools[device];
+    const ds_backend *backend = ds_backend_of(device);
+    int64_t total = bytes < SEGMENT_MIN ? SEGMENT_MIN : bytes;
+    ds_storage *s;
+    int rc;
+
+    if (!backend)
+        return DS_ENOSYS;
+    total = (total + SEGMENT_STEP - 1) / SEGMENT_STEP * SEGMENT_STEP;
+    s = calloc(1, sizeof *s);
+    if (!s)
+        return ds_fail(DS_ENOMEM, "out of host memory");
+    rc = backend->memory_take(&s->data, (size_t)total);
+    if (rc < 0) {
+        free(s);
+        return rc;
+    }
+    s->bytes = total;
+    s->device = device;
+    p->memory.takes++;
+    *out = s;
+    return 0;
+}
+
+/* Gives every wholly free segment back to the system. */
+static void flush_locked(int device)
+{
+    struct pool *p = &pools[device];
+    const ds_backend *backend = ds_backend_of(device);
+    ds_storage *s, *next;
+
+    for (int i = 0; i < FIRST_BITS; i++)
+        for (int j = 0; j < SECOND; j++)
+            for (s = p->lists[i][j]; s; s = next) {
+                next = s->next_free;
+                if (s->before || s->after)
+                    continue;
+                list_drop(p, s);
+                backend->memory_give(s->data, (size_t)s->bytes);
+                free(s);
+            }
+}
+
+/* Cuts s down to `bytes`; the rest becomes a free piece. Without host memory s stays as it is. */
+static void split(struct pool *p, ds_storage *s, int64_t bytes)
+{
+    ds_storage *rest;
+
+    if (s->bytes - bytes < SPLIT_MIN)
+        return;
+    rest = calloc(1, sizeof *rest);
+    if (!rest)
+        return;
+    rest->data = (char *)s->data + bytes;
+    rest->bytes = s->bytes - bytes;
+    rest->device = s->device;
+    rest->before = s;
+    rest->after = s->after;
+    if (rest->after)
+        rest->after->before = rest;
+    s->after = rest;
+    s->bytes = bytes;
+    list_add(p, rest);
+}
+
+/* Appends `next`, which follows s in memory and is on no list, to s. */
+static void absorb(ds_storage *s, ds_storage *next)
+{
+    s->bytes += next->bytes;
+    s->after = next->after;
+    if (s->after)
+        s->after->before = s;
+    free(next);
+}
+
+/* ---- storage */
+
+int ds_storage_take(ds_storage **out, int device, int64_t bytes)
+{
+    struct pool *p = &pools[device];
+    ds_storage *s;
+    int rc = 0;
+
+    if (bytes < 0 || bytes > (int64_t)1 << 46)
+        return ds_fail(DS_ENOMEM, "a tensor of %lld bytes is more than any machine has",
+                       (long long)bytes);
+    bytes = (bytes + (bytes >= 4096 ? COLOUR : 0) + ALIGN - 1) / ALIGN * ALIGN;
+    if (bytes == 0)
+        bytes = ALIGN;
+    pthread_mutex_lock(&p->lock);
+    s = list_find(p, bytes);
+    if (!s) {
+        rc = segment_take(&s, device, bytes);
+        if (rc == DS_ENOMEM) {
+            flush_locked(device);
+            rc = segment_take(&s, device, bytes);
+        }
+        if (rc < 0)
+            goto out;
+    }
+    split(p, s, bytes);
+    s->tag = p->memory.tag >= 0 && p->memory.tag < TAGS ? p->memory.tag : 0;
+    s->loose = !p->memory.scoped;
+    atomic_init(&s->refs, 1);
+    p->by_tag[s->tag] += s->bytes;
+    p->memory.live += s->bytes;
+    p->memory.loose += s->loose ? s->bytes : 0;
+    p->memory.calls++;
+    if (p->memory.live > p->memory.peak)
+        p->memory.peak = p->memory.live;
+    *out = s;
+out:
+    pthread_mutex_unlock(&p->lock);
+    return rc;
+}
+
+void ds_storage_retain(ds_storage *s)
+{
+    atomic_fetch_add_explicit(&s->refs, 1, memory_order_relaxed);
+}
+
+void ds_storage_release(ds_storage *s)
+{
+    struct pool *p = &pools[s->device];
+    ds_storage *other;
+
+    if (atomic_fetch_sub_explicit(&s->refs, 1, memory_order_acq_rel) != 1)
+        return;
+    pthread_mutex_lock(&p->lock);
+    p->by_tag[s->tag] -= s->bytes;
+    p->memory.live -= s->bytes;
+    p->memory.loose -= s->loose ? s->bytes : 0;
+    other = s->after;
+    if (other && atomic_load_explicit(&other->refs, memory_order_relaxed) == 0) {
+        list_drop(p, other);
+        absorb(s, other);
+    }
+    other = s->before;
+    if (other && atomic_load_explicit(&other->refs, memory_order_relaxed) == 0) {
+        list_drop(p, other);
+        absorb(other, s);
+        s = other;
+    }
+    list_add(p, s);
+    pthread_mutex_unlock(&p->lock);
+}
+
+/* ---- counters */
+
+ds_memory *ds_memory_of(int device)
+{
+    return device == DS_CPU || device == DS_CUDA ? &pools[device].memory : NULL;
+}
+
+int ds_memory_by_tag(int device, int64_t *bytes, int n)
+{
+    if (device != DS_CPU && device != DS_CUDA)
+        return 0;
+    memcpy(bytes, pools[device].by_tag, sizeof *bytes * (size_t)(n < TAGS ? n : TAGS));
+    return TAGS;
+}
+
+void ds_memory_flush(int device)
+{
+    if (device != DS_CPU && device != DS_CUDA)
+        return;
+    pthread_mutex_lock(&pools[device].lock);
+    flush_locked(device);
+    pthread_mutex_unlock(&pools[device].lock);
+}
+
+void ds_memory_reset_peak(int device)
+{
+    if (device == DS_CPU || device == DS_CUDA)
+        pools[device].memory.peak = pools[device].memory.live;
+}

@@ -1,0 +1,416 @@
+/* comm.c - groups of ranks and what they do together: checks and bookkeeping for every transport, and
+ * `self`, the transport of a job of one rank.
+ */
+#include "runner/comm.h"
+
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels/error.h"
+
+static const char *const reductions[DS_REDUCTIONS] = {
+    [DS_SUM] = "sum", [DS_MEAN] = "mean", [DS_MAX] = "max", [DS_MIN] = "min"};
+
+/* What each collective takes. Shares: how many parts, one a rank, `in` and `out` are made of; 0: it
+ * has no such tensor. EACH: as many as there are ranks. */
+enum { EACH = -1 };
+static const struct {
+    const char *name;
+    int in, out;
+    int reduces, has_peer;
+} kinds[DS_COLLECTIVES] = {
+    [DS_ALL_REDUCE] = {"all_reduce", 1, 1, 1, 0},
+    [DS_REDUCE_SCATTER] = {"reduce_scatter", EACH, 1, 1, 0},
+    [DS_ALL_GATHER] = {"all_gather", 1, EACH, 0, 0},
+    [DS_ALL_TO_ALL] = {"all_to_all", EACH, EACH, 0, 0},
+    [DS_BROADCAST] = {"broadcast", 0, 1, 0, 1},
+    [DS_SEND] = {"send", 1, 0, 0, 1},
+    [DS_RECV] = {"recv", 0, 1, 0, 1},
+    [DS_BARRIER] = {"barrier", 0, 0, 0, 0},
+};
+
+const char *ds_collective_name(int kind)
+{
+    return kind >= 0 && kind < DS_COLLECTIVES ? kinds[kind].name : "none";
+}
+
+const char *ds_reduction_name(int op)
+{
+    return op >= 0 && op < DS_REDUCTIONS ? reductions[op] : "?";
+}
+
+/* ---- groups */
+
+/* Variables by which launchers tell a process how many there are of it. SLURM_NTASKS is not among
+ * them: it is set in an allocation's shell as well, where nothing was launched. */
+static const char *const launchers[] = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"};
+
+int ds_comm_launched(const char **variable)
+{
+    for (size_t i = 0; i < sizeof launchers / sizeof *launchers; i++) {
+        const char *value = getenv(launchers[i]);
+
+        if (value && atoi(value) > 1) {
+            *variable = launchers[i];
+            return atoi(value);
+        }
+    }
+    *variable = NULL;
+    return 1;
+}
+
+static ds_comm *new_group(const ds_transport *const *transport)
+{
+    ds_comm *c = calloc(1, sizeof *c);
+
+    if (!c)
+        return NULL;
+    memcpy(c->transport, transport, sizeof c->transport);
+    c->running = DS_COLLECTIVES;
+    return c;
+}
+
+/* The job is the process's, so there is one world, whatever the number of Lua states. */
+static pthread_mutex_t world_lock = PTHREAD_MUTEX_INITIALIZER;
+static ds_comm *world;
+
+static int open_world(ds_comm **out)
+{
+    static const ds_transport *const alone[DS_META] = {&ds_transport_self, &ds_transport_self};
+    const char *variable;
+    int ranks = ds_comm_launched(&variable), rc = 0;
+    ds_comm *c;
+
+    if (ranks > 1)
+        return ds_fail(DS_ENOSYS,
+                       "%d ranks were started (%s), and this dsrun trains in one process; start it "
+                       "without mpirun or srun",
+                       ranks, variable);
+    c = new_group(alone);
+    if (!c)
+        return ds_fail(DS_ENOMEM, "out of memory: the group of all ranks");
+    for (int device = 0; rc == 0 && device < DS_META; device++)
+        rc = c->transport[device]->open(c);
+    if (rc < 0)
+        free(c);
+    else
+        *out = c;
+    return rc;
+}
+
+int ds_comm_world(ds_comm **out)
+{
+    int rc = 0;
+
+    pthread_mutex_lock(&world_lock);
+    if (!world)
+        rc = open_world(&world);
+    *out = world;
+    pthread_mutex_unlock(&world_lock);
+    return rc;
+}
+
+static void close_group(ds_comm *c)
+{
+    for (int device = 0; device < DS_META; device++)
+        c->transport[device]->close(c);
+    free(c);
+}
+
+void ds_comm_finish(void)
+{
+    pthread_mutex_lock(&world_lock);
+    if (world)
+        close_group(world);
+    world = NULL;
+    pthread_mutex_unlock(&world_lock);
+}
+
+int ds_comm_split(ds_comm **out, ds_comm *parent, int color, int key)
+{
+    ds_comm *c;
+    int rc = 0;
+
+    if (parent->aborted)
+        return ds_fail(DS_ECOMM, "split: the job was ended");
+    c = new_group(parent->transport);
+    if (!c)
+        return ds_fail(DS_ENOMEM, "out of memory: a group of ranks");
+    for (int device = 0; rc == 0 && device < DS_META; device++)
+        rc = c->transport[device]->split(c, parent, color, key);
+    if (rc < 0 || color < 0) {
+        free(c);
+        c = NULL;
+    }
+    *out = c;
+    return rc;
+}
+
+void ds_comm_close(ds_comm *c)
+{
+    if (c && c != world)
+        close_group(c);
+}
+
+int ds_comm_rank(const ds_comm *c)
+{
+    return c->rank;
+}
+
+int ds_comm_size(const ds_comm *c)
+{
+    return c->size;
+}
+
+int ds_comm_local_rank(const ds_comm *c)
+{
+    return c->local_rank;
+}
+
+int ds_comm_local_size(const ds_comm *c)
+{
+    return c->local_size;
+}
+
+void ds_comm_abort(ds_comm *c, const char *why)
+{
+    c->aborted = 1;
+    for (int device = 0; device < DS_META; device++)
+        if (c->transport[device]->abort)
+            c->transport[device]->abort(c, why);
+}
+
+/* ---- collectives */
+
+static int check_tensor(const ds_call *call, const ds_tensor *t, const char *which)
+{
+    const char *name = kinds[call->kind].name;
+
+    if (!t)
+        return ds_fail(DS_EINVAL, "%s: there is no %s tensor", name, which);
+    if (t->device < 0 || t->device >= DS_META)
+        return ds_fail(DS_EINVAL, "%s: the %s tensor is on the meta device: it has no data", name,
+                       which);
+    if (!t->data && t->numel)
+        return ds_fail(DS_EINVAL, "%s: the %s tensor was released", name, which);
+    if (!t->dense)
+        return ds_fail(DS_EINVAL, "%s: the %s tensor is not dense; use t:contiguous()", name, which);
+    return 0;
+}
+
+static int check_reduction(const ds_call *call)
+{
+    static const char floating[DS_DTYPES] = {
+        [DS_F32] = 1, [DS_BF16] = 1, [DS_F16] = 1, [DS_F64] = 1};
+    const char *name = kinds[call->kind].name;
+    int dtype = call->in->dtype;
+
+    if (call->op < 0 || call->op >= DS_REDUCTIONS)
+        return ds_fail(DS_EINVAL, "%s: there is no reduction %d", name, call->op);
+    if (call->op == DS_MEAN && !floating[dtype])
+        return ds_fail(DS_EINVAL, "%s: a mean of %s is no %s; use sum", name, ds_dtype_name(dtype),
+                       ds_dtype_name(dtype));
+    if (call->op == DS_SUM && dtype == DS_BOOL)
+        return ds_fail(DS_EINVAL, "%s: a sum of bool is no bool; use max (any) or min (all)", name);
+    return 0;
+}
+
+/* Dtype, device, sizes and places of the two tensors against each other. */
+static int check_pair(const ds_comm *c, const ds_call *call)
+{
+    const ds_tensor *in = call->in, *out = call->out;
+    const char *name = kinds[call->kind].name;
+    int64_t parts_in = kinds[call->kind].in == EACH ? c->size : 1;
+    int64_t parts_out = kinds[call->kind].out == EACH ? c->size : 1;
+    int64_t bytes = ds_dtype_size(in->dtype);
+    const char *a = in->data, *b = out->data;
+
+    if (in->dtype != out->dtype || in->device != out->device)
+        return ds_fail(DS_EINVAL, "%s: %s in and %s out; both have one dtype and one device", name,
+                       ds_dtype_name(in->dtype), ds_dtype_name(out->dtype));
+    if (in->numel % parts_in || in->numel / parts_in * parts_out != out->numel)
+        return ds_fail(DS_EINVAL, "%s: %lld elements in and %lld out don't fit %d ranks", name,
+                       (long long)in->numel, (long long)out->numel, c->size);
+    if (call->kind == DS_ALL_REDUCE && a == b)
+        return 0;
+    if (a < b + out->numel * bytes && b < a + in->numel * bytes)
+        return ds_fail(DS_EINVAL, "%s: in and out overlap", name);
+    return 0;
+}
+
+static int check_call(const ds_comm *c, const ds_call *call)
+{
+    const char *name = kinds[call->kind].name;
+    int rc = 0;
+
+    if (c->aborted)
+        return ds_fail(DS_ECOMM, "%s: the job was ended", name);
+    if (kinds[call->kind].has_peer && (call->peer < 0 || call->peer >= c->size))
+        return ds_fail(DS_ERANGE, "%s: rank %d of a group of %d; ranks count from 0", name, call->peer,
+                       c->size);
+    if ((call->kind == DS_SEND || call->kind == DS_RECV) && call->peer == c->rank)
+        return ds_fail(DS_EINVAL, "%s: rank %d is this one", name, call->peer);
+    if (kinds[call->kind].in)
+        rc = check_tensor(call, call->in, "input");
+    if (rc == 0 && kinds[call->kind].out)
+        rc = check_tensor(call, call->out, "output");
+    if (rc == 0 && kinds[call->kind].reduces)
+        rc = check_reduction(call);
+    if (rc == 0 && kinds[call->kind].in && kinds[call->kind].out)
+        rc = check_pair(c, call);
+    return rc;
+}
+
+/* What the watchdog reads: this rank is inside a collective, or (DS_COLLECTIVES) inside none. */
+static void inside(ds_comm *c, int kind, int64_t number)
+{
+    c->number = number;
+    c->running = kind;
+}
+
+int ds_comm_start(ds_comm *c, const ds_call *call, ds_work *work)
+{
+    const ds_tensor *t = call->in ? call->in : call->out;
+    const ds_transport *transport;
+    ds_work own;
+    int rc = check_call(c, call), device = t ? t->device : DS_CPU;
+
+    if (!work)
+        work = &own;
+    *work = (ds_work){.comm = c, .kind = call->kind, .device = device, .done = 1, .code = rc};
+    if (rc < 0)
+        return rc;
+    transport = c->transport[device];
+    if (!transport->start[call->kind])
+        return work->code = ds_fail(DS_ENOSYS, "%s has no %s", transport->name,
+                                    kinds[call->kind].name);
+    work->number = ++c->calls;
+    work->done = 0;
+    inside(c, call->kind, work->number);
+    rc = transport->start[call->kind](c, call, work);
+    inside(c, DS_COLLECTIVES, work->number);
+    return work == &own ? ds_wait(work) : rc;
+}
+
+static int go_on(ds_work *work, int block)
+{
+    ds_comm *c = work->comm;
+    int rc;
+
+    if (work->done)
+        return work->code;
+    inside(c, work->kind, work->number);
+    rc = c->transport[work->device]->progress(work, block);
+    inside(c, DS_COLLECTIVES, work->number);
+    return rc;
+}
+
+int ds_wait(ds_work *work)
+{
+    return go_on(work, 1);
+}
+
+int ds_test(ds_work *work)
+{
+    int rc = go_on(work, 0);
+
+    return rc < 0 ? rc : work->done;
+}
+
+int ds_all_reduce(ds_tensor *out, const ds_tensor *in, int op, ds_comm *c, ds_work *work)
+{
+    return ds_comm_start(c, &(ds_call){DS_ALL_REDUCE, op, 0, out, in}, work);
+}
+
+int ds_reduce_scatter(ds_tensor *out, const ds_tensor *in, int op, ds_comm *c, ds_work *work)
+{
+    return ds_comm_start(c, &(ds_call){DS_REDUCE_SCATTER, op, 0, out, in}, work);
+}
+
+int ds_all_gather(ds_tensor *out, const ds_tensor *in, ds_comm *c, ds_work *work)
+{
+    return ds_comm_start(c, &(ds_call){DS_ALL_GATHER, 0, 0, out, in}, work);
+}
+
+int ds_all_to_all(ds_tensor *out, const ds_tensor *in, ds_comm *c, ds_work *work)
+{
+    return ds_comm_start(c, &(ds_call){DS_ALL_TO_ALL, 0, 0, out, in}, work);
+}
+
+int ds_broadcast(ds_tensor *t, int root, ds_comm *c, ds_work *work)
+{
+    return ds_comm_start(c, &(ds_call){DS_BROADCAST, 0, root, t, NULL}, work);
+}
+
+int ds_send(const ds_tensor *in, int to, ds_comm *c, ds_work *work)
+{
+    return ds_comm_start(c, &(ds_call){DS_SEND, 0, to, NULL, in}, work);
+}
+
+int ds_recv(ds_tensor *out, int from, ds_comm *c, ds_work *work)
+{
+    return ds_comm_start(c, &(ds_call){DS_RECV, 0, from, out, NULL}, work);
+}
+
+int ds_barrier(ds_comm *c, ds_work *work)
+{
+    return ds_comm_start(c, &(ds_call){DS_BARRIER, 0, 0, NULL, NULL}, work);
+}
+
+/* ---- self: one rank, whose share is the whole */
+
+static int self_open(ds_comm *c)
+{
+    c->rank = c->local_rank = 0;
+    c->size = c->local_size = 1;
+    return 0;
+}
+
+static int self_split(ds_comm *out, ds_comm *parent, int color, int key)
+{
+    (void)parent, (void)key;
+    return color < 0 ? 0 : self_open(out);
+}
+
+static void self_close(ds_comm *c)
+{
+    (void)c;
+}
+
+/* As many elements in as out, for there is one share: copied, if they are not in place already. */
+static int self_copy(ds_comm *c, const ds_call *call, ds_work *work)
+{
+    ds_tensor out, in;
+    const ds_ops *ops;
+
+    (void)c;
+    work->done = 1;
+    if (!call->in || !call->out || call->in->data == call->out->data)
+        return 0;
+    ops = ds_ops_of(call->in->device);
+    if (!ops)
+        return work->code = DS_ENOSYS; /* ds_error() says why */
+    if (!ops->copy)
+        return work->code = ds_fail(DS_ENOSYS, "this device has no copy kernel");
+    out = *call->out; /* dense, so shapes may be flattened: kernels compare them */
+    in = *call->in;
+    out.ndim = in.ndim = 1;
+    out.shape[0] = in.shape[0] = in.numel;
+    out.stride[0] = in.stride[0] = 1;
+    return work->code = ops->copy(&out, &in);
+}
+
+const ds_transport ds_transport_self = {
+    .name = "self",
+    .open = self_open,
+    .split = self_split,
+    .close = self_close,
+    /* send and receive stay empty: there is nobody else, and check_call() says so */
+    .start = {[DS_ALL_REDUCE] = self_copy,
+              [DS_REDUCE_SCATTER] = self_copy,
+              [DS_ALL_GATHER] = self_copy,
+              [DS_ALL_TO_ALL] = self_copy,
+              [DS_BROADCAST] = self_copy,
+              [DS_BARRIER] = self_copy},
+};

@@ -1,0 +1,87 @@
+/* comm.h - what a transport fills in so that ranks can talk: the second of the two vtables.
+ *
+ * comm.c checks arguments, counts collectives and says which is running, once for all transports;
+ * a transport moves bytes. A group has one transport a device: shared memory and MPI for tensors on
+ * the CPU, NCCL for those on GPUs. With one rank both are `self`, and MPI is never initialised.
+ *
+ * To add a transport: a file comm_<name>.c with a ds_transport, one line in comm.c's list.
+ */
+#ifndef DS_COMM_H
+#define DS_COMM_H
+
+#include <stdatomic.h>
+
+#include "runner/ds.h"
+
+enum ds_collective {
+    DS_ALL_REDUCE,
+    DS_REDUCE_SCATTER,
+    DS_ALL_GATHER,
+    DS_ALL_TO_ALL,
+    DS_BROADCAST,
+    DS_SEND,
+    DS_RECV,
+    DS_BARRIER,
+    DS_COLLECTIVES
+};
+
+/* One collective as a rank asks for it, checked: tensors are dense, on one device, of one dtype and
+ * of sizes that fit; they stay where they are until the work is done. */
+typedef struct ds_call {
+    int kind;
+    int op;              /* enum ds_reduction; of all_reduce and reduce_scatter */
+    int peer;            /* root, receiver or sender; of broadcast, send, recv */
+    ds_tensor *out;      /* NULL for send and barrier */
+    const ds_tensor *in; /* NULL for broadcast, recv and barrier */
+} ds_call;
+
+typedef struct ds_transport {
+    const char *name;
+
+    /* This process's place in the job, written to the world's rank, size, local_rank, local_size,
+     * and the state of the group of all ranks. */
+    int (*open)(ds_comm *world);
+    /* Collective. `out` has its transport set; as open, for the ranks of `parent` with this colour.
+     * A negative colour takes part and leaves out->size 0. */
+    int (*split)(ds_comm *out, ds_comm *parent, int color, int key);
+    void (*close)(ds_comm *c);
+
+    /* Starts a collective. Either it is done when this returns: work->done is set, work->code and
+     * the return value are what it came to; or work->state says how to go on. Deterministic: sums
+     * are in order of rank. A slot may be empty: "mpi has no all_to_all". */
+    int (*start[DS_COLLECTIVES])(ds_comm *c, const ds_call *call, ds_work *work);
+    /* Goes on with a work that isn't done; sets done and code. block 0: returns at once. (optional:
+     * a transport whose collectives are always done when start returns) */
+    int (*progress)(ds_work *work, int block);
+
+    /* Wakes whoever waits here and tells the peers; any thread may call it. (optional) */
+    void (*abort)(ds_comm *c, const char *why);
+} ds_transport;
+
+struct ds_comm {
+    const ds_transport *transport[DS_META]; /* by device; meta has none */
+    void *state[DS_META];                   /* the transport's own, as communicator and buffers */
+    int rank, size;
+    int local_rank, local_size;
+
+    /* What a watchdog thread may read at any time. */
+    _Atomic int64_t calls;  /* collectives begun so far */
+    _Atomic int running;    /* kind of the one that this rank is inside; DS_COLLECTIVES: none */
+    _Atomic int64_t number; /* and its number, as in ds_work */
+    _Atomic int64_t bytes;  /* moved so far by this rank; a transport adds to it as it goes */
+    _Atomic int aborted;
+};
+
+extern const ds_transport ds_transport_self;
+
+const char *ds_collective_name(int kind);
+const char *ds_reduction_name(int op);
+
+/* Checks a call and starts it, as the public functions do; for C that keeps calls of its own. */
+int ds_comm_start(ds_comm *c, const ds_call *call, ds_work *work);
+
+/* Processes that a launcher (mpirun, srun) says this job has, and the variable that says so; 1 and
+ * NULL when nobody launched it. */
+int ds_comm_launched(const char **variable);
+
+#endif

@@ -1,0 +1,355 @@
+/* ds.h - the FFI surface: all of the runner that Lua may call.
+ *
+ * C reads this header as it is; Lua reads the same text: the lines between the two marker comments
+ * (after those of kernels/tensor.h, before the ds_ops struct that ops.def makes) go verbatim to
+ * ffi.cdef. So between the markers: plain declarations, no preprocessor, no includes.
+ *
+ * Functions return 0 or a negative code from error.h unless they say otherwise; ds_error() has the
+ * message. Sizes are bytes or elements, as named; dimensions and indices are 0-based.
+ */
+#ifndef DS_DS_H
+#define DS_DS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "kernels/backend.h"
+#include "kernels/tensor.h"
+
+/* ds.h: begin ffi */
+
+/* ---- errors (kernels/error.c) */
+const char *ds_error(void);
+
+/* ---- tensors and memory (tensor.c, alloc.c) */
+
+/* A new dense tensor, contents undefined. *out is overwritten, what it held is not released. On the
+ * meta device there is a shape and no memory. ds_empty4: up to four dimensions without an array. */
+int ds_empty(ds_tensor *out, int dtype, int device, int ndim, const int64_t *shape);
+int ds_empty4(ds_tensor *out, int dtype, int device, int ndim, int64_t s0, int64_t s1, int64_t s2,
+              int64_t s3);
+
+/* Drops the reference that t holds; t->data and t->storage become NULL. Twice is harmless. */
+void ds_release(ds_tensor *t);
+
+/* Views: *out takes a reference of its own on x's storage. */
+int ds_alias(ds_tensor *out, const ds_tensor *x);
+int ds_transpose(ds_tensor *out, const ds_tensor *x, int d0, int d1);
+int ds_permute(ds_tensor *out, const ds_tensor *x, const int32_t *order);
+int ds_narrow(ds_tensor *out, const ds_tensor *x, int dim, int64_t start, int64_t length);
+int ds_select(ds_tensor *out, const ds_tensor *x, int dim, int64_t index);
+/* 1: not possible without a copy, *out is untouched. */
+int ds_reshape(ds_tensor *out, const ds_tensor *x, int ndim, const int64_t *shape);
+int ds_expand(ds_tensor *out, const ds_tensor *x, int ndim, const int64_t *shape);
+/* n elements of x's storage from element `offset` of x on, as a dense tensor of that shape. */
+int ds_slice_flat(ds_tensor *out, const ds_tensor *x, int64_t offset, int ndim, const int64_t *shape);
+
+/* Borrowed views, for the length of a kernel call: no reference is taken, never release them.
+ * x must be dense but for the first two. rows: [numel / last, last]; columns: its transpose;
+ * heads: dims 3 of [B, T, n·width] seen as heads of `width`, `count` of them from `first` on. */
+void ds_rows(ds_tensor *out, const ds_tensor *x);
+void ds_columns(ds_tensor *out, const ds_tensor *x);
+void ds_swapped(ds_tensor *out, const ds_tensor *x); /* last two dimensions swapped */
+void ds_heads(ds_tensor *out, const ds_tensor *x, int64_t first, int64_t count, int64_t width);
+
+int ds_references(const ds_tensor *t); /* how many tensors hold t's storage */
+int64_t ds_dtype_size(int dtype);       /* bytes */
+const char *ds_dtype_name(int dtype);
+
+/* Memory counters of a device, bytes. */
+typedef struct ds_memory {
+    int64_t live;      /* in tensors that hold a reference */
+    int64_t peak;      /* highest live */
+    int64_t cached;    /* kept for reuse */
+    int64_t loose;     /* live bytes allocated while no scope was open: the collector's job */
+    int64_t takes;     /* allocations that went to the system */
+    int64_t calls;     /* allocations asked for */
+    int32_t tag;       /* set by Lua before an allocation: the op it is for */
+    int32_t scoped;    /* set by Lua: 1 while a scope is open */
+} ds_memory;
+ds_memory *ds_memory_of(int device);
+/* Live bytes by tag: fills at most n, returns how many tags there are. */
+int ds_memory_by_tag(int device, int64_t *bytes, int n);
+void ds_memory_flush(int device); /* gives cached blocks back to the system */
+void ds_memory_reset_peak(int device);
+int64_t ds_memory_rss(void);      /* resident bytes of this process now; -1 unknown */
+int64_t ds_page_faults(void);     /* minor + major faults of this process */
+
+/* The kernels of a device; NULL if there is no such backend (ds_error() says why). */
+const struct ds_ops *ds_ops_of(int device);
+const char *ds_cpu_level(void);
+const char *const *ds_cpu_levels(void);
+
+/* ---- process, signals, where the script is (process.c, threads.c, log.c) */
+
+/* The signal that asks this process to stop (SIGINT, SIGTERM, SIGUSR1 by number), or 0. */
+int ds_signal_pending(void);
+/* 1: one more engine lives that looks at ds_signal_pending() at its step boundaries, so the first
+ * signal is left to it (a second one ends the process at once); 0: one fewer. With none, a signal
+ * ends the process at once, with 128 + its number. */
+void ds_signal_claim(int on);
+/* What is being done, copied, for whoever asks by SIGUSR2: "backward". "" when it is done. */
+void ds_breadcrumb(const char *text);
+int ds_threads(void); /* that kernels use */
+
+enum ds_log_level { DS_LOG_ERROR, DS_LOG_WARNING, DS_LOG_INFO, DS_LOG_DEBUG };
+/* A line on stderr with time and rank, if this level is shown: information on rank 0 only. */
+void ds_log(int level, const char *text);
+int ds_log_shows(int level); /* 1 or 0: whether ds_log() would write it */
+
+/* One line typed by the user, without its end, with editing and history on a terminal; valid until
+ * the next call; NULL: the end of input. */
+const char *ds_read_line(const char *prompt);
+
+/* ---- JSON (json.c) */
+
+enum {
+    DS_JSON_NULL, DS_JSON_FALSE, DS_JSON_TRUE, DS_JSON_NUMBER, DS_JSON_STRING, DS_JSON_ARRAY,
+    DS_JSON_OBJECT,
+    DS_JSON_DEPTH = 256 /* arrays and objects inside each other */
+};
+
+/* One value. The values inside an array or object follow it in the order of the text, each with all
+ * that is inside it. key and text belong to the document. */
+typedef struct ds_json_node {
+    const char *key;  /* NULL outside objects; no NUL byte inside */
+    const char *text; /* a string's bytes, UTF-8 */
+    int64_t size;     /* bytes of text, or values directly inside the array or object */
+    double number;
+    int32_t type;
+    int32_t line;     /* where the value begins, from 1 */
+    int32_t key_line; /* where its key stands; outside objects as `line` */
+} ds_json_node;
+
+typedef struct ds_json {
+    int64_t n;
+    ds_json_node *nodes;
+    void *root;
+} ds_json;
+
+/* Parses `bytes` of text (comments and trailing commas allowed); *out is overwritten and must be
+ * freed. Messages begin with "name:line: ". */
+int ds_json_parse(ds_json *out, const char *text, int64_t bytes, const char *name);
+void ds_json_free(ds_json *doc); /* twice is harmless */
+int ds_json_utf8(const char *text, int64_t bytes); /* 1: valid UTF-8; 0: not */
+
+/* ---- files (io.c, file.c, safetensors.c) */
+
+/* Everything that changes a disk goes through this table; a test may replace its entries. They return
+ * 0 (open: the descriptor) or -errno, and do what the calls do that they are named after. write starts
+ * a transfer in one of the queue's slots; exchange swaps two names at once. */
+typedef struct ds_queue ds_queue;
+typedef struct ds_io {
+    int (*open)(const char *path, int flags, int mode);
+    int (*close)(int fd);
+    int (*allocate)(int fd, int64_t bytes);
+    int (*write)(ds_queue *q, int slot, int fd, const void *data, int64_t bytes, int64_t at);
+    int (*truncate)(int fd, int64_t bytes);
+    int (*sync)(int fd);
+    int (*rename)(const char *from, const char *to);
+    int (*exchange)(const char *a, const char *b);
+    int (*mkdir)(const char *path);
+    int (*unlink)(const char *path);
+    int (*rmdir)(const char *path);
+} ds_io;
+ds_io *ds_io_now(void);
+
+/* Writing: `bytes` is how long the file will be; space for it is taken at once. append copies, any
+ * pieces in order; commit puts all on the disk, closes and frees f, also when it fails, and then
+ * nothing is left of the file; so does discard. replace 1: written under a temporary name and renamed
+ * when whole, over what was there, the folder synced; 0: a new file under its own name, the folder is
+ * the caller's to sync. hash: XXH3-64 of the whole file in hexadecimal, 17 bytes, or NULL. */
+typedef struct ds_file ds_file;
+int ds_file_create(ds_file **out, const char *path, int64_t bytes, int replace);
+int ds_file_append(ds_file *f, const void *data, int64_t bytes);
+int ds_file_commit(ds_file *f, char *hash);
+void ds_file_discard(ds_file *f);
+int ds_file_put(const char *path, const void *data, int64_t bytes, int replace, char *hash);
+
+/* Reading. hash: reads the whole file once, and leaves it in the page cache for what follows. */
+int ds_file_open(ds_file **out, const char *path);
+void ds_file_close(ds_file *f);
+int64_t ds_file_bytes(const ds_file *f);
+const char *ds_file_path(const ds_file *f);
+int ds_file_hash(ds_file *f, char *hash);
+int ds_file_read(ds_file *f, void *data, int64_t bytes, int64_t at);
+void ds_hash(char *out, const void *data, int64_t bytes);
+
+/* A tensor in a safetensors file. offset: of its first byte in the file. */
+typedef struct ds_entry {
+    const char *name;
+    int64_t offset, bytes, numel;
+    int64_t shape[8];
+    int32_t ndim;
+    int32_t dtype;
+} ds_entry;
+
+/* Starts a safetensors file: lays the entries (name, dtype, ndim, shape) out in their order, fills in
+ * the rest of each, writes the header. The caller appends their bytes in that order and commits.
+ * Wider dtypes must come first, so that all are aligned. meta: key, value, key, value …, NULL. */
+int ds_tensors_create(ds_file **out, const char *path, ds_entry *entries, int n,
+                      const char *const *meta, int replace);
+
+/* The header of a safetensors file, checked: entries in the order in which they lie, without gaps or
+ * overlaps, that together fill the file. They live as long as the ds_tensors. meta: NULL if there is
+ * no such key. read: n elements from element `first` on. */
+typedef struct ds_tensors ds_tensors;
+int ds_tensors_parse(ds_tensors **out, ds_file *f);
+void ds_tensors_free(ds_tensors *t);
+int ds_tensors_count(const ds_tensors *t);
+const ds_entry *ds_tensors_entry(const ds_tensors *t, int i);
+const char *ds_tensors_meta(const ds_tensors *t, const char *key);
+int ds_tensors_read(ds_file *f, const ds_entry *e, void *data, int64_t first, int64_t n);
+
+/* Folders. list: names without . and .., sorted, each ended by a zero byte, in memory to be given to
+ * ds_free; returns their bytes. make: with the folders above it, all synced. remove: a file or a
+ * folder with all in it, links not followed; nothing there is fine. exchange: 1 done, 0 the file
+ * system can't. lock: a descriptor for unlock; DS_ENOSYS without a message: it can't. Names of
+ * temporaries end with this host and process; dead: of a process of this host that is gone. */
+enum ds_path_kind { DS_PATH_NONE, DS_PATH_FILE, DS_PATH_FOLDER, DS_PATH_OTHER };
+int ds_path_kind(const char *path);
+int64_t ds_folder_list(char **out, const char *path);
+void ds_free(void *memory);
+int ds_folder_make(const char *path);
+int ds_folder_sync(const char *path);
+int ds_folder_lock(const char *path, int32_t timeout_ms);
+void ds_folder_unlock(int fd);
+int ds_rename(const char *from, const char *to);
+int ds_exchange(const char *a, const char *b);
+int ds_remove(const char *path);
+int ds_disk_free(int64_t *bytes, const char *path);
+int ds_temporary_name(char *out, int64_t bytes, const char *folder);
+int ds_temporary_dead(const char *name);
+
+/* ---- data (tokens.c, data.c) */
+
+/* Characters and their ids: the distinct characters of a UTF-8 text by code point, from 0 on. text
+ * NULL: the 256 bytes. encode: `ids` has room for `bytes` ids; decode: `text` for 4 n bytes. */
+typedef struct ds_vocab ds_vocab;
+int ds_vocab_make(ds_vocab **out, const char *text, int64_t bytes);
+void ds_vocab_free(ds_vocab *v);
+int64_t ds_vocab_size(const ds_vocab *v);
+int ds_vocab_encode(int32_t *ids, int64_t *n, const ds_vocab *v, const char *text, int64_t bytes);
+int ds_vocab_decode(char *text, int64_t *bytes, const ds_vocab *v, const int32_t *ids, int64_t n);
+
+/* A stream of tokens: a text file as characters or (bytes 1) bytes, with its vocabulary; or token
+ * files, mapped. A path may be a pattern (* ? [ ]). width: bytes a token in files without llm.c's
+ * header, 2 or 4; 0: all must have it. A mapped file that shrinks kills the process (SIGBUS). */
+typedef struct ds_tokens ds_tokens;
+int ds_tokens_text(ds_tokens **out, ds_vocab **vocab, const char *path, int bytes);
+int ds_tokens_open(ds_tokens **out, const char *const *paths, int n, int width);
+void ds_tokens_release(ds_tokens *t);
+int64_t ds_tokens_count(const ds_tokens *t);
+
+/* Windows over `count` tokens of a stream from token `start` on: `length` tokens and the same
+ * shifted by one, beginning every `stride` tokens, none across the end of a file. Tokens from
+ * vocab_size on are an error when they are met (0: unknown, up to 2^31 - 1). Keeps the stream alive.
+ * gather: x and y are dense i32 [n, length]. */
+typedef struct ds_windows ds_windows;
+int ds_windows_make(ds_windows **out, ds_tokens *t, int64_t start, int64_t count, int64_t length,
+                    int64_t stride, int64_t vocab_size);
+void ds_windows_release(ds_windows *w);
+int64_t ds_windows_count(const ds_windows *w);
+int ds_windows_gather(ds_tensor *x, ds_tensor *y, const ds_windows *w, const int64_t *index,
+                      int64_t n);
+
+/* A thread that gathers ahead: push says what the next batch is made of (at most `batch` windows, at
+ * most `depth` batches not yet taken), take waits for the oldest and copies it to x and y, or returns
+ * what went wrong with it. flush forgets all that was pushed. */
+typedef struct ds_feed ds_feed;
+int ds_feed_open(ds_feed **out, ds_windows *w, int64_t batch, int depth);
+void ds_feed_close(ds_feed *f);
+int ds_feed_push(ds_feed *f, const int64_t *index, int64_t n);
+int ds_feed_take(ds_tensor *x, ds_tensor *y, ds_feed *f);
+void ds_feed_flush(ds_feed *f);
+
+/* out[i] = which of `size` samples is at position first + i of epoch `epoch` (positions wrap). The
+ * order is a permutation computed from (seed, epoch), or 0, 1, 2, … */
+int ds_order(int64_t *out, int64_t first, int64_t n, int64_t size, int shuffle, int64_t seed,
+             int64_t epoch);
+
+/* ---- communication (comm.h, comm.c) */
+
+enum ds_reduction { DS_SUM, DS_MEAN, DS_MAX, DS_MIN, DS_REDUCTIONS };
+
+/* Ranks that work together. Every rank calls the same functions in the same order, from one thread. */
+typedef struct ds_comm ds_comm;
+
+/* A collective that is under way. It is the caller's, who keeps it and its tensors until ds_wait(). */
+typedef struct ds_work {
+    ds_comm *comm;
+    void *state;    /* the transport's own */
+    int64_t number; /* which collective of its group this is, from 1 */
+    int32_t kind;
+    int32_t device;
+    int32_t done;
+    int32_t code; /* when done: 0 or why it failed */
+} ds_work;
+
+/* All ranks of the job; made by the first call, the same ever after. Not the caller's to close. */
+int ds_comm_world(ds_comm **out);
+void ds_comm_finish(void); /* closes the world: before the process ends, never twice */
+
+/* The ranks of a group that name the same colour, ordered by key, then by rank. A negative colour is
+ * in none: *out is NULL. All ranks of the group call it. */
+int ds_comm_split(ds_comm **out, ds_comm *parent, int color, int key);
+void ds_comm_close(ds_comm *c);
+int ds_comm_rank(const ds_comm *c);
+int ds_comm_size(const ds_comm *c);
+int ds_comm_local_rank(const ds_comm *c); /* among those of this group on this host */
+int ds_comm_local_size(const ds_comm *c);
+
+/* Ends the job: ranks that wait in a collective return DS_ECOMM, as does every later call. Any
+ * thread may call it. */
+void ds_comm_abort(ds_comm *c, const char *why);
+
+/* Collectives, on dense tensors of one dtype and device. The first dimensions don't matter, elements
+ * do: N ranks, `in` of all_gather is a share, `out` N of them in order of rank; reduce_scatter the
+ * other way round; all_to_all sends share i to rank i. all_reduce may have out == in; nothing else
+ * may overlap. bf16 and f16 are summed in f32. work NULL: returns when it is done here; else at once.
+ * `op` is an enum ds_reduction, mean is for floating dtypes. */
+int ds_all_reduce(ds_tensor *out, const ds_tensor *in, int op, ds_comm *c, ds_work *work);
+int ds_reduce_scatter(ds_tensor *out, const ds_tensor *in, int op, ds_comm *c, ds_work *work);
+int ds_all_gather(ds_tensor *out, const ds_tensor *in, ds_comm *c, ds_work *work);
+int ds_all_to_all(ds_tensor *out, const ds_tensor *in, ds_comm *c, ds_work *work);
+int ds_broadcast(ds_tensor *t, int root, ds_comm *c, ds_work *work);
+int ds_send(const ds_tensor *in, int to, ds_comm *c, ds_work *work);
+int ds_recv(ds_tensor *out, int from, ds_comm *c, ds_work *work);
+int ds_barrier(ds_comm *c, ds_work *work);
+
+int ds_wait(ds_work *work); /* what the collective returned; again is harmless */
+int ds_test(ds_work *work); /* 1 done, 0 not yet, negative: it failed */
+
+/* ---- the partitioned optimizer's layout (zero.h, zero.c) */
+
+/* Parameters in flat buffers, one a group. numel and group: [n_params], groups ascending; every
+ * group's size is a multiple of 16 × world. Buckets hold at most bucket_numel elements, or one
+ * parameter. */
+typedef struct ds_zero ds_zero;
+typedef struct ds_zero_bucket {
+    int32_t group, first, last; /* parameters first to last, 0-based, both included */
+    int64_t start, numel;       /* elements of the group's buffer */
+} ds_zero_bucket;
+int ds_zero_make(ds_zero **out, int n_params, const int64_t *numel, const int32_t *group,
+                 int n_groups, int world, int64_t bucket_numel);
+void ds_zero_free(ds_zero *z);
+int64_t ds_zero_group_numel(const ds_zero *z, int group);
+int64_t ds_zero_offset(const ds_zero *z, int param); /* in its group's buffer */
+void ds_zero_shard(int64_t *start, int64_t *numel, const ds_zero *z, int group, int rank);
+int ds_zero_owner(const ds_zero *z, int group, int64_t element); /* a rank; -1: no such element */
+/* In the order in which backward completes them; returns how many, *out belongs to z. */
+int ds_zero_buckets(const ds_zero_bucket **out, const ds_zero *z);
+
+/* What must happen on all ranks at the same step: each field becomes the maximum over the ranks. */
+typedef struct ds_control {
+    int32_t overflow; /* a gradient is not finite: skip the step */
+    int32_t stop;     /* a signal number: save and end */
+    int32_t save;     /* a checkpoint is asked for */
+    int32_t version;  /* of settings changed while running */
+    int32_t attach;   /* somebody wants to look */
+} ds_control;
+int ds_control_agree(ds_control *word, ds_comm *comm);
+
+/* ds.h: end ffi */
+
+#endif

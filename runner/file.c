@@ -1,0 +1,378 @@
+/* file.c - one file, streamed out or in by large blocks and hashed on the way.
+ *
+ * Writing: bytes are copied into aligned blocks; a full block is hashed while it is in the cache and
+ * handed to the queue, so disk, copy and hash overlap on one thread (no helper that would compete
+ * with OpenMP's). The copy is also what lets odd tensor offsets meet O_DIRECT's alignment. A file
+ * appears under its name when it is whole and on the disk, or not at all.
+ *
+ * Reading: once through for the hash, which leaves the file in the page cache, then tensor by tensor
+ * from there. Measured against one pass into memory of our own: touching that memory for the first
+ * time costs more than copying out of the cache, and it could fail where a cache only shrinks.
+ */
+#include "runner/file.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
+#define SMALL ((int64_t)64 << 10)     /* up to that, a queue is not worth its set-up */
+#define READ_BLOCK ((int64_t)1 << 20) /* stays in the cache between copy and hash */
+
+struct ds_file {
+    char *path;      /* as the caller named it */
+    char *temporary; /* written under this name; NULL: under its own */
+    int fd;
+    int direct;    /* fd has O_DIRECT */
+    int failed;    /* writing: the first failure; everything later returns it */
+    int64_t bytes; /* whole file */
+    int64_t at;    /* writing: where the block that is filling begins */
+    int64_t filled;
+    int slot;
+    char *blocks; /* writing: DS_IO_DEPTH of DS_IO_BLOCK, or SMALL bytes for a small file */
+    ds_queue *queue;
+    XXH3_state_t *hash;
+};
+
+static int64_t round_up(int64_t n, int64_t to)
+{
+    return (n + to - 1) / to * to;
+}
+
+/* As xxh64sum and xxhsum -H3 print it. */
+static void hash_text(char out[17], uint64_t hash)
+{
+    snprintf(out, 17, "%016llx", (unsigned long long)hash);
+}
+
+static int file_new(ds_file **out, const char *path, int64_t bytes)
+{
+    ds_file *f = calloc(1, sizeof *f);
+
+    if (f) {
+        f->fd = -1;
+        f->bytes = bytes;
+        f->path = strdup(path);
+        f->hash = XXH3_createState();
+    }
+    if (!f || !f->path || !f->hash) {
+        ds_file_close(f);
+        return ds_fail(DS_ENOMEM, "out of host memory");
+    }
+    XXH3_64bits_reset(f->hash);
+    *out = f;
+    return 0;
+}
+
+void ds_file_close(ds_file *f)
+{
+    if (!f)
+        return;
+    ds_queue_close(f->queue);
+    if (f->fd >= 0)
+        close(f->fd);
+    XXH3_freeState(f->hash);
+    free(f->blocks);
+    free(f->temporary);
+    free(f->path);
+    free(f);
+}
+
+int64_t ds_file_bytes(const ds_file *f)
+{
+    return f->bytes;
+}
+
+const char *ds_file_path(const ds_file *f)
+{
+    return f->path;
+}
+
+/* ---- writing */
+
+/* Says what could not be written and, where the disk is full, how much was wanted. */
+static int fail_write(ds_file *f, int negative)
+{
+    int64_t available = 0;
+
+    if (negative == -ENOSPC || negative == -EDQUOT) {
+        ds_disk_free(&available, f->path);
+        f->failed = ds_fail(DS_EIO, "cannot write '%s': it needs %lld bytes and %lld are free",
+                            f->path, (long long)f->bytes, (long long)available);
+    } else {
+        f->failed = ds_fail_io(negative, "write", f->path);
+    }
+    return f->failed;
+}
+
+/* Temporaries of runs on this host that died while they wrote into the same folder. */
+static void clean_dead(const char *folder)
+{
+    char path[DS_PATH];
+    char *names;
+    int64_t bytes = ds_folder_list(&names, folder);
+
+    if (bytes < 0)
+        return;
+    for (char *name = names; name < names + bytes; name += strlen(name) + 1)
+        if (ds_temporary_dead(name) &&
+            snprintf(path, sizeof path, "%s/%s", folder, name) < (int)sizeof path &&
+            ds_path_kind(path) == DS_PATH_FILE)
+            ds_io_now()->unlink(path);
+    ds_free(names);
+}
+
+static int open_for_writing(ds_file *f, int replace)
+{
+    enum ds_io_mode mode = f->bytes <= SMALL ? DS_IO_PLAIN : ds_io_mode_wanted();
+    int64_t room = f->bytes <= SMALL ? SMALL : DS_IO_DEPTH * DS_IO_BLOCK;
+    int flags = O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC;
+    char folder[DS_PATH], name[DS_PATH];
+    int rc;
+
+    if (replace) {
+        if ((rc = ds_path_folder(folder, f->path)) < 0 ||
+            (rc = ds_temporary_name(name, sizeof name, folder)) < 0)
+            return rc;
+        clean_dead(folder);
+        if (!(f->temporary = strdup(name)))
+            return ds_fail(DS_ENOMEM, "out of host memory");
+    }
+    if (posix_memalign((void **)&f->blocks, DS_IO_ALIGN, (size_t)room))
+        return ds_fail(DS_ENOMEM, "out of host memory");
+    if ((rc = ds_queue_open(&f->queue, mode)) < 0)
+        return rc;
+    f->direct = mode != DS_IO_PLAIN;
+    f->fd = ds_io_now()->open(replace ? name : f->path, flags | (f->direct ? O_DIRECT : 0), 0666);
+    if (f->fd == -EINVAL && f->direct) {
+        f->direct = 0;
+        ds_io_now()->unlink(replace ? name : f->path); /* some make the file before they refuse */
+        f->fd = ds_io_now()->open(replace ? name : f->path, flags, 0666);
+    }
+    if (f->fd < 0)
+        return fail_write(f, f->fd);
+    rc = ds_io_now()->allocate(f->fd, f->bytes);
+    return rc < 0 ? fail_write(f, rc) : 0;
+}
+
+int ds_file_create(ds_file **out, const char *path, int64_t bytes, int replace)
+{
+    ds_file *f;
+    int rc = file_new(&f, path, bytes);
+
+    if (rc < 0)
+        return rc;
+    rc = open_for_writing(f, replace);
+    if (rc < 0) {
+        ds_file_discard(f);
+        return rc;
+    }
+    *out = f;
+    return 0;
+}
+
+/* Hashes the block that is filling and hands it to the queue; then waits for the next slot. */
+static int flush_block(ds_file *f)
+{
+    char *block = f->blocks + f->slot * DS_IO_BLOCK;
+    int64_t bytes = f->filled;
+    int rc;
+
+    if (!bytes)
+        return 0;
+    XXH3_64bits_update(f->hash, block, (size_t)bytes);
+    if (f->direct) { /* only the last one is odd; commit cuts the padding off */
+        bytes = round_up(bytes, DS_IO_ALIGN);
+        memset(block + f->filled, 0, (size_t)(bytes - f->filled));
+    }
+    rc = ds_io_now()->write(f->queue, f->slot, f->fd, block, bytes, f->at);
+    if (rc < 0)
+        return fail_write(f, rc);
+    f->at += f->filled;
+    f->filled = 0;
+    f->slot = (f->slot + 1) % DS_IO_DEPTH;
+    rc = ds_queue_wait(f->queue, f->slot);
+    return rc < 0 ? fail_write(f, rc) : 0;
+}
+
+int ds_file_append(ds_file *f, const void *data, int64_t bytes)
+{
+    int64_t block = f->bytes <= SMALL ? SMALL : DS_IO_BLOCK;
+    const char *from = data;
+
+    if (f->failed)
+        return f->failed;
+    if (bytes < 0 || bytes > f->bytes - f->at - f->filled)
+        return f->failed = ds_fail(DS_EINVAL, "'%s' was to have %lld bytes, more were appended",
+                                   f->path, (long long)f->bytes);
+    while (bytes > 0) {
+        int64_t n = block - f->filled < bytes ? block - f->filled : bytes;
+
+        memcpy(f->blocks + f->slot * DS_IO_BLOCK + f->filled, from, (size_t)n);
+        f->filled += n;
+        from += n;
+        bytes -= n;
+        if (f->filled == block && flush_block(f) < 0)
+            return f->failed;
+    }
+    return 0;
+}
+
+/* All blocks on the disk, the file as long as it should be, closed. */
+static int settle(ds_file *f)
+{
+    ds_io *io = ds_io_now();
+    int fd = f->fd, rc;
+
+    if (f->at + f->filled != f->bytes)
+        return f->failed = ds_fail(DS_EINVAL, "'%s' was to have %lld bytes, %lld were appended",
+                                   f->path, (long long)f->bytes, (long long)(f->at + f->filled));
+    if (flush_block(f) < 0)
+        return f->failed;
+    for (int i = 0; i < DS_IO_DEPTH; i++)
+        if ((rc = ds_queue_wait(f->queue, i)) < 0)
+            return fail_write(f, rc);
+    if (f->direct && f->bytes % DS_IO_ALIGN && (rc = io->truncate(fd, f->bytes)) < 0)
+        return fail_write(f, rc);
+    if ((rc = io->sync(fd)) < 0)
+        return fail_write(f, rc);
+    f->fd = -1;
+    if ((rc = io->close(fd)) < 0)
+        return fail_write(f, rc);
+    return 0;
+}
+
+int ds_file_commit(ds_file *f, char *hash)
+{
+    char folder[DS_PATH];
+    int rc = f->failed ? f->failed : settle(f);
+
+    if (rc >= 0 && f->temporary) {
+        rc = ds_io_now()->rename(f->temporary, f->path);
+        if (rc < 0)
+            fail_write(f, rc);
+        else if ((rc = ds_path_folder(folder, f->path)) >= 0)
+            rc = ds_folder_sync(folder);
+        if (!f->failed) { /* it has its name now; a failure to sync leaves it there */
+            free(f->temporary);
+            f->temporary = NULL;
+        }
+    }
+    if (rc < 0) {
+        rc = f->failed ? f->failed : rc;
+        ds_file_discard(f);
+        return rc;
+    }
+    if (hash)
+        hash_text(hash, XXH3_64bits_digest(f->hash));
+    ds_file_close(f);
+    return 0;
+}
+
+void ds_file_discard(ds_file *f)
+{
+    char *name;
+
+    if (!f)
+        return;
+    name = f->temporary ? f->temporary : f->path;
+    ds_queue_close(f->queue);
+    f->queue = NULL;
+    if (f->fd >= 0) {
+        ds_io_now()->close(f->fd);
+        f->fd = -1;
+        ds_io_now()->unlink(name);
+    }
+    ds_file_close(f);
+}
+
+int ds_file_put(const char *path, const void *data, int64_t bytes, int replace, char *hash)
+{
+    ds_file *f;
+    int rc = ds_file_create(&f, path, bytes, replace);
+
+    if (rc < 0)
+        return rc;
+    ds_file_append(f, data, bytes);
+    return ds_file_commit(f, hash);
+}
+
+/* ---- reading */
+
+int ds_file_open(ds_file **out, const char *path)
+{
+    struct stat s;
+    ds_file *f;
+    int rc = file_new(&f, path, 0);
+
+    if (rc < 0)
+        return rc;
+    f->fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (f->fd < 0 || fstat(f->fd, &s) < 0) {
+        rc = ds_fail_io(-errno, "read", path);
+        goto fail;
+    }
+    if (!S_ISREG(s.st_mode)) {
+        rc = ds_fail(DS_ECORRUPT, "'%s' is not a file", path);
+        goto fail;
+    }
+    f->bytes = s.st_size;
+    *out = f;
+    return 0;
+
+fail:
+    ds_file_close(f);
+    return rc;
+}
+
+int ds_file_hash(ds_file *f, char *hash)
+{
+    int64_t block = f->bytes < READ_BLOCK ? f->bytes : READ_BLOCK, n;
+    char *buffer = malloc((size_t)block + 1);
+    int rc = buffer ? 0 : ds_fail(DS_ENOMEM, "out of host memory");
+
+    posix_fadvise(f->fd, 0, 0, POSIX_FADV_SEQUENTIAL);
+    XXH3_64bits_reset(f->hash);
+    for (int64_t at = 0; at < f->bytes && rc >= 0; at += n) {
+        n = f->bytes - at < block ? f->bytes - at : block;
+        rc = ds_file_read(f, buffer, n, at);
+        if (rc >= 0)
+            XXH3_64bits_update(f->hash, buffer, (size_t)n);
+    }
+    posix_fadvise(f->fd, 0, 0, POSIX_FADV_NORMAL);
+    free(buffer);
+    if (rc >= 0)
+        hash_text(hash, XXH3_64bits_digest(f->hash));
+    return rc;
+}
+
+int ds_file_read(ds_file *f, void *data, int64_t bytes, int64_t at)
+{
+    int64_t moved = 0;
+
+    if (bytes < 0 || at < 0 || at > f->bytes || bytes > f->bytes - at)
+        return ds_fail(DS_ERANGE, "bytes %lld to %lld are not in '%s' of %lld bytes",
+                       (long long)at, (long long)(at + bytes), f->path, (long long)f->bytes);
+    while (moved < bytes) {
+        ssize_t n = pread(f->fd, (char *)data + moved, (size_t)(bytes - moved), at + moved);
+
+        if (n > 0)
+            moved += n;
+        else if (n == 0)
+            return ds_fail(DS_ECORRUPT, "'%s' became shorter while it was read", f->path);
+        else if (errno != EINTR)
+            return ds_fail_io(-errno, "read", f->path);
+    }
+    return 0;
+}
+
+void ds_hash(char *out, const void *data, int64_t bytes)
+{
+    hash_text(out, XXH3_64bits(data, (size_t)bytes));
+}

@@ -1,0 +1,41 @@
+/* file.h - files and folders, written so that they survive a crash, and read with a check.
+ *
+ * Three layers: io.c (the one door to the operating system for everything that changes a disk, and
+ * a queue of writes), file.c (one file, streamed out or in, hashed on the way),
+ * safetensors.c (tensors in such a file). What Lua may call is in ds.h.
+ */
+#ifndef DS_FILE_H
+#define DS_FILE_H
+
+#include <sys/types.h>
+
+#include "runner/ds.h"
+
+#define DS_IO_ALIGN 4096                 /* of addresses, offsets and sizes, for O_DIRECT */
+#define DS_IO_BLOCK ((int64_t)512 << 10) /* one write; 16 of them stay in the cache */
+#define DS_IO_DEPTH 16                   /* so many under way */
+
+/* How bytes move. DS_IO=plain|direct|uring forces one; each falls back to the one before it where
+ * the system refuses (tmpfs has no O_DIRECT, containers often forbid io_uring). */
+enum ds_io_mode { DS_IO_PLAIN, DS_IO_DIRECT, DS_IO_URING };
+
+enum ds_io_mode ds_io_mode_wanted(void);
+
+/* A queue of writes to one file. In mode uring they run while the caller works; otherwise starting
+ * one is doing it. Slots are the caller's: 0 to DS_IO_DEPTH - 1, one write each at a time, whose data
+ * stays where it is until it is waited for. */
+int ds_queue_open(ds_queue **out, enum ds_io_mode mode);
+void ds_queue_close(ds_queue *q);
+/* 0 or -errno; what is wrong with the transfer itself is told by ds_queue_wait. */
+int ds_queue_write(ds_queue *q, int slot, int fd, const void *data, int64_t bytes, int64_t at);
+/* Waits until the slot's last write is over: 0 when all of it was written, or -errno. */
+int ds_queue_wait(ds_queue *q, int slot);
+
+/* ds_fail() with the reason in words for a file operation that gave -errno. */
+int ds_fail_io(int negative, const char *what, const char *path);
+
+/* The folder that a path is in: "." without a slash. `out` has room for DS_PATH bytes. */
+#define DS_PATH 4096
+int ds_path_folder(char *out, const char *path);
+
+#endif

@@ -1,0 +1,357 @@
+/* host.c - the Lua state: what is in it, how a script is run, how it ends.
+ *
+ * C never calls Lua while Lua runs: a script is run from here, and everything else in C is called by
+ * it and returns to it. The rules of the state (strict globals, where modules are found, how an error
+ * is shown) are policy and stand in lua/ds/boot.lua; this file gives it the facts.
+ *
+ * os.exit() does not raise, as a pcall would catch that: it jumps back into ds_host_run(), which
+ * returns to main(), where the process is closed in order.
+ */
+#include "runner/host.h"
+
+#include <lauxlib.h>
+#include <lua.h>
+#include <luajit.h>
+#include <lualib.h>
+
+#include <limits.h>
+#include <setjmp.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "kernels/error.h"
+#include "runner/cdef.h"
+#include "runner/version.h"
+
+struct ds_host {
+    lua_State *L;
+    ds_host_config config;
+    char root[PATH_MAX]; /* the folder that holds ds/ */
+    jmp_buf top;         /* where os.exit() goes */
+    int running;
+    int code; /* os.exit()'s */
+};
+
+/* Where the library may lie, from the program's folder: a checkout's build/, an installation, a
+ * checkout's build/<name>/. */
+static const char *const library_places[] = {"../lua", "../share/dsrun/lua", "../../lua"};
+
+static int holds_library(char *root, const char *folder)
+{
+    char file[PATH_MAX + 16];
+
+    if (!realpath(folder, root))
+        return 0;
+    snprintf(file, sizeof file, "%s/ds/boot.lua", root);
+    return access(file, R_OK) == 0;
+}
+
+static int find_library(char *root)
+{
+    const char *given = getenv("DSRUN_LUA");
+    char program[PATH_MAX], folder[PATH_MAX + 32];
+    ssize_t length;
+    char *slash;
+
+    if (given) {
+        if (holds_library(root, given))
+            return 0;
+        return ds_fail(DS_ENOENT, "DSRUN_LUA is %s, but there is no ds/boot.lua in it", given);
+    }
+    length = readlink("/proc/self/exe", program, sizeof program - 1);
+    if (length < 0)
+        return ds_fail(DS_ENOENT, "cannot read /proc/self/exe (set DSRUN_LUA to the lua folder)");
+    program[length] = 0;
+    slash = strrchr(program, '/');
+    *slash = 0;
+    for (size_t i = 0; i < sizeof library_places / sizeof *library_places; i++) {
+        snprintf(folder, sizeof folder, "%s/%s", program, library_places[i]);
+        if (holds_library(root, folder))
+            return 0;
+    }
+    return ds_fail(DS_ENOENT, "the Lua library is neither in %s/../lua nor in %s/../share/dsrun/lua "
+                   "(set DSRUN_LUA to its folder)", program, program);
+}
+
+/* ---- what Lua is told: the table that require("ds.host") returns */
+
+static void set_string(lua_State *L, const char *key, const char *value)
+{
+    if (value) {
+        lua_pushstring(L, value);
+        lua_setfield(L, -2, key);
+    }
+}
+
+/* Lists of kernel names: unary as { name =, saved = }, the others as strings. */
+static void push_kernels(lua_State *L, enum ds_kind kind)
+{
+    int n = 0;
+
+    lua_newtable(L);
+    for (const ds_kernel_entry *k = ds_kernel_list; k->name; k++) {
+        if (k->kind != kind)
+            continue;
+        if (kind == DS_KIND_UNARY) {
+            char saved[2] = {k->saved, 0};
+            lua_createtable(L, 0, 2);
+            set_string(L, "name", k->name);
+            set_string(L, "saved", k->saved ? saved : NULL);
+        } else {
+            lua_pushstring(L, k->name);
+        }
+        lua_rawseti(L, -2, ++n);
+    }
+}
+
+static int push_host_table(lua_State *L, const ds_host *host)
+{
+    static const char *const lists[] = {
+        [DS_KIND_UNARY] = "unary",
+        [DS_KIND_BINARY] = "binary",
+        [DS_KIND_COMPARE] = "compare",
+        [DS_KIND_KERNEL] = "kernels",
+    };
+    size_t bytes;
+    char folder[PATH_MAX];
+    char *text = ds_cdef(&bytes);
+
+    if (!text)
+        return ds_fail(DS_ENOMEM, "out of memory");
+    lua_newtable(L);
+    lua_pushlstring(L, text, bytes);
+    lua_setfield(L, -2, "cdef");
+    free(text);
+    for (int kind = DS_KIND_UNARY; kind <= DS_KIND_KERNEL; kind++) {
+        push_kernels(L, (enum ds_kind)kind);
+        lua_setfield(L, -2, lists[kind]);
+    }
+    set_string(L, "root", host->root);
+    set_string(L, "program", host->config.program);
+    set_string(L, "script", host->config.script);
+    set_string(L, "version", ds_version);
+    set_string(L, "commit", ds_commit);
+    set_string(L, "folder", getcwd(folder, sizeof folder));
+    lua_newtable(L);
+    set_string(L, "device", host->config.device);
+    set_string(L, "seed", host->config.seed);
+    lua_setfield(L, -2, "options");
+    return 0;
+}
+
+/* arg as the lua program has it: the script is arg[0], its options follow, the program precedes. */
+static void push_arguments(lua_State *L, const ds_host_config *config)
+{
+    lua_createtable(L, config->count, 2);
+    lua_pushstring(L, config->script ? config->script : config->program);
+    lua_rawseti(L, -2, 0);
+    if (config->script) {
+        lua_pushstring(L, config->program);
+        lua_rawseti(L, -2, -1);
+    }
+    for (int i = 0; i < config->count; i++) {
+        lua_pushstring(L, config->arguments[i]);
+        lua_rawseti(L, -2, i + 1);
+    }
+}
+
+/* ---- the state */
+
+static int os_exit(lua_State *L)
+{
+    ds_host *host = lua_touserdata(L, lua_upvalueindex(1));
+
+    if (lua_isboolean(L, 1))
+        host->code = lua_toboolean(L, 1) ? 0 : 1;
+    else
+        host->code = (int)luaL_optinteger(L, 1, 0);
+    if (!host->running)
+        return luaL_error(L, "os.exit: the script has ended already");
+    longjmp(host->top, 1);
+}
+
+static int preload_host(lua_State *L)
+{
+    lua_pushvalue(L, lua_upvalueindex(1));
+    return 1;
+}
+
+/* Runs boot.lua with the host table; what it returns is kept in the registry under the host. */
+static int boot(lua_State *L, ds_host *host)
+{
+    char file[PATH_MAX + 16];
+    int rc;
+
+    rc = push_host_table(L, host);
+    if (rc < 0)
+        return rc;
+    lua_getglobal(L, "package");
+    lua_getfield(L, -1, "preload");
+    lua_pushvalue(L, -3);
+    lua_pushcclosure(L, preload_host, 1);
+    lua_setfield(L, -2, "ds.host");
+    lua_pop(L, 2);
+    snprintf(file, sizeof file, "%s/ds/boot.lua", host->root);
+    if (luaL_loadfile(L, file))
+        return ds_fail(DS_EINVAL, "%s", lua_tostring(L, -1));
+    lua_insert(L, -2);
+    if (lua_pcall(L, 1, 1, 0))
+        return ds_fail(DS_EINVAL, "%s", lua_tostring(L, -1));
+    lua_setfield(L, LUA_REGISTRYINDEX, "ds.boot");
+    return 0;
+}
+
+int ds_host_open(ds_host **out, const ds_host_config *config)
+{
+    ds_host *host = calloc(1, sizeof *host);
+    lua_State *L;
+    int rc;
+
+    if (!host)
+        return ds_fail(DS_ENOMEM, "out of memory");
+    host->config = *config;
+    rc = find_library(host->root);
+    if (rc < 0)
+        goto fail;
+    L = host->L = luaL_newstate();
+    if (!L) {
+        rc = ds_fail(DS_ENOMEM, "out of memory for a Lua state");
+        goto fail;
+    }
+    luaL_openlibs(L);
+    lua_getglobal(L, "os");
+    lua_pushlightuserdata(L, host);
+    lua_pushcclosure(L, os_exit, 1);
+    lua_setfield(L, -2, "exit");
+    lua_pop(L, 1);
+    push_arguments(L, config);
+    lua_setglobal(L, "arg");
+    rc = boot(L, host);
+    if (rc < 0)
+        goto fail;
+    *out = host;
+    return 0;
+
+fail:
+    ds_host_close(host);
+    return rc;
+}
+
+void ds_host_close(ds_host *host)
+{
+    if (host && host->L)
+        lua_close(host->L);
+    free(host);
+}
+
+/* ---- running */
+
+static void push_boot(lua_State *L, const char *field)
+{
+    lua_getfield(L, LUA_REGISTRYINDEX, "ds.boot");
+    lua_getfield(L, -1, field);
+    lua_remove(L, -2);
+}
+
+static int load_stdin(lua_State *L)
+{
+    luaL_Buffer buffer;
+    size_t length;
+    const char *text;
+
+    luaL_buffinit(L, &buffer);
+    for (size_t n = 1; n > 0;) {
+        n = fread(luaL_prepbuffer(&buffer), 1, LUAL_BUFFERSIZE, stdin);
+        luaL_addsize(&buffer, n);
+    }
+    luaL_pushresult(&buffer);
+    text = lua_tolstring(L, -1, &length);
+    if (length && *text == '#') { /* keeps the line's end, so that lines keep their numbers */
+        const char *end = memchr(text, '\n', length);
+        length = end ? length - (size_t)(end - text) : 0;
+        text = end ? end : "";
+    }
+    return luaL_loadbuffer(L, text, length, "@stdin");
+}
+
+/* Pushes the function to call and its arguments, or a message; returns their number, or -1. */
+static int load(lua_State *L, ds_host *host, enum ds_source source, const char *text,
+                const char *argument)
+{
+    int rc = 0;
+
+    switch (source) {
+    case DS_SOURCE_FILE:
+        rc = luaL_loadfile(L, text);
+        break;
+    case DS_SOURCE_STDIN:
+        rc = load_stdin(L);
+        break;
+    case DS_SOURCE_TEXT:
+        rc = luaL_loadbuffer(L, text, strlen(text), "@-e");
+        break;
+    case DS_SOURCE_MODULE:
+        push_boot(L, "call");
+        lua_pushstring(L, text);
+        lua_pushstring(L, argument);
+        return 2;
+    }
+    if (rc)
+        return -1;
+    push_boot(L, source == DS_SOURCE_TEXT ? "eval" : "strict");
+    lua_setfenv(L, -2);
+    if (source == DS_SOURCE_TEXT)
+        return 0;
+    luaL_checkstack(L, host->config.count, "too many arguments");
+    for (int i = 0; i < host->config.count; i++)
+        lua_pushstring(L, host->config.arguments[i]);
+    return host->config.count;
+}
+
+/* A nil error means "failed, say nothing more": busted ends a failed run so. */
+static int show_error(lua_State *L)
+{
+    const char *message = lua_tostring(L, -1);
+
+    if (message) {
+        fflush(stdout);
+        fprintf(stderr, "%s\n", message);
+    }
+    lua_pop(L, 1);
+    return 1;
+}
+
+static int run(ds_host *host, enum ds_source source, const char *text, const char *argument)
+{
+    lua_State *L = host->L;
+    int handler, count, code = 0;
+
+    push_boot(L, "handler");
+    handler = lua_gettop(L);
+    count = load(L, host, source, text, argument);
+    if (count < 0 || lua_pcall(L, count, 0, handler))
+        code = show_error(L);
+    lua_settop(L, handler - 1);
+    return code;
+}
+
+int ds_host_run(ds_host *host, enum ds_source source, const char *text, const char *argument,
+                int *exited)
+{
+    int code;
+
+    *exited = 0;
+    if (source == DS_SOURCE_FILE && access(text, R_OK) < 0)
+        return ds_fail(DS_ENOENT, "no such script: %s", text);
+    host->running = 1;
+    if (setjmp(host->top)) {
+        *exited = 1;
+        code = host->code;
+    } else {
+        code = run(host, source, text, argument);
+    }
+    host->running = 0;
+    return code;
+}

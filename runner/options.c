@@ -1,0 +1,289 @@
+/* options.c - the command line: one table from options.def; reading, suggestions, help. */
+#include "runner/options.h"
+
+#include <ctype.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels/error.h"
+#include "runner/log.h"
+
+enum action { DS_USE, DS_RANKS, DS_NOTE, DS_REFUSE, GROUP };
+
+typedef struct option {
+    const char *name;
+    char letter;
+    const char *argument; /* "[X]": may be left out */
+    enum action action;
+    const char *help;
+    int id;
+} option;
+
+static const option table[] = {
+#define DS_GROUP(title) {title, 0, NULL, GROUP, NULL, -1},
+#define DS_OPTION(name, letter, argument, action, help)                                            \
+    {#name, letter, argument, action, help, DS_OPT_##name},
+#include "runner/options.def"
+};
+
+#define ROWS ((int)(sizeof table / sizeof *table))
+#define MAX_NAME 48
+
+static const struct {
+    const char *name;
+    enum ds_command command;
+    const char *help;
+} commands[] = {
+    {"repl", DS_RUN_REPL, "read Lua line by line, print what it gives"},
+    {"env", DS_RUN_ENV, "what this machine and this dsrun offer"},
+};
+
+#define COMMANDS ((int)(sizeof commands / sizeof *commands))
+
+/* ---- finding an option */
+
+/* Edits that turn a into b: letters put in, left out, exchanged, or two neighbours swapped. */
+static int distance(const char *a, const char *b)
+{
+    int n = (int)strlen(a), m = (int)strlen(b);
+    int d[MAX_NAME + 1][MAX_NAME + 1];
+
+    if (n > MAX_NAME || m > MAX_NAME)
+        return MAX_NAME;
+    for (int i = 0; i <= n; i++) {
+        for (int j = 0; j <= m; j++) {
+            int best;
+            if (i == 0 || j == 0) {
+                d[i][j] = i + j;
+                continue;
+            }
+            best = d[i - 1][j - 1] + (a[i - 1] != b[j - 1]);
+            if (d[i - 1][j] + 1 < best)
+                best = d[i - 1][j] + 1;
+            if (d[i][j - 1] + 1 < best)
+                best = d[i][j - 1] + 1;
+            if (i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1] &&
+                d[i - 2][j - 2] + 1 < best)
+                best = d[i - 2][j - 2] + 1;
+            d[i][j] = best;
+        }
+    }
+    return d[n][m];
+}
+
+static const char *closest(const char *name)
+{
+    const char *found = NULL;
+    int best = 2 + (int)strlen(name) / 4;
+
+    for (int i = 0; i < ROWS; i++) {
+        int d = table[i].action == GROUP ? MAX_NAME : distance(name, table[i].name);
+        if (d < best) {
+            best = d;
+            found = table[i].name;
+        }
+    }
+    return found;
+}
+
+static const option *find_name(const char *name)
+{
+    for (int i = 0; i < ROWS; i++)
+        if (table[i].action != GROUP && !strcmp(name, table[i].name))
+            return &table[i];
+    return NULL;
+}
+
+static const option *find_letter(char letter)
+{
+    for (int i = 0; i < ROWS; i++)
+        if (table[i].letter && table[i].letter == letter)
+            return &table[i];
+    return NULL;
+}
+
+static int unknown(const char *given, const char *name)
+{
+    const char *meant = name ? closest(name) : NULL;
+
+    if (meant)
+        return ds_fail(DS_EINVAL, "unknown option %s (did you mean --%s?)", given, meant);
+    return ds_fail(DS_EINVAL, "unknown option %s (dsrun --help lists them; options of the script "
+                              "follow its name)",
+                   given);
+}
+
+/* ---- reading */
+
+typedef struct reader {
+    int argc, next;
+    char **argv;
+} reader;
+
+static int keep(ds_options *options, const option *o, const char *value)
+{
+    switch (o->action) {
+    case DS_RANKS:
+        if (!options->ranks)
+            options->ranks = o->name;
+        break;
+    case DS_NOTE:
+        ds_logf(DS_LOG_INFO, "--%s changes nothing here: %s", o->name, o->help);
+        break;
+    case DS_REFUSE:
+        return ds_fail(DS_EINVAL, "--%s is not for dsrun: %s", o->name, o->help);
+    default:
+        if (o->id == DS_OPT_eval)
+            options->eval[options->evals++] = value;
+        break;
+    }
+    options->value[o->id] = value;
+    return 0;
+}
+
+/* `attached`: what stood after '=' or the letter; NULL: nothing. */
+static int read_value(ds_options *options, reader *in, const option *o, const char *attached)
+{
+    const char *value = "";
+
+    if (!o->argument) {
+        if (attached)
+            return ds_fail(DS_EINVAL, "--%s takes no value, but was given '%s'", o->name, attached);
+    } else if (attached) {
+        value = attached;
+    } else if (in->next < in->argc && (o->argument[0] != '[' || in->argv[in->next][0] != '-')) {
+        value = in->argv[in->next++];
+    } else if (o->argument[0] != '[') {
+        return ds_fail(DS_EINVAL, "--%s wants a value: --%s %s", o->name, o->name, o->argument);
+    }
+    return keep(options, o, value);
+}
+
+static int read_long(ds_options *options, reader *in, const char *text)
+{
+    size_t length = strcspn(text + 2, "=");
+    const char *attached = text[2 + length] ? text + 2 + length + 1 : NULL;
+    char name[MAX_NAME + 1];
+    const option *o;
+
+    if (length > MAX_NAME)
+        return unknown(text, NULL);
+    for (size_t i = 0; i < length; i++)
+        name[i] = text[2 + i] == '-' ? '_' : text[2 + i];
+    name[length] = 0;
+    o = find_name(name);
+    return o ? read_value(options, in, o, attached) : unknown(text, name);
+}
+
+static int read_letters(ds_options *options, reader *in, const char *text)
+{
+    for (const char *c = text + 1; *c; c++) {
+        const option *o = find_letter(*c);
+        if (!o)
+            return unknown(text, text + 1);
+        if (o->argument)
+            return read_value(options, in, o, c[1] ? c + 1 : NULL);
+        if (read_value(options, in, o, NULL) < 0)
+            return DS_EINVAL;
+    }
+    return 0;
+}
+
+/* DeepSpeed's -e names hosts to leave out. Text of these characters only is no Lua that does anything,
+ * which needs a blank, a bracket, a quote or a '='. */
+static int names_hosts(const char *text)
+{
+    return *text && text[strspn(text, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+                                      "0123456789-_.,:@")] == 0;
+}
+
+static int check(ds_options *options)
+{
+    const char *seed = options->value[DS_OPT_seed];
+    const char *device = options->value[DS_OPT_device];
+    const char *level = options->value[DS_OPT_log_level];
+
+    if (seed && (!*seed || seed[strspn(seed, "0123456789")] || strlen(seed) > 15))
+        return ds_fail(DS_EINVAL, "--seed wants a whole number from 0 to 999999999999999, not '%s'",
+                       seed);
+    if (device && strcmp(device, "cpu") && strcmp(device, "cuda"))
+        return ds_fail(DS_EINVAL, "--device wants cpu or cuda, not '%s'", device);
+    if (options->script && !options->ranks)
+        for (int i = 0; i < options->evals; i++)
+            if (names_hosts(options->eval[i]))
+                options->ranks = "exclude";
+    if (level)
+        return ds_log_level(level);
+    if (options->value[DS_OPT_quiet])
+        return ds_log_level("error");
+    return 0;
+}
+
+int ds_options_parse(ds_options *options, int argc, char **argv)
+{
+    reader in = {argc, 1, argv};
+    int rc = 0;
+
+    memset(options, 0, sizeof *options);
+    options->eval = calloc((size_t)argc + 1, sizeof *options->eval);
+    if (!options->eval)
+        return ds_fail(DS_ENOMEM, "out of memory");
+    while (rc == 0 && in.next < argc && argv[in.next][0] == '-' && argv[in.next][1]) {
+        const char *text = argv[in.next++];
+        if (!strcmp(text, "--"))
+            break;
+        rc = text[1] == '-' ? read_long(options, &in, text) : read_letters(options, &in, text);
+    }
+    if (rc < 0)
+        return rc;
+    if (in.next < argc) {
+        options->script = argv[in.next];
+        options->arguments = argv + in.next + 1;
+        options->count = argc - in.next - 1;
+        for (int i = 0; i < COMMANDS; i++)
+            if (!strcmp(options->script, commands[i].name))
+                options->command = commands[i].command;
+        if (options->command != DS_RUN_SCRIPT)
+            options->script = NULL;
+    }
+    return check(options);
+}
+
+/* ---- help */
+
+void ds_options_usage(FILE *out)
+{
+    fputs("usage: dsrun [options] script.lua [the script's options]\n"
+          "       dsrun [options] -e CODE | -\n",
+          out);
+    for (int i = 0; i < COMMANDS; i++)
+        fprintf(out, "       dsrun %-6s %s\n", commands[i].name, commands[i].help);
+}
+
+void ds_options_help(FILE *out)
+{
+    ds_options_usage(out);
+    fputs("\nRuns a Lua script that trains a neural network; '-' reads it from standard input.\n"
+          "In the names of options, - and _ are the same.\n",
+          out);
+    for (int i = 0; i < ROWS; i++) {
+        const option *o = &table[i];
+        char left[64];
+
+        if (o->action == GROUP) {
+            fprintf(out, "\n%s\n", o->name);
+            continue;
+        }
+        snprintf(left, sizeof left, "%c%c%s--%s%s%s", o->letter ? '-' : ' ',
+                 o->letter ? o->letter : ' ', o->letter ? ", " : "  ", o->name,
+                 o->argument ? " " : "", o->argument ? o->argument : "");
+        fprintf(out, "  %-30s  %s\n", left, o->help);
+    }
+    fputs("\nexamples\n"
+          "  dsrun models/gpt/train.lua --steps 500     train a character GPT\n"
+          "  dsrun --seed 7 train.lua                   the same numbers every time\n"
+          "  dsrun -e 'print(ds.randn(2, 3))'           ds is there without require\n"
+          "  dsrun --config-help optimizer              a section of the config file\n"
+          "  kill -USR2 PID                             where is the script?\n",
+          out);
+}

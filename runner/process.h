@@ -1,0 +1,29 @@
+/* process.h - signals, what runs at the end, and where the script is, for the whole process.
+ *
+ * Lua's part (ds_signal_pending, ds_signal_claim, ds_breadcrumb) is declared in ds.h.
+ */
+#ifndef DS_PROCESS_H
+#define DS_PROCESS_H
+
+#include "runner/ds.h"
+
+/* What must happen before the process ends, last one in first; `code` is the exit code that is about
+ * to be returned, so that a communicator can tell a failure from an end. DS_ENOMEM: no room left. */
+int ds_at_end(void (*hook)(void *data, int code), void *data);
+void ds_run_end_hooks(int code);
+
+/* Told by main()'s handler that SIGINT, SIGTERM or SIGUSR1 came; 1: end at once. */
+int ds_signal_arrived(int signal);
+
+/* Has SIGUSR2 answered on stderr. `ask` makes the Lua state call ds_site_answer() soon, with the
+ * place where the script is; it is called from the signal handler. */
+int ds_site_watch(void (*ask)(void));
+
+/* Whether somebody waits for ds_site_answer(). */
+int ds_site_wanted(void);
+void ds_site_answer(const char *where);
+
+/* The loop that Lua compiled last: inside of one that calls nothing, Lua cannot answer. */
+void ds_site_loop(const char *where);
+
+#endif

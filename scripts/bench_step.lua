@@ -1,0 +1,112 @@
+--- Our side of `make bench`: a process that trains on command, so that sides take turns.
+--
+--     dsrun scripts/bench_step.lua nano|char|gpt2 fp32|bf16 [checkpoint folder]
+--
+-- Full steps through the engine: forward, backward, clipping, AdamW. For each line on standard
+-- input one on standard output:
+--
+--     SECONDS   trains that long, at least one step   → median_ms min_ms steps loss
+--     steps N   trains N steps                        → the same
+--     memory    → peak_kB now_kB import_kB faults     (peak since the last `reset`)
+--     reset     starts a new peak                     → ok
+--     save      writes a checkpoint                   → ms
+--     load      reads it                              → ms
+--     q         ends
+
+local ds = require "ds"
+local seconds = require("ds.ffi").C.ds_seconds
+
+--- A line of /proc/self/status, in kB.
+local function status(key)
+  local file = assert(io.open "/proc/self/status")
+  local value = file:read("*a"):match(key .. ":%s*(%d+)")
+  file:close()
+  return tonumber(value)
+end
+
+local import_kB = status "VmRSS"
+local GPT = require "models.gpt"
+
+local configs = { -- as in scripts/peer_gpt.py
+  nano = { n_layer = 4, n_head = 4, n_embd = 128, block_size = 64, vocab_size = 65, batch = 12 },
+  char = { n_layer = 6, n_head = 6, n_embd = 384, block_size = 256, vocab_size = 65, batch = 16 },
+  gpt2 = { n_layer = 12, n_head = 12, n_embd = 768, block_size = 256, vocab_size = 50257,
+    batch = 4 },
+}
+
+local config, dtype, folder = configs[arg[1]], arg[2], arg[3]
+if not config or (dtype ~= "fp32" and dtype ~= "bf16") then
+  error("usage: bench_step.lua nano|char|gpt2 fp32|bf16 [checkpoint folder]", 0)
+end
+
+local batch = config.batch
+config.batch = nil
+local model = GPT(config)
+local engine = ds.initialize {
+  model = model,
+  model_parameters = model:param_groups(0.1),
+  config = {
+    train_micro_batch_size_per_gpu = batch,
+    gradient_clipping = 1.0,
+    bf16 = { enabled = dtype == "bf16" },
+    optimizer = { type = "AdamW", params = { lr = 1e-3, betas = { 0.9, 0.95 } } },
+  },
+}
+
+local x = ds.randint(0, config.vocab_size, batch, config.block_size):keep()
+local y = ds.randint(0, config.vocab_size, batch, config.block_size):keep()
+
+local function step()
+  local loss = engine(x, y)
+  engine:backward(loss)
+  engine:step()
+  return loss
+end
+
+local function train(duration, steps)
+  local times, start = {}, seconds()
+  local loss
+  while #times < steps or seconds() - start < duration do
+    local t = seconds()
+    loss = step()
+    times[#times + 1] = (seconds() - t) * 1e3
+  end
+  table.sort(times)
+  local median = times[math.floor(#times / 2) + 1]
+  return ("%.4f %.4f %d %.4f"):format(median, times[1], #times, loss:item())
+end
+
+--- Milliseconds that f() takes.
+local function timed(f)
+  local t = seconds()
+  f()
+  return ("%.3f"):format((seconds() - t) * 1e3)
+end
+
+local answers = {
+  steps = function(n) return train(0, tonumber(n)) end,
+  memory = function()
+    local faults = ds.memory().page_faults
+    return ("%d %d %d %d"):format(status "VmHWM", status "VmRSS", import_kB, faults)
+  end,
+  reset = function()
+    local file = assert(io.open("/proc/self/clear_refs", "w"))
+    file:write "5"
+    file:close()
+    return "ok"
+  end,
+  save = function()
+    return timed(function() engine:save_checkpoint(folder, "bench") end)
+  end,
+  load = function()
+    return timed(function() assert(engine:load_checkpoint(folder, "bench")) end)
+  end,
+}
+
+for line in io.lines() do
+  local word, rest = line:match "^(%S+)%s*(.*)"
+  if word == "q" then break end
+  local answer = answers[word]
+  print(answer and answer(rest) or train(tonumber(word), 1))
+  io.flush()
+end

@@ -1,0 +1,178 @@
+--- models/gpt: the nano GPT trains as PyTorch's does (tests/golden/gpt.py), and generates.
+
+local ds = require "ds"
+local json = require "ds.json"
+local GPT = require "models.gpt"
+
+local root = debug.getinfo(1, "S").source:match "^@(.*)tests/lua/" or ""
+
+--- Park and Miller's generator, as in tests/golden/gpt.py.
+local function stream_of(seed)
+  local state = seed
+  local stream = {}
+  function stream.integer()
+    state = state * 48271 % 2147483647
+    return state
+  end
+  --- A tensor of numbers in (-1, 1), times `scale`, plus `offset`.
+  function stream.uniform(shape, scale, offset)
+    local n, data = 1, {}
+    for _, s in ipairs(shape) do n = n * s end
+    for i = 1, n do data[i] = (offset or 0) + (stream.integer() / 1073741823.5 - 1) * scale end
+    return ds.tensor(data, "f64"):reshape { unpack(shape) }
+  end
+  return stream
+end
+
+local function fill(parameters, stream)
+  ds.no_grad(function()
+    for _, e in ipairs(parameters) do
+      local shape = e.parameter:size()
+      if #shape > 1 then
+        e.parameter:copy_(stream.uniform(shape, 0.035))
+      elseif e.name:find "weight$" then
+        e.parameter:copy_(stream.uniform(shape, 0.1, 1))
+      else
+        e.parameter:copy_(stream.uniform(shape, 0.02))
+      end
+    end
+  end)
+end
+
+--- The ids of the training text: the rank of each byte among those that occur.
+local function read_text()
+  local file = assert(io.open(root .. "models/gpt/shakespeare.txt", "rb"))
+  local text = file:read "*a"
+  file:close()
+  local seen, ids, next_id = {}, {}, 0
+  for c in text:gmatch "." do seen[c:byte()] = true end
+  for byte = 0, 255 do
+    if seen[byte] then
+      ids[byte] = next_id
+      next_id = next_id + 1
+    end
+  end
+  return text:sub(1, math.floor(#text * 9 / 10)), ids
+end
+
+local function batch(text, ids, c, stream)
+  local xs, ys = {}, {}
+  for b = 1, c.batch do
+    local start = stream.integer() % (#text - c.block_size)
+    xs[b], ys[b] = {}, {}
+    for t = 1, c.block_size do
+      xs[b][t], ys[b][t] = ids[text:byte(start + t)], ids[text:byte(start + t + 1)]
+    end
+  end
+  return ds.tensor(xs, "i64"), ds.tensor(ys, "i64")
+end
+
+describe("the nano GPT against PyTorch", function()
+  local golden = assert(json.load(root .. "tests/golden/gpt.json"))
+  local c = golden.model
+  local model, probes, stream
+
+  before_each(function()
+    model = GPT { n_layer = c.n_layer, n_head = c.n_head, n_embd = c.n_embd,
+      block_size = c.block_size, vocab_size = c.vocab_size }
+    stream, probes = stream_of(golden.seed), {}
+    fill(model:named_parameters(), stream)
+    for i, e in ipairs(golden.parameters) do probes[i] = stream.uniform({ unpack(e.shape) }, 1) end
+  end)
+
+  it("has the same parameters in the same order", function()
+    local mine, theirs = {}, {}
+    for i, e in ipairs(model:named_parameters()) do
+      mine[i] = e.name .. " " .. table.concat(e.parameter:size(), " x ")
+    end
+    for i, e in ipairs(golden.parameters) do
+      theirs[i] = e.name .. " " .. table.concat(e.shape, " x ")
+    end
+    assert.are.same(theirs, mine)
+  end)
+
+  it("has the same loss and gradients", function()
+    local text, ids = read_text()
+    local loss = model(batch(text, ids, c, stream))
+    assert.is_near(golden.losses[1], loss:item(), 1e-5)
+    loss:backward()
+    for i, e in ipairs(model:named_parameters()) do
+      local expected = golden.parameters[i]
+      local g = e.parameter.grad:to "f64"
+      local tolerance = 1e-4 * expected.norm + 1e-8
+      assert.is_near(expected.norm, g:norm():item(), tolerance, e.name)
+      assert.is_near(expected.probe, (g * probes[i]):sum():item(), tolerance, e.name)
+    end
+  end)
+
+  it("has the same loss curve over 200 steps of AdamW", function()
+    local text, ids = read_text()
+    local engine = ds.initialize {
+      model = model,
+      model_parameters = model:param_groups(golden.weight_decay),
+      config = {
+        train_micro_batch_size_per_gpu = c.batch,
+        gradient_clipping = golden.clip,
+        optimizer = { type = "AdamW", params = { lr = golden.lr, eps = golden.eps,
+          betas = { unpack(golden.betas) }, weight_decay = golden.weight_decay } },
+      },
+    }
+    for step, expected in ipairs(golden.losses) do
+      local loss = engine(batch(text, ids, c, stream))
+      engine:backward(loss)
+      engine:step()
+      local tolerance = step <= 20 and 1e-4 or 1e-2
+      assert.is_near(expected, loss:item(), tolerance * expected, "loss of step " .. step)
+      assert.is_near(golden.norms[step], engine:get_global_grad_norm(),
+        (step <= 20 and 1e-3 or 0.05) * golden.norms[step], "gradient norm of step " .. step)
+    end
+    engine:destroy()
+  end)
+end)
+
+describe("a GPT", function()
+  local config = { n_layer = 1, n_head = 2, n_embd = 16, block_size = 8, vocab_size = 11 }
+
+  it("gives logits without targets and the mean loss with them", function()
+    local model = GPT(config)
+    local x = ds.randint(0, 11, 3, 8)
+    local logits = model(x)
+    assert.are.same({ 3, 8, 11 }, logits:size())
+    assert.is_near(ds.F.cross_entropy(logits, x):item(), model(x, x):item(), 1e-5)
+  end)
+
+  it("does not look ahead", function()
+    local model = GPT(config)
+    local a = ds.tensor({ { 1, 2, 3, 4 } }, "i64")
+    local b = ds.tensor({ { 1, 2, 9, 9 } }, "i64")
+    local first = model(a):narrow(2, 1, 2):tolist()
+    assert.are.same(first, model(b):narrow(2, 1, 2):tolist())
+  end)
+
+  it("generates beyond its context, and greedily with temperature 0 or top_k 1", function()
+    local model = GPT(config)
+    local x = ds.tensor({ { 1, 2, 3 }, { 4, 5, 6 } }, "i64")
+    local y = model:generate(x, 10, { temperature = 0 })
+    assert.are.same({ 2, 13 }, y:size())
+    assert.are.same(x:tolist(), y:narrow(2, 1, 3):tolist())
+    assert.are.same(y:tolist(), model:generate(x, 10, { top_k = 1 }):tolist())
+    local likeliest = model(x):select(2, -1):argmax(-1):tolist()
+    assert.are.same(likeliest, y:select(2, 4):tolist())
+  end)
+
+  it("samples what it predicts", function()
+    local model = GPT(config)
+    ds.no_grad(function() model.ln_f.weight:zero_() end)
+    ds.no_grad(function() model.ln_f.bias:copy_(model.wte.weight:select(1, 8) * 1e4) end)
+    local y = model:generate(ds.zeros(1, 1, { dtype = "i64" }), 6)
+    assert.are.same({ { 0, 7, 7, 7, 7, 7, 7 } }, y:tolist())
+  end)
+
+  it("refuses what it cannot do", function()
+    local model = GPT(config)
+    assert.has_error(function() model(ds.zeros(1, 9, { dtype = "i64" })) end)
+    assert.error_matches(function() GPT { layers = 3 } end, "unknown key 'layers'")
+    assert.error_matches(function() GPT { n_embd = 10, n_head = 3 } end,
+      "n_embd 10 is no multiple of n_head 3")
+  end)
+end)
