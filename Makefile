@@ -52,7 +52,7 @@ library := $(filter-out $(BUILD)/runner/main.o,$(objects))
 tests   := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/c/test_*.c))
 fuzzers := $(patsubst tests/fuzz/%.c,%,$(wildcard tests/fuzz/*.c))
 
-.PHONY: all setup demo test soak bench bench-peers lint asan fuzz install clean help c-tests FORCE
+.PHONY: all setup demo test soak bench bench-peers lint asan fuzz install clean help c-tests fuzzers FORCE
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -63,8 +63,13 @@ $(BUILD)/dsrun: $(objects) $(BUILD)/link.flags
 
 c-tests: $(tests)
 
+fuzzers: $(fuzzers:%=$(BUILD)/tests/fuzz/%)
+
 $(BUILD)/tests/c/%: $(BUILD)/tests/c/%.o $(library) $(BUILD)/link.flags
 	$(CC) $(LINK) -o $@ $< $(library) $(LDLIBS) -lcmocka
+
+$(BUILD)/tests/fuzz/%: $(BUILD)/tests/fuzz/%.o $(library) $(BUILD)/link.flags
+	$(CC) $(LINK) -fsanitize=fuzzer -o $@ $< $(library) $(LDLIBS)
 
 $(BUILD)/%.o: %.c $(BUILD)/once.flags
 	@mkdir -p $(@D)
@@ -93,3 +98,68 @@ $(BUILD)/%.flags: FORCE
 	@echo '$(text_$*)' | cmp -s - $@ || echo '$(text_$*)' > $@
 
 -include $(shell find $(BUILD) -name '*.d' 2>/dev/null)
+
+# ---- targets
+
+setup:
+	@scripts/setup test lint
+
+demo:
+	@scripts/setup demo
+	@$(MAKE) all
+	$(BUILD)/dsrun models/gpt/train.lua
+	$(BUILD)/dsrun models/gpt/sample.lua
+
+test:
+	@scripts/setup test
+	@$(MAKE) all c-tests
+	@BUILD=$(BUILD) scripts/test
+
+lint:
+	@scripts/setup lint
+	@scripts/lint
+
+asan:
+	@scripts/setup test
+	@$(MAKE) BUILD=build/asan SANITIZE=address,undefined CFLAGS='-O1 -g' all c-tests
+	@BUILD=build/asan scripts/test
+
+fuzz:
+	@scripts/setup lint
+	@$(MAKE) BUILD=build/fuzz CC=clang SANITIZE=address,undefined,fuzzer-no-link CFLAGS='-O1 -g' fuzzers
+	@for f in $(fuzzers); do \
+	  mkdir -p build/fuzz/corpus/$$f && echo "fuzzing $$f for $(FUZZ_SECONDS) s" && \
+	  build/fuzz/tests/fuzz/$$f -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=4096 -verbosity=0 \
+	    -artifact_prefix=build/fuzz/$$f- build/fuzz/corpus/$$f || exit 1; done
+
+soak:
+	@scripts/setup test lint
+	@$(MAKE) all c-tests
+	@BUILD=$(BUILD) scripts/soak
+
+bench: all
+	@scripts/bench
+
+bench-peers:
+	@scripts/bench-peers
+
+install: all
+	install -d '$(DESTDIR)$(PREFIX)/bin' '$(DESTDIR)$(PREFIX)/share/dsrun'
+	install -m 755 $(BUILD)/dsrun '$(DESTDIR)$(PREFIX)/bin/dsrun'
+	find lua models -type f ! -name '.*' -exec install -D -m 644 {} '$(DESTDIR)$(PREFIX)/share/dsrun/{}' \;
+
+clean:
+	rm -rf $(BUILD)
+
+help:
+	@echo 'make            build $(BUILD)/dsrun (make setup first installs what that needs)'
+	@echo 'make demo       install what is missing, build, train a character GPT, print a sample'
+	@echo 'make test       install what is missing, build, run the tests'
+	@echo 'make lint       luacheck, clang-format, clang with warnings as errors, layers'
+	@echo 'make asan       the tests under the address and undefined-behaviour sanitizers'
+	@echo 'make fuzz       fuzz the readers of files, FUZZ_SECONDS=$(FUZZ_SECONDS) each'
+	@echo 'make soak       repeat everything for SOAK_MINUTES, write tests/SOAK.md'
+	@echo 'make bench      benchmarks, beside PyTorch where make bench-peers has installed it'
+	@echo 'make install    PREFIX=$(PREFIX) DESTDIR=$(DESTDIR)'
+	@echo 'make clean'
+	@echo 'CC=clang, BUILD=folder, WERROR=1, SANITIZE=address,undefined, CFLAGS=… as you like'

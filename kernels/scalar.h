@@ -165,11 +165,11 @@ DS_FUNC float ds_erf_f32(float x)
 /* sin(x + quarters π/2). The reduction to |r| ≤ π/4 is in f64, with π/2 in two parts, the first of
  * 33 bits: n times it is exact up to |x| = 2^20; beyond, the absolute error grows as |x| 2^-53, and
  * above 2^50 only the range [-1, 1] is right. */
-DS_FUNC float ds_sin_quarter_f32(float x, uint32_t quarters)
+DS_FUNC float ds_sin_quarter_f32(double x, uint32_t quarters)
 {
     const double round = 0x1.8p52;
-    double t = (double)x * 0.63661977236758134308 + round, n = t - round;
-    double rest = (double)x - n * 0x1.921fb544p0 - n * 0x1.0b4611a626331p-34;
+    double t = x * 0.63661977236758134308 + round, n = t - round;
+    double rest = x - n * 0x1.921fb544p0 - n * 0x1.0b4611a626331p-34;
     double above = rest < -0.8 ? -0.8 : rest;
     float r = (float)(above > 0.8 ? 0.8 : above), z = r * r, s, c;
     uint64_t u;
@@ -184,12 +184,12 @@ DS_FUNC float ds_sin_quarter_f32(float x, uint32_t quarters)
 
 DS_FUNC float ds_sin_f32(float x)
 {
-    return ds_sin_quarter_f32(x, 0);
+    return ds_sin_quarter_f32((double)x, 0);
 }
 
 DS_FUNC float ds_cos_f32(float x)
 {
-    return ds_sin_quarter_f32(x, 1);
+    return ds_sin_quarter_f32((double)x, 1);
 }
 
 /* |a|^b = exp(b log |a|) in f64: the log's error is multiplied by up to 104. With a = 2^e m, m in
@@ -262,6 +262,15 @@ DS_FUNC double ds_tail_f64(double *density, double a)
 #include "kernels/scalar.h"
 #undef real
 #undef R
+
+/* ---- comparisons, of any type */
+
+#define ds_eq(a, b) ((a) == (b))
+#define ds_ne(a, b) ((a) != (b))
+#define ds_lt(a, b) ((a) < (b))
+#define ds_le(a, b) ((a) <= (b))
+#define ds_gt(a, b) ((a) > (b))
+#define ds_ge(a, b) ((a) >= (b))
 
 /* ---- operations on integers: they wrap around */
 
@@ -337,12 +346,12 @@ DS_FUNC real R(div)(real a, real b)
 /* NaN in either gives NaN. */
 DS_FUNC real R(maximum)(real a, real b)
 {
-    return (a > b) | (a != a) ? a : b;
+    return ((a > b) | (a != a)) ? a : b;
 }
 
 DS_FUNC real R(minimum)(real a, real b)
 {
-    return (a < b) | (a != a) ? a : b;
+    return ((a < b) | (a != a)) ? a : b;
 }
 
 /* ---- one input: the value, and the slope as a function of x or y */
@@ -362,7 +371,7 @@ DS_FUNC real R(sign)(real x)
 {
     real s = x > 0 ? (real)1 : (real)-1;
 
-    return (x == 0) | (x != x) ? x : s;
+    return ((x == 0) | (x != x)) ? x : s;
 }
 
 DS_FUNC real R(abs_slope)(real x)

@@ -25,10 +25,12 @@ static const char *const ops_text[] = {
     "typedef struct ds_ops {\n",
 #define DS_UNARY(name, saved)                                                                      \
     "int (*" #name ")" TEXT((T y, C x)) ";\n"                                                      \
-    "int (*" #name "_backward)" TEXT((T dx, C dy, C s)) ";\n",
+                                        "int (*" #name "_backward)" TEXT((T dx, C dy, C s)) ";\n",
 #define DS_BINARY(name)                                                                            \
-    "int (*" #name ")" TEXT((T y, C a, C b)) ";\n"                                                 \
-    "int (*" #name "_scalar)" TEXT((T y, C x, double s, int flip)) ";\n",
+    "int (*" #name                                                                                 \
+    ")" TEXT((T y, C a, C b)) ";\n"                                                                \
+                              "int (*" #name                                                       \
+                              "_scalar)" TEXT((T y, C x, double s, int flip)) ";\n",
 #define DS_COMPARE(name) DS_BINARY(name)
 #define DS_KERNEL(name, signature) "int (*" #name ")" TEXT(signature) ";\n",
 #include "kernels/ops.def"

@@ -1,5 +1,5 @@
-/* comm.c - groups of ranks and what they do together: checks and bookkeeping for every transport, and
- * `self`, the transport of a job of one rank.
+/* comm.c - groups of ranks and what they do together: checks and bookkeeping for every transport,
+ * and `self`, the transport of a job of one rank.
  */
 #include "runner/comm.h"
 
@@ -149,8 +149,10 @@ int ds_comm_split(ds_comm **out, ds_comm *parent, int color, int key)
 
 void ds_comm_close(ds_comm *c)
 {
+    pthread_mutex_lock(&world_lock);
     if (c && c != world)
         close_group(c);
+    pthread_mutex_unlock(&world_lock);
 }
 
 int ds_comm_rank(const ds_comm *c)
@@ -195,7 +197,8 @@ static int check_tensor(const ds_call *call, const ds_tensor *t, const char *whi
     if (!t->data && t->numel)
         return ds_fail(DS_EINVAL, "%s: the %s tensor was released", name, which);
     if (!t->dense)
-        return ds_fail(DS_EINVAL, "%s: the %s tensor is not dense; use t:contiguous()", name, which);
+        return ds_fail(DS_EINVAL, "%s: the %s tensor is not dense; use t:contiguous()", name,
+                       which);
     return 0;
 }
 
@@ -247,8 +250,8 @@ static int check_call(const ds_comm *c, const ds_call *call)
     if (c->aborted)
         return ds_fail(DS_ECOMM, "%s: the job was ended", name);
     if (kinds[call->kind].has_peer && (call->peer < 0 || call->peer >= c->size))
-        return ds_fail(DS_ERANGE, "%s: rank %d of a group of %d; ranks count from 0", name, call->peer,
-                       c->size);
+        return ds_fail(DS_ERANGE, "%s: rank %d of a group of %d; ranks count from 0", name,
+                       call->peer, c->size);
     if ((call->kind == DS_SEND || call->kind == DS_RECV) && call->peer == c->rank)
         return ds_fail(DS_EINVAL, "%s: rank %d is this one", name, call->peer);
     if (kinds[call->kind].in)
@@ -283,8 +286,8 @@ int ds_comm_start(ds_comm *c, const ds_call *call, ds_work *work)
         return rc;
     transport = c->transport[device];
     if (!transport->start[call->kind])
-        return work->code = ds_fail(DS_ENOSYS, "%s has no %s", transport->name,
-                                    kinds[call->kind].name);
+        return work->code =
+                   ds_fail(DS_ENOSYS, "%s has no %s", transport->name, kinds[call->kind].name);
     work->number = ++c->calls;
     work->done = 0;
     inside(c, call->kind, work->number);

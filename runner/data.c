@@ -1,5 +1,5 @@
-/* data.c - what is handed out: the order of samples, windows over a token stream, and the thread that
- * gathers the windows of the next batches.
+/* data.c - what is handed out: the order of samples, windows over a token stream, and the thread
+ * that gathers the windows of the next batches.
  *
  * A window is `length` tokens and the same shifted by one, as i32: half the memory of i64, and
  * embedding and cross-entropy take both.
@@ -18,13 +18,14 @@
 /* ---- shuffling
  *
  * The swap-or-not shuffle (Hoang, Morris, Rogaway 2012, "An enciphering scheme based on a card
- * shuffle", figure 1) computes where one element of [0, size) goes without a table and for any size:
- * in each round x and its partner k - x mod size swap places, or not, as a hash of the pair says.
+ * shuffle", figure 1) computes where one element of [0, size) goes, for any size and without a
+ * table: in each round x and its partner k - x mod size swap places, or not, as a hash of the pair
+ * says.
  */
 
 enum { ROUNDS = 64 };
 
-/* The finalizer of splitmix64 (Steele, Lea, Flood 2014): every bit of z moves half of the others. */
+/* The finalizer of splitmix64 (Steele, Lea, Flood 2014): every bit of z moves half of the rest. */
 static uint64_t mix(uint64_t z)
 {
     z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
@@ -94,8 +95,8 @@ WIDEN(widen_1, uint8_t)
 WIDEN(widen_2, uint16_t)
 WIDEN(widen_4, uint32_t)
 
-static uint32_t (*const widen[])(int32_t *, const char *, int64_t) = {
-    [1] = widen_1, [2] = widen_2, [4] = widen_4};
+typedef uint32_t widen_function(int32_t *out, const char *tokens, int64_t n);
+static widen_function *const widen[] = {[1] = widen_1, [2] = widen_2, [4] = widen_4};
 
 int ds_windows_make(ds_windows **out, ds_tokens *t, int64_t start, int64_t count, int64_t length,
                     int64_t stride, int64_t vocab_size)
@@ -131,8 +132,8 @@ int ds_windows_make(ds_windows **out, ds_tokens *t, int64_t start, int64_t count
     if (w->count == 0) {
         free(w);
         return ds_fail(DS_EINVAL,
-                       "%s: no window of length %lld fits: it takes %lld tokens, and the longest run "
-                       "has %lld",
+                       "%s: no window of length %lld fits: it takes %lld tokens, and the longest "
+                       "run has %lld",
                        t->shard[0].name, (long long)length, (long long)length + 1,
                        (long long)longest);
     }
@@ -167,7 +168,8 @@ static int bad_token(const ds_windows *w, const struct span *s, int64_t start)
     for (;; start++) { /* there is one */
         widen[s->shard->width](&id, s->shard->data + start * s->shard->width, 1);
         if ((uint32_t)id >= w->limit)
-            return ds_fail(DS_ERANGE, "%s: token %u at position %lld is outside the vocabulary of %u",
+            return ds_fail(DS_ERANGE,
+                           "%s: token %u at position %lld is outside the vocabulary of %u",
                            s->shard->name, (unsigned)id, (long long)start + 1, (unsigned)w->limit);
     }
 }
@@ -253,7 +255,7 @@ struct ds_feed {
     pthread_mutex_t lock;
     pthread_cond_t work, done;
     /* Batches so far; each is in slot[number % depth]. taken <= filled <= pushed <= taken + depth.
-     * `lock` guards these, and slots belong to whom they say: to the thread from filled to pushed. */
+     * `lock` guards these; slots belong to whom they say: to the thread from filled to pushed. */
     uint64_t pushed, filled, taken;
     int busy; /* the thread is filling slot[filled % depth] */
     int stop;
@@ -311,8 +313,8 @@ static int start_thread(ds_feed *f)
     rc = pthread_create(&f->thread, NULL, feed_thread, f);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (rc)
-        return ds_fail(DS_ENOMEM, "cannot start the thread that loads data: %s; prefetch = 0 does "
-                       "without it", strerror(rc));
+        return ds_fail(DS_ENOMEM, "cannot start the loader's thread: %s; prefetch = 0 needs none",
+                       strerror(rc));
     return 0;
 }
 
@@ -322,8 +324,8 @@ int ds_feed_open(ds_feed **out, ds_windows *w, int64_t batch, int depth)
     int rc = 0;
 
     if (batch < 1 || depth < 1 || depth > 4096)
-        return ds_fail(DS_EINVAL, "prefetch %d batches of %lld: from 1 to 4096, of at least 1", depth,
-                       (long long)batch);
+        return ds_fail(DS_EINVAL, "prefetch %d batches of %lld: from 1 to 4096, of at least 1",
+                       depth, (long long)batch);
     f = calloc(1, sizeof *f + (size_t)depth * sizeof *f->slot);
     if (!f)
         return ds_fail(DS_ENOMEM, "out of memory: prefetch of %d batches", depth);

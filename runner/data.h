@@ -19,7 +19,8 @@ struct ds_shard {
 /* Finds the tokens in the `bytes` bytes of a token file: sets data, count and width. `width` 2 or 4
  * says what a file without a header holds; 0: only a file with a header will do. Reads nothing
  * outside the bytes. DS_ECORRUPT: the file, named in the message, is not what it should be. */
-int ds_shard_parse(struct ds_shard *out, const char *name, const void *file, size_t bytes, int width);
+int ds_shard_parse(struct ds_shard *out, const char *name, const void *file, size_t bytes,
+                   int width);
 
 /* A stream: shards one after the other. */
 struct ds_tokens {

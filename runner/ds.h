@@ -80,6 +80,11 @@ const struct ds_ops *ds_ops_of(int device);
 const char *ds_cpu_level(void);
 const char *const *ds_cpu_levels(void);
 
+/* ---- time and terminal (clock.c) */
+
+double ds_seconds(void); /* since some fixed moment; never goes back */
+int ds_terminal(void);   /* 1: stderr is a terminal */
+
 /* ---- process, signals, where the script is (process.c, threads.c, log.c) */
 
 /* The signal that asks this process to stop (SIGINT, SIGTERM, SIGUSR1 by number), or 0. */
@@ -100,6 +105,8 @@ int ds_log_shows(int level); /* 1 or 0: whether ds_log() would write it */
 /* One line typed by the user, without its end, with editing and history on a terminal; valid until
  * the next call; NULL: the end of input. */
 const char *ds_read_line(const char *prompt);
+int ds_is_terminal(void); /* 1: input and output are a terminal */
+const char *ds_dnnl_version(void);
 
 /* ---- JSON (json.c) */
 
@@ -204,9 +211,10 @@ int ds_tensors_read(ds_file *f, const ds_entry *e, void *data, int64_t first, in
 /* Folders. list: names without . and .., sorted, each ended by a zero byte, in memory to be given to
  * ds_free; returns their bytes. make: with the folders above it, all synced. remove: a file or a
  * folder with all in it, links not followed; nothing there is fine. exchange: 1 done, 0 the file
- * system can't. lock: a descriptor for unlock; DS_ENOSYS without a message: it can't. Names of
+ * system can't. lock: a descriptor for unlock; DS_FOLDER_NO_LOCK, no message: it can't. Names of
  * temporaries end with this host and process; dead: of a process of this host that is gone. */
 enum ds_path_kind { DS_PATH_NONE, DS_PATH_FILE, DS_PATH_FOLDER, DS_PATH_OTHER };
+enum { DS_FOLDER_NO_LOCK = -100 };
 int ds_path_kind(const char *path);
 int64_t ds_folder_list(char **out, const char *path);
 void ds_free(void *memory);
@@ -288,7 +296,7 @@ typedef struct ds_work {
 
 /* All ranks of the job; made by the first call, the same ever after. Not the caller's to close. */
 int ds_comm_world(ds_comm **out);
-void ds_comm_finish(void); /* closes the world: before the process ends, never twice */
+void ds_comm_finish(void); /* closes the world, before the process ends; again is harmless */
 
 /* The ranks of a group that name the same colour, ordered by key, then by rank. A negative colour is
  * in none: *out is NULL. All ranks of the group call it. */

@@ -1,13 +1,14 @@
 /* file.c - one file, streamed out or in by large blocks and hashed on the way.
  *
- * Writing: bytes are copied into aligned blocks; a full block is hashed while it is in the cache and
- * handed to the queue, so disk, copy and hash overlap on one thread (no helper that would compete
- * with OpenMP's). The copy is also what lets odd tensor offsets meet O_DIRECT's alignment. A file
- * appears under its name when it is whole and on the disk, or not at all.
+ * Writing: bytes are copied into aligned blocks; a full block is hashed while it is in the cache
+ * and handed to the queue, so disk, copy and hash overlap on one thread (no helper that would
+ * compete with OpenMP's). The copy is also what lets odd tensor offsets meet O_DIRECT's alignment.
+ * A file appears under its name when it is whole and on the disk, or not at all.
  *
- * Reading: once through for the hash, which leaves the file in the page cache, then tensor by tensor
- * from there. Measured against one pass into memory of our own: touching that memory for the first
- * time costs more than copying out of the cache, and it could fail where a cache only shrinks.
+ * Reading: once through for the hash, which leaves the file in the page cache, then tensor by
+ * tensor from there. Measured against one pass into memory of our own: touching that memory for the
+ * first time costs more than copying out of the cache, and it could fail where a cache only
+ * shrinks.
  */
 #include "runner/file.h"
 
@@ -30,6 +31,7 @@ struct ds_file {
     char *temporary; /* written under this name; NULL: under its own */
     int fd;
     int direct;    /* fd has O_DIRECT */
+    int made;      /* there is a file that a failure must remove */
     int failed;    /* writing: the first failure; everything later returns it */
     int64_t bytes; /* whole file */
     int64_t at;    /* writing: where the block that is filling begins */
@@ -157,6 +159,7 @@ static int open_for_writing(ds_file *f, int replace)
     }
     if (f->fd < 0)
         return fail_write(f, f->fd);
+    f->made = 1;
     rc = ds_io_now()->allocate(f->fd, f->bytes);
     return rc < 0 ? fail_write(f, rc) : 0;
 }
@@ -255,17 +258,12 @@ int ds_file_commit(ds_file *f, char *hash)
 
     if (rc >= 0 && f->temporary) {
         rc = ds_io_now()->rename(f->temporary, f->path);
-        if (rc < 0)
-            fail_write(f, rc);
-        else if ((rc = ds_path_folder(folder, f->path)) >= 0)
+        rc = rc < 0 ? fail_write(f, rc) : ds_path_folder(folder, f->path);
+        f->made = f->failed != 0; /* from here on it is the user's file */
+        if (rc >= 0)
             rc = ds_folder_sync(folder);
-        if (!f->failed) { /* it has its name now; a failure to sync leaves it there */
-            free(f->temporary);
-            f->temporary = NULL;
-        }
     }
     if (rc < 0) {
-        rc = f->failed ? f->failed : rc;
         ds_file_discard(f);
         return rc;
     }
@@ -277,18 +275,15 @@ int ds_file_commit(ds_file *f, char *hash)
 
 void ds_file_discard(ds_file *f)
 {
-    char *name;
-
     if (!f)
         return;
-    name = f->temporary ? f->temporary : f->path;
-    ds_queue_close(f->queue);
+    ds_queue_close(f->queue); /* before the blocks go */
     f->queue = NULL;
-    if (f->fd >= 0) {
+    if (f->fd >= 0)
         ds_io_now()->close(f->fd);
-        f->fd = -1;
-        ds_io_now()->unlink(name);
-    }
+    f->fd = -1;
+    if (f->made)
+        ds_io_now()->unlink(f->temporary ? f->temporary : f->path);
     ds_file_close(f);
 }
 
@@ -357,8 +352,8 @@ int ds_file_read(ds_file *f, void *data, int64_t bytes, int64_t at)
     int64_t moved = 0;
 
     if (bytes < 0 || at < 0 || at > f->bytes || bytes > f->bytes - at)
-        return ds_fail(DS_ERANGE, "bytes %lld to %lld are not in '%s' of %lld bytes",
-                       (long long)at, (long long)(at + bytes), f->path, (long long)f->bytes);
+        return ds_fail(DS_ERANGE, "'%s' has %lld bytes, not %lld from byte %lld on", f->path,
+                       (long long)f->bytes, (long long)bytes, (long long)at);
     while (moved < bytes) {
         ssize_t n = pread(f->fd, (char *)data + moved, (size_t)(bytes - moved), at + moved);
 

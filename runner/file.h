@@ -22,8 +22,8 @@ enum ds_io_mode { DS_IO_PLAIN, DS_IO_DIRECT, DS_IO_URING };
 enum ds_io_mode ds_io_mode_wanted(void);
 
 /* A queue of writes to one file. In mode uring they run while the caller works; otherwise starting
- * one is doing it. Slots are the caller's: 0 to DS_IO_DEPTH - 1, one write each at a time, whose data
- * stays where it is until it is waited for. */
+ * one is doing it. Slots are the caller's: 0 to DS_IO_DEPTH - 1, one write each at a time, whose
+ * data stays where it is until it is waited for. */
 int ds_queue_open(ds_queue **out, enum ds_io_mode mode);
 void ds_queue_close(ds_queue *q);
 /* 0 or -errno; what is wrong with the transfer itself is told by ds_queue_wait. */

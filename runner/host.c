@@ -1,8 +1,8 @@
 /* host.c - the Lua state: what is in it, how a script is run, how it ends.
  *
- * C never calls Lua while Lua runs: a script is run from here, and everything else in C is called by
- * it and returns to it. The rules of the state (strict globals, where modules are found, how an error
- * is shown) are policy and stand in lua/ds/boot.lua; this file gives it the facts.
+ * C never calls Lua while Lua runs: a script is run from here, and everything else in C is called
+ * by it and returns to it. The rules of the state (strict globals, where modules are found, how an
+ * error is shown) are policy and stand in lua/ds/boot.lua; this file gives it the facts.
  *
  * os.exit() does not raise, as a pcall would catch that: it jumps back into ds_host_run(), which
  * returns to main(), where the process is closed in order.
@@ -14,22 +14,28 @@
 #include <luajit.h>
 #include <lualib.h>
 
+#include <errno.h>
 #include <limits.h>
+#include <pthread.h>
 #include <setjmp.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/time.h>
 #include <unistd.h>
 
 #include "kernels/error.h"
 #include "runner/cdef.h"
+#include "runner/process.h"
 #include "runner/version.h"
 
 struct ds_host {
     lua_State *L;
     ds_host_config config;
-    char root[PATH_MAX]; /* the folder that holds ds/ */
-    jmp_buf top;         /* where os.exit() goes */
+    char root[PATH_MAX];        /* the folder that holds ds/ */
+    char library[PATH_MAX + 8]; /* what the names of the library's chunks begin with */
+    jmp_buf top;                /* where os.exit() goes */
     int running;
     int code; /* os.exit()'s */
 };
@@ -71,8 +77,10 @@ static int find_library(char *root)
         if (holds_library(root, folder))
             return 0;
     }
-    return ds_fail(DS_ENOENT, "the Lua library is neither in %s/../lua nor in %s/../share/dsrun/lua "
-                   "(set DSRUN_LUA to its folder)", program, program);
+    return ds_fail(DS_ENOENT,
+                   "the Lua library is neither in %s/../lua nor in %s/../share/dsrun/lua "
+                   "(set DSRUN_LUA to its folder)",
+                   program, program);
 }
 
 /* ---- what Lua is told: the table that require("ds.host") returns */
@@ -106,6 +114,13 @@ static void push_kernels(lua_State *L, enum ds_kind kind)
     }
 }
 
+/* Told by boot.lua of every trace that the compiler begins. */
+static int compiling(lua_State *L)
+{
+    ds_site_loop(luaL_checkstring(L, 1));
+    return 0;
+}
+
 static int push_host_table(lua_State *L, const ds_host *host)
 {
     static const char *const lists[] = {
@@ -133,10 +148,16 @@ static int push_host_table(lua_State *L, const ds_host *host)
     set_string(L, "script", host->config.script);
     set_string(L, "version", ds_version);
     set_string(L, "commit", ds_commit);
+    set_string(L, "compiler", ds_compiler);
     set_string(L, "folder", getcwd(folder, sizeof folder));
+    lua_pushcfunction(L, compiling);
+    lua_setfield(L, -2, "compiling");
     lua_newtable(L);
     set_string(L, "device", host->config.device);
-    set_string(L, "seed", host->config.seed);
+    if (host->config.seed) {
+        lua_pushnumber(L, strtod(host->config.seed, NULL));
+        lua_setfield(L, -2, "seed");
+    }
     lua_setfield(L, -2, "options");
     return 0;
 }
@@ -215,6 +236,7 @@ int ds_host_open(ds_host **out, const ds_host_config *config)
     rc = find_library(host->root);
     if (rc < 0)
         goto fail;
+    snprintf(host->library, sizeof host->library, "@%s/ds/", host->root);
     L = host->L = luaL_newstate();
     if (!L) {
         rc = ds_fail(DS_ENOMEM, "out of memory for a Lua state");
@@ -255,11 +277,17 @@ static void push_boot(lua_State *L, const char *field)
     lua_remove(L, -2);
 }
 
+/* What is to be run: the function that pushes a chunk and its arguments, and what it needs. */
+typedef struct task {
+    int (*push)(ds_host *host, const struct task *task); /* how many arguments, -1: a message */
+    const char *text, *function, *argument;
+} task;
+
 static int load_stdin(lua_State *L)
 {
     luaL_Buffer buffer;
     size_t length;
-    const char *text;
+    const char *text, *end;
 
     luaL_buffinit(L, &buffer);
     for (size_t n = 1; n > 0;) {
@@ -269,45 +297,47 @@ static int load_stdin(lua_State *L)
     luaL_pushresult(&buffer);
     text = lua_tolstring(L, -1, &length);
     if (length && *text == '#') { /* keeps the line's end, so that lines keep their numbers */
-        const char *end = memchr(text, '\n', length);
+        end = memchr(text, '\n', length);
         length = end ? length - (size_t)(end - text) : 0;
         text = end ? end : "";
     }
     return luaL_loadbuffer(L, text, length, "@stdin");
 }
 
-/* Pushes the function to call and its arguments, or a message; returns their number, or -1. */
-static int load(lua_State *L, ds_host *host, enum ds_source source, const char *text,
-                const char *argument)
+static int push_script(ds_host *host, const task *task)
 {
-    int rc = 0;
+    lua_State *L = host->L;
+    const ds_host_config *config = &host->config;
 
-    switch (source) {
-    case DS_SOURCE_FILE:
-        rc = luaL_loadfile(L, text);
-        break;
-    case DS_SOURCE_STDIN:
-        rc = load_stdin(L);
-        break;
-    case DS_SOURCE_TEXT:
-        rc = luaL_loadbuffer(L, text, strlen(text), "@-e");
-        break;
-    case DS_SOURCE_MODULE:
-        push_boot(L, "call");
-        lua_pushstring(L, text);
-        lua_pushstring(L, argument);
-        return 2;
-    }
-    if (rc)
+    if (strcmp(task->text, "-") ? luaL_loadfile(L, task->text) : load_stdin(L))
         return -1;
-    push_boot(L, source == DS_SOURCE_TEXT ? "eval" : "strict");
+    push_boot(L, "strict");
     lua_setfenv(L, -2);
-    if (source == DS_SOURCE_TEXT)
-        return 0;
-    luaL_checkstack(L, host->config.count, "too many arguments");
-    for (int i = 0; i < host->config.count; i++)
-        lua_pushstring(L, host->config.arguments[i]);
-    return host->config.count;
+    if (!lua_checkstack(L, config->count)) {
+        lua_pushliteral(L, "too many arguments");
+        return -1;
+    }
+    for (int i = 0; i < config->count; i++)
+        lua_pushstring(L, config->arguments[i]);
+    return config->count;
+}
+
+static int push_text(ds_host *host, const task *task)
+{
+    if (luaL_loadbuffer(host->L, task->text, strlen(task->text), "@-e"))
+        return -1;
+    push_boot(host->L, "eval");
+    lua_setfenv(host->L, -2);
+    return 0;
+}
+
+static int push_call(ds_host *host, const task *task)
+{
+    push_boot(host->L, "call");
+    lua_pushstring(host->L, task->text);
+    lua_pushstring(host->L, task->function);
+    lua_pushstring(host->L, task->argument); /* NULL makes nil */
+    return 3;
 }
 
 /* A nil error means "failed, say nothing more": busted ends a failed run so. */
@@ -319,39 +349,115 @@ static int show_error(lua_State *L)
         fflush(stdout);
         fprintf(stderr, "%s\n", message);
     }
-    lua_pop(L, 1);
     return 1;
 }
 
-static int run(ds_host *host, enum ds_source source, const char *text, const char *argument)
+static int run(ds_host *host, const task *task)
 {
     lua_State *L = host->L;
     int handler, count, code = 0;
 
     push_boot(L, "handler");
     handler = lua_gettop(L);
-    count = load(L, host, source, text, argument);
+    count = task->push(host, task);
     if (count < 0 || lua_pcall(L, count, 0, handler))
         code = show_error(L);
     lua_settop(L, handler - 1);
     return code;
 }
 
-int ds_host_run(ds_host *host, enum ds_source source, const char *text, const char *argument,
-                int *exited)
+/* Nothing of this frame but `host`, `exited` and the return value is used after the jump. */
+static int run_to_end(ds_host *host, const task *task, int *exited)
 {
-    int code;
-
     *exited = 0;
-    if (source == DS_SOURCE_FILE && access(text, R_OK) < 0)
-        return ds_fail(DS_ENOENT, "no such script: %s", text);
     host->running = 1;
-    if (setjmp(host->top)) {
-        *exited = 1;
-        code = host->code;
-    } else {
-        code = run(host, source, text, argument);
+    if (setjmp(host->top) == 0) {
+        int code = run(host, task);
+        host->running = 0;
+        return code;
     }
+    *exited = 1;
     host->running = 0;
-    return code;
+    return host->code;
+}
+
+int ds_host_script(ds_host *host, int *exited)
+{
+    const task script = {.push = push_script, .text = host->config.script};
+
+    if (strcmp(script.text, "-") && access(script.text, R_OK) < 0)
+        return ds_fail(DS_ENOENT, "cannot read the script %s: %s", script.text, strerror(errno));
+    return run_to_end(host, &script, exited);
+}
+
+int ds_host_eval(ds_host *host, const char *text, int *exited)
+{
+    const task eval = {.push = push_text, .text = text};
+
+    return run_to_end(host, &eval, exited);
+}
+
+int ds_host_call(ds_host *host, const char *module, const char *function, const char *argument,
+                 int *exited)
+{
+    const task call = {push_call, module, function, argument};
+
+    return run_to_end(host, &call, exited);
+}
+
+/* ---- where the script is: LuaJIT's profiler, without its timer
+ *
+ * Its hook is what reaches into compiled code: with mode "f" a trace looks for it wherever it
+ * enters or leaves a function. (Mode "l", at every line, made small loops 1.4 to 3 times slower;
+ * "f" measured nothing.) The profiler's own timer is switched off, as an armed one makes os.clock()
+ * tick in steps of 4 ms. SIGPROF is sent by the handler of SIGUSR2 instead, to the thread that runs
+ * Lua.
+ */
+
+static pthread_t lua_thread;
+
+static void ask_lua(void)
+{
+    pthread_kill(lua_thread, SIGPROF);
+}
+
+/* Says up to four frames of the user's: "train.lua:12, called from train.lua:30". */
+static void on_sample(void *data, lua_State *L, int samples, int state)
+{
+    const ds_host *host = data;
+    char text[512] = "";
+    size_t used = 0;
+    int shown = 0;
+    lua_Debug frame;
+
+    (void)samples;
+    (void)state;
+    if (!ds_site_wanted())
+        return;
+    for (int level = 0; shown < 4 && lua_getstack(L, level, &frame); level++) {
+        lua_getinfo(L, "Sl", &frame);
+        if (frame.currentline <= 0 || *frame.source != '@' ||
+            !strncmp(frame.source, host->library, strlen(host->library)))
+            continue;
+        used +=
+            (size_t)snprintf(text + used, sizeof text - used, "%s%s:%d",
+                             shown++ ? ", called from " : "", frame.source + 1, frame.currentline);
+        if (used >= sizeof text - 1)
+            break;
+    }
+    ds_site_answer(shown ? text : "the library's own code");
+}
+
+int ds_host_watch(ds_host *host)
+{
+    const struct itimerval off = {{0, 0}, {0, 0}};
+    struct sigaction ignore = {.sa_handler = SIG_IGN};
+
+    lua_thread = pthread_self();
+    sigaction(SIGPROF, &ignore, NULL); /* what stopping the profiler goes back to */
+    luaJIT_profile_start(host->L, "fi1000", on_sample, host);
+    setitimer(ITIMER_PROF, &off, NULL);
+    push_boot(host->L, "watch");
+    lua_call(host->L, 0, 0);
+    return ds_site_watch(ask_lua);
 }

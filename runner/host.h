@@ -9,28 +9,30 @@ typedef struct ds_host ds_host;
 
 /* What Lua is told through require("ds.host"). Strings must outlive the host. */
 typedef struct ds_host_config {
-    const char *program; /* how dsrun was called: arg[-1] and below */
-    const char *script;  /* its path; NULL: none (-e, repl) */
+    const char *program; /* how dsrun was called: arg[-1] */
+    const char *script;  /* its path, "-": standard input; NULL: none (-e, repl) */
     char **arguments;    /* the script's own */
     int count;
-    const char *device;  /* NULL: not given */
-    const char *seed;    /* decimal; NULL: not given */
+    const char *device; /* NULL: not given */
+    const char *seed;   /* decimal; NULL: not given */
 } ds_host_config;
 
 /* On success *out is the caller's to close. DS_ENOENT: the Lua library was not found. */
 int ds_host_open(ds_host **out, const ds_host_config *config);
 void ds_host_close(ds_host *host);
 
-enum ds_source { DS_SOURCE_FILE, DS_SOURCE_STDIN, DS_SOURCE_TEXT, DS_SOURCE_MODULE };
+/* These run something and return the exit code it came to: 0; 1 after an error, which was printed
+ * on stderr; what os.exit() was given, with *exited set to 1: nothing else should run. */
 
-/* Runs a script file, standard input, a piece of text, or calls the library module `text` with
- * `argument` (NULL: none). Returns the exit code that Lua came to: 0; 1 after an error, which was
- * printed on stderr; what os.exit() was given. *exited: 1 if os.exit() ended it, so that nothing else
- * should run. DS_ENOENT: there is no such script. */
-int ds_host_run(ds_host *host, enum ds_source source, const char *text, const char *argument,
-                int *exited);
+/* The script of the config, with its arguments. DS_ENOENT: it cannot be read. */
+int ds_host_script(ds_host *host, int *exited);
+/* Text from the command line. */
+int ds_host_eval(ds_host *host, const char *text, int *exited);
+/* require(module)[function](argument); argument NULL: none. */
+int ds_host_call(ds_host *host, const char *module, const char *function, const char *argument,
+                 int *exited);
 
-/* Has ds_where() in process.h answer from this state. One host a process can. */
-void ds_host_watch(ds_host *host);
+/* Has this state answer SIGUSR2 (process.h). One a process, from the thread that runs it. */
+int ds_host_watch(ds_host *host);
 
 #endif

@@ -3,8 +3,8 @@
  * Everything that writes goes through ds_io_now(), so a test can put a recorder there and then ask
  * what a disk would hold after a crash at any moment. The calls return -errno rather than set it.
  *
- * The queue is io_uring with O_DIRECT where the system allows both: blocks under way keep a disk busy
- * while this thread copies and hashes the next one, and the page cache stays out of it.
+ * The queue is io_uring with O_DIRECT where the system allows both: blocks under way keep a disk
+ * busy while this thread copies and hashes the next one, and the page cache stays out of it.
  */
 #include "runner/file.h"
 
@@ -299,9 +299,7 @@ int ds_path_kind(const char *path)
     if (lstat(path, &s) < 0)
         return errno == ENOENT || errno == ENOTDIR ? DS_PATH_NONE
                                                    : ds_fail_io(-errno, "look at", path);
-    return S_ISDIR(s.st_mode)   ? DS_PATH_FOLDER
-           : S_ISREG(s.st_mode) ? DS_PATH_FILE
-                                : DS_PATH_OTHER;
+    return S_ISDIR(s.st_mode) ? DS_PATH_FOLDER : S_ISREG(s.st_mode) ? DS_PATH_FILE : DS_PATH_OTHER;
 }
 
 static int compare_names(const void *a, const void *b)
@@ -379,6 +377,7 @@ int ds_folder_sync(const char *path)
 int ds_folder_make(const char *path)
 {
     char parent[DS_PATH];
+    struct stat s;
     int rc;
 
     if (ds_path_kind(path) == DS_PATH_FOLDER)
@@ -391,8 +390,9 @@ int ds_folder_make(const char *path)
             return rc;
         rc = io.mkdir(path);
     }
-    if (rc == -EEXIST) /* another rank was first, or a link to a folder; else a file is in the way */
-        rc = access(path, X_OK) < 0 ? -errno : 0;
+    if (rc ==
+        -EEXIST) /* another rank was first, or a link to a folder; else a file is in the way */
+        rc = stat(path, &s) < 0 ? -errno : S_ISDIR(s.st_mode) ? 0 : -ENOTDIR;
     if (rc < 0)
         return ds_fail_io(rc, "make the folder", path);
     return ds_folder_sync(parent);
@@ -432,8 +432,7 @@ static int remove_tree(char *path)
     if (bytes < 0)
         return (int)bytes;
     for (int64_t at = 0; at < bytes && rc >= 0; at += (int64_t)strlen(names + at) + 1) {
-        if (snprintf(path + length, DS_PATH - length, "/%s", names + at) >=
-            (int)(DS_PATH - length))
+        if (snprintf(path + length, DS_PATH - length, "/%s", names + at) >= (int)(DS_PATH - length))
             rc = ds_fail(DS_EINVAL, "a path in '%.200s…' is too long", path);
         else
             rc = remove_tree(path);
@@ -460,8 +459,7 @@ int ds_disk_free(int64_t *bytes, const char *path)
     struct statvfs s;
     char folder[DS_PATH];
 
-    if (statvfs(path, &s) < 0 &&
-        (ds_path_folder(folder, path) < 0 || statvfs(folder, &s) < 0))
+    if (statvfs(path, &s) < 0 && (ds_path_folder(folder, path) < 0 || statvfs(folder, &s) < 0))
         return ds_fail_io(-errno, "look at", path);
     /* a file system that doesn't count its blocks is not full */
     *bytes = s.f_blocks ? (int64_t)s.f_bavail * (int64_t)s.f_frsize : INT64_MAX;
@@ -484,10 +482,11 @@ int ds_folder_lock(const char *path, int32_t timeout_ms)
         }
         close(fd);
         if (e == EWOULDBLOCK)
-            return ds_fail(DS_EIO, "another process has been saving into '%s' for %d s; give each "
-                                   "run a folder of its own",
+            return ds_fail(DS_EIO,
+                           "another process has been saving into '%s' for %d s; give each "
+                           "run a folder of its own",
                            path, timeout_ms / 1000);
-        return DS_ENOSYS; /* a plain answer: this file system has no locks on folders */
+        return DS_FOLDER_NO_LOCK;
     }
     return fd;
 }

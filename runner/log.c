@@ -29,8 +29,8 @@ int ds_log_level(const char *name)
             return 0;
         }
     }
-    return ds_fail(DS_EINVAL,
-                   "log level '%s' is none of debug, info, warning, error, critical", name);
+    return ds_fail(DS_EINVAL, "log level '%s' is none of debug, info, warning, error, critical",
+                   name);
 }
 
 void ds_log_rank(int rank)

@@ -4,8 +4,8 @@
 
 #include "runner/ds.h"
 
-/* Shows lines of this level and below ("debug", "info", "warning", "error", "critical"; DS_EINVAL for
- * another name). Information comes from rank 0 only, warnings and errors from all ranks. */
+/* Shows lines of this level and below ("debug", "info", "warning", "error", "critical"; DS_EINVAL
+ * for another name). Information comes from rank 0 only, warnings and errors from all ranks. */
 int ds_log_level(const char *name);
 void ds_log_rank(int rank);
 

@@ -1,37 +1,164 @@
-/* main.c - the program: options, the script, the end. The only file that ends the process. */
+/* main.c - the program: options, signals, the script, the end.
+ *
+ * The only file that ends the process; everything else returns a code.
+ */
+#include <signal.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
+#include <time.h>
+#include <unistd.h>
 
 #include "kernels/error.h"
 #include "runner/host.h"
+#include "runner/options.h"
+#include "runner/process.h"
+#include "runner/threads.h"
+#include "runner/version.h"
+
+#define USAGE 2 /* exit code: the command line makes no sense */
+
+static int complain(int code)
+{
+    fprintf(stderr, "dsrun: %s\n", ds_error());
+    return code;
+}
+
+/* ---- signals */
+
+static void on_stop(int signal)
+{
+    if (ds_signal_arrived(signal))
+        _exit(128 + signal);
+}
+
+static int watch_signals(ds_host *host)
+{
+    static const int stops[] = {SIGINT, SIGTERM, SIGUSR1};
+    struct sigaction action = {.sa_handler = on_stop, .sa_flags = SA_RESTART};
+
+    /* Even where it was ignored, as SIGINT is in the background jobs of a shell script: who sends
+     * it to a training run wants it to save and stop. */
+    for (size_t i = 0; i < sizeof stops / sizeof *stops; i++)
+        sigaction(stops[i], &action, NULL);
+    return ds_host_watch(host);
+}
+
+/* ---- several ranks */
+
+/* Whether another launcher started this process as one of several; *rank is its number. */
+static int launched_with_others(int *rank)
+{
+    static const char *const launchers[][2] = {
+        {"OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"},
+        {"SLURM_STEP_NUM_TASKS", "SLURM_PROCID"}, /* set in a step, not in a batch script */
+        {"PMI_SIZE", "PMI_RANK"},
+    };
+
+    for (size_t i = 0; i < sizeof launchers / sizeof *launchers; i++) {
+        const char *size = getenv(launchers[i][0]), *number = getenv(launchers[i][1]);
+        if (size && atoi(size) > 1) {
+            *rank = number ? atoi(number) : 0;
+            return atoi(size);
+        }
+    }
+    return 0;
+}
+
+static int refuse_ranks(const ds_options *options)
+{
+    const struct timespec patience = {.tv_nsec = 300000000};
+    int rank = 0, ranks = launched_with_others(&rank);
+
+    if (options->ranks) {
+        fprintf(stderr,
+                "dsrun: --%s: several ranks are not supported yet (without it: one process)\n",
+                options->ranks);
+        return USAGE;
+    }
+    if (ranks == 0)
+        return 0;
+    if (rank == 0)
+        fprintf(stderr,
+                "dsrun: started as one of %d ranks, but several ranks are not supported yet "
+                "(start it without mpirun or srun: one process uses all cores)\n",
+                ranks);
+    else
+        nanosleep(&patience, NULL); /* launchers kill the rest when one ends: rank 0 speaks first */
+    return USAGE;
+}
+
+/* ---- running */
+
+static int run(ds_host *host, const ds_options *options)
+{
+    const char *help = options->value[DS_OPT_config_help];
+    int code = 0, exited = 0;
+
+    if (help)
+        return ds_host_call(host, "ds.config", "help", *help ? help : NULL, &exited);
+    for (int i = 0; i < options->evals && code == 0 && !exited; i++)
+        code = ds_host_eval(host, options->eval[i], &exited);
+    if (code != 0 || exited)
+        return code;
+    if (options->command == DS_RUN_REPL)
+        return ds_host_call(host, "ds.repl", "run", NULL, &exited);
+    if (options->command == DS_RUN_ENV)
+        return ds_host_call(host, "ds.env", "show", NULL, &exited);
+    return options->script ? ds_host_script(host, &exited) : 0;
+}
+
+static int with_host(const ds_options *options, char **argv)
+{
+    const ds_host_config config = {
+        .program = argv[0],
+        .script = options->script,
+        .arguments = options->arguments,
+        .count = options->count,
+        .device = options->value[DS_OPT_device],
+        .seed = options->value[DS_OPT_seed],
+    };
+    ds_host *host;
+    int code;
+
+    if (ds_host_open(&host, &config) < 0)
+        return complain(USAGE);
+    code = watch_signals(host);
+    if (code == 0)
+        code = run(host, options);
+    if (code < 0)
+        code = complain(USAGE);
+    ds_run_end_hooks(code);
+    ds_host_close(host);
+    return code;
+}
 
 int main(int argc, char **argv)
 {
-    ds_host_config config = {.program = argv[0]};
-    ds_host *host;
-    int code = 0, exited = 0, i = 1, first;
+    ds_options options;
+    int code;
 
-    while (i + 1 < argc && !strcmp(argv[i], "-e"))
-        i += 2;
-    first = i;
-    if (i < argc) {
-        config.script = argv[i];
-        config.arguments = argv + i + 1;
-        config.count = argc - i - 1;
+    /* lines as they come: a training log is read while it is written */
+    setvbuf(stdout, NULL, _IOLBF, BUFSIZ);
+    if (ds_options_parse(&options, argc, argv) < 0) {
+        code = complain(USAGE);
+    } else if (options.value[DS_OPT_help]) {
+        ds_options_help(stdout);
+        code = 0;
+    } else if (options.value[DS_OPT_version]) {
+        printf("dsrun %s (%s)\n", ds_version, ds_commit);
+        code = 0;
+    } else if ((code = refuse_ranks(&options)) == 0) {
+        if (options.script || options.evals || options.command != DS_RUN_SCRIPT ||
+            options.value[DS_OPT_config_help]) {
+            ds_threads_init(argv);
+            code = with_host(&options, argv);
+        } else {
+            ds_options_usage(stderr);
+            fputs("dsrun --help says more\n", stderr);
+            code = USAGE;
+        }
     }
-    if (ds_host_open(&host, &config) < 0) {
-        fprintf(stderr, "dsrun: %s\n", ds_error());
-        return 2;
-    }
-    for (i = 1; i < first && !code && !exited; i += 2)
-        code = ds_host_run(host, DS_SOURCE_TEXT, argv[i + 1], NULL, &exited);
-    if (!code && !exited && config.script)
-        code = ds_host_run(host, strcmp(config.script, "-") ? DS_SOURCE_FILE : DS_SOURCE_STDIN,
-                           config.script, NULL, &exited);
-    if (code < 0) {
-        fprintf(stderr, "dsrun: %s\n", ds_error());
-        code = 2;
-    }
-    ds_host_close(host);
+    free(options.eval);
     return code;
 }

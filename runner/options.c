@@ -108,8 +108,9 @@ static int unknown(const char *given, const char *name)
 
     if (meant)
         return ds_fail(DS_EINVAL, "unknown option %s (did you mean --%s?)", given, meant);
-    return ds_fail(DS_EINVAL, "unknown option %s (dsrun --help lists them; options of the script "
-                              "follow its name)",
+    return ds_fail(DS_EINVAL,
+                   "unknown option %s (dsrun --help lists them; options of the script "
+                   "follow its name)",
                    given);
 }
 
@@ -126,9 +127,6 @@ static int keep(ds_options *options, const option *o, const char *value)
     case DS_RANKS:
         if (!options->ranks)
             options->ranks = o->name;
-        break;
-    case DS_NOTE:
-        ds_logf(DS_LOG_INFO, "--%s changes nothing here: %s", o->name, o->help);
         break;
     case DS_REFUSE:
         return ds_fail(DS_EINVAL, "--%s is not for dsrun: %s", o->name, o->help);
@@ -189,8 +187,8 @@ static int read_letters(ds_options *options, reader *in, const char *text)
     return 0;
 }
 
-/* DeepSpeed's -e names hosts to leave out. Text of these characters only is no Lua that does anything,
- * which needs a blank, a bracket, a quote or a '='. */
+/* DeepSpeed's -e names hosts to leave out. Text of these characters only is no Lua that does
+ * anything, which needs a blank, a bracket, a quote or a '='. */
 static int names_hosts(const char *text)
 {
     return *text && text[strspn(text, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -212,10 +210,13 @@ static int check(ds_options *options)
         for (int i = 0; i < options->evals; i++)
             if (names_hosts(options->eval[i]))
                 options->ranks = "exclude";
-    if (level)
-        return ds_log_level(level);
-    if (options->value[DS_OPT_quiet])
-        return ds_log_level("error");
+    if (!level && options->value[DS_OPT_quiet])
+        level = "error";
+    if (level && ds_log_level(level) < 0)
+        return DS_EINVAL;
+    for (int i = 0; i < ROWS; i++)
+        if (table[i].action == DS_NOTE && options->value[table[i].id])
+            ds_logf(DS_LOG_INFO, "--%s changes nothing here: %s", table[i].name, table[i].help);
     return 0;
 }
 

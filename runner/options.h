@@ -21,11 +21,11 @@ typedef struct ds_options {
     const char *script; /* NULL: none; "-": standard input */
     char **arguments;   /* what follows the script */
     int count;
-    const char *ranks;  /* the first option that asks for several ranks */
+    const char *ranks; /* the first option that asks for several ranks */
 } ds_options;
 
-/* Options before the script are dsrun's, those after it the script's. DS_EINVAL: ds_error() says what
- * is wrong. Free options->eval. */
+/* Options before the script are dsrun's, those after it the script's. DS_EINVAL: ds_error() says
+ * what is wrong. Free options->eval. */
 int ds_options_parse(ds_options *options, int argc, char **argv);
 
 void ds_options_usage(FILE *out);

@@ -1,10 +1,10 @@
 /* process.c - signals, what runs at the end, and where the script is, for the whole process.
  *
  * Signal handlers only set flags, arm a timer and write(2). A signal that asks the process to stop
- * is left to the engine while there is one: it saves and ends at its next step boundary. SIGUSR2 asks
- * where the script is. Lua answers at its next call (through its profiler's hook, which fires in
- * compiled code as well); if it does not within half a second, it is in C or in a compiled loop that
- * calls nothing, and the timer says what is known: the breadcrumb and the loop compiled last.
+ * is left to the engine while there is one: it saves and ends at its next step boundary. SIGUSR2
+ * asks where the script is. Lua answers at its next call (through its profiler's hook, which fires
+ * in compiled code as well); if it does not within half a second, it is in C or in a compiled loop
+ * that calls nothing, and the timer says what is known: the breadcrumb and the loop compiled last.
  */
 #include "runner/process.h"
 

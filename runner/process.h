@@ -7,8 +7,9 @@
 
 #include "runner/ds.h"
 
-/* What must happen before the process ends, last one in first; `code` is the exit code that is about
- * to be returned, so that a communicator can tell a failure from an end. DS_ENOMEM: no room left. */
+/* What must happen before the process ends, last one in first; `code` is the exit code that is
+ * about to be returned, so that a communicator can tell a failure from an end. DS_ENOMEM: no room
+ * left. */
 int ds_at_end(void (*hook)(void *data, int code), void *data);
 void ds_run_end_hooks(int code);
 

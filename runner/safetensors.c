@@ -20,7 +20,8 @@ struct ds_tensors {
 };
 
 /* By enum ds_dtype. */
-static const char *const words[DS_DTYPES] = {"F32", "BF16", "F16", "F64", "I64", "I32", "U8", "BOOL"};
+static const char *const words[DS_DTYPES] = {"F32", "BF16", "F16", "F64",
+                                             "I64", "I32",  "U8",  "BOOL"};
 
 /* ---- writing */
 
@@ -74,7 +75,8 @@ static int header_json(json_t *header, const ds_entry *entries, int n, const cha
         if (json_object_get(header, e->name))
             return ds_fail(DS_EINVAL, "'%s': there are two tensors '%s'", path, e->name);
         if (json_object_set_new(header, e->name, entry_json(e)) < 0)
-            return ds_fail(DS_EINVAL, "'%s': the name of tensor %d is not valid UTF-8", path, i + 1);
+            return ds_fail(DS_EINVAL, "'%s': the name of tensor %d is not valid UTF-8", path,
+                           i + 1);
     }
     return 0;
 }
@@ -141,7 +143,8 @@ int ds_tensors_create(ds_file **out, const char *path, ds_entry *entries, int n,
 
 static int bad(const ds_file *f, const char *name, const char *what)
 {
-    return ds_fail(DS_ECORRUPT, "'%s' is damaged: tensor '%.200s': %s", ds_file_path(f), name, what);
+    return ds_fail(DS_ECORRUPT, "'%s' is damaged: tensor '%.200s': %s", ds_file_path(f), name,
+                   what);
 }
 
 /* A whole number from 0 on. */
@@ -204,7 +207,8 @@ static int parse_entries(ds_tensors *t, const ds_file *f, int64_t data)
     t->entries = calloc(json_object_size(t->header) + 1, sizeof *t->entries);
     if (!t->entries)
         return ds_fail(DS_ENOMEM, "out of host memory");
-    json_object_foreach(t->header, name, v) {
+    json_object_foreach(t->header, name, v)
+    {
         if (!strcmp(name, "__metadata__"))
             continue;
         rc = parse_entry(&t->entries[t->n++], f, name, v);
@@ -216,8 +220,8 @@ static int parse_entries(ds_tensors *t, const ds_file *f, int64_t data)
         ds_entry *e = &t->entries[i];
 
         if (e->offset != at)
-            return bad(f, e->name, e->offset < at ? "it overlaps another one"
-                                                  : "there is a gap before it");
+            return bad(f, e->name,
+                       e->offset < at ? "it overlaps another one" : "there is a gap before it");
         at += e->bytes; /* no overflow: both ends fit, and e->offset is at */
         e->offset += ds_file_bytes(f) - data;
     }
@@ -235,10 +239,8 @@ static int parse_meta(const ds_tensors *t, const ds_file *f)
     if (meta && !json_is_object(meta))
         return ds_fail(DS_ECORRUPT, "'%s' is damaged: __metadata__ is not an object",
                        ds_file_path(f));
-    json_object_foreach(meta, key, v)
-        if (!json_is_string(v))
-            return ds_fail(DS_ECORRUPT, "'%s' is damaged: metadata '%.200s' is not a string",
-                           ds_file_path(f), key);
+    json_object_foreach(meta, key, v) if (!json_is_string(v)) return ds_fail(
+        DS_ECORRUPT, "'%s' is damaged: metadata '%.200s' is not a string", ds_file_path(f), key);
     return 0;
 }
 
@@ -281,7 +283,8 @@ int ds_tensors_parse(ds_tensors **out, ds_file *f)
                        ds_file_path(f), (long long)ds_file_bytes(f), (unsigned long long)bytes);
     t = calloc(1, sizeof *t);
     text = malloc((size_t)bytes);
-    rc = t && text ? ds_file_read(f, text, (int64_t)bytes, 8) : ds_fail(DS_ENOMEM, "out of host memory");
+    rc = t && text ? ds_file_read(f, text, (int64_t)bytes, 8)
+                   : ds_fail(DS_ENOMEM, "out of host memory");
     if (rc >= 0)
         rc = parse_header(t, f, text, (int64_t)bytes);
     free(text);
@@ -322,8 +325,8 @@ int ds_tensors_read(ds_file *f, const ds_entry *e, void *data, int64_t first, in
     int64_t size = ds_dtype_size(e->dtype);
 
     if (first < 0 || n < 0 || first > e->numel || n > e->numel - first)
-        return ds_fail(DS_ERANGE, "elements %lld to %lld are not in tensor '%s' of %lld in '%s'",
-                       (long long)first, (long long)(first + n), e->name, (long long)e->numel,
-                       ds_file_path(f));
+        return ds_fail(
+            DS_ERANGE, "tensor '%s' in '%s' has %lld elements, not %lld from element %lld on",
+            e->name, ds_file_path(f), (long long)e->numel, (long long)n, (long long)first);
     return ds_file_read(f, data, n * size, e->offset + first * size);
 }

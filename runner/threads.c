@@ -35,7 +35,8 @@ static double read_number(const char *path)
     return x;
 }
 
-/* Cores that hold at least one CPU of the set: a CPU counts when no lower one of its core is in it. */
+/* Cores that hold at least one CPU of the set: a CPU counts when no lower one of its core is in it.
+ */
 static int count_cores(const cpu_set_t *set)
 {
     int cores = 0;
@@ -48,7 +49,8 @@ static int count_cores(const cpu_set_t *set)
 
         if (!CPU_ISSET(cpu, set))
             continue;
-        snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
+        snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list",
+                 cpu);
         first = (int)read_number(path);
         cores += first < 0 || first == cpu || !CPU_ISSET(first, set);
     }

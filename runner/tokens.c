@@ -23,8 +23,9 @@
 
 static int cannot(const char *verb, const char *path)
 {
-    return ds_fail(errno == ENOENT ? DS_ENOENT : errno == ENOMEM ? DS_ENOMEM : DS_EIO,
-                   "cannot %s %s: %s", verb, path, strerror(errno));
+    int code = errno == ENOENT ? DS_ENOENT : DS_EIO;
+
+    return ds_fail(code, "cannot %s %s: %s", verb, path, strerror(errno));
 }
 
 /* Opens for reading; the descriptor, or a negative code. */
@@ -90,7 +91,7 @@ static int read_file(char **out, int64_t *bytes, const char *path)
 enum { CODE_POINTS = 0x110000, ASCII = 128 };
 
 struct ds_vocab {
-    int bytes;            /* 1: ids are the bytes themselves; there is no list */
+    int32_t bytes; /* 1: ids are the bytes themselves; there is no list */
     int32_t size;
     int32_t ascii[ASCII]; /* the ids of one-byte characters; -1: not in the vocabulary */
     uint32_t code[];      /* ascending */
@@ -118,8 +119,9 @@ static int character(uint32_t *code, const unsigned char *s, int64_t left)
 
 static int not_utf8(const char *name, int64_t at, unsigned char byte)
 {
-    return ds_fail(DS_ECORRUPT, "%s: byte %lld (0x%02x) is not UTF-8; level = \"byte\" takes any file",
-                   name, (long long)at + 1, byte);
+    return ds_fail(DS_ECORRUPT,
+                   "%s: byte %lld (0x%02x) is not UTF-8; level = \"byte\" takes any file", name,
+                   (long long)at + 1, byte);
 }
 
 static int make_vocab(ds_vocab **out, const char *name, const char *text, int64_t bytes)
@@ -235,7 +237,8 @@ int ds_vocab_decode(char *text, int64_t *bytes, const ds_vocab *v, const int32_t
         uint32_t c;
 
         if (ids[i] < 0 || ids[i] >= v->size)
-            return ds_fail(DS_ERANGE, "decode: id %d at position %lld is outside the vocabulary of %d",
+            return ds_fail(DS_ERANGE,
+                           "decode: id %d at position %lld is outside the vocabulary of %d",
                            (int)ids[i], (long long)i + 1, (int)v->size);
         c = v->bytes ? (uint32_t)ids[i] : v->code[ids[i]];
         if (v->bytes || c < 0x80) {
@@ -300,7 +303,7 @@ static int new_tokens(ds_tokens **out, size_t n)
     return 0;
 }
 
-/* Writes the ids of a text in the fewest bytes that hold them; the text is v's, so nothing fails. */
+/* Writes the ids of a text, `width` bytes each; v was made from it, so all characters are known. */
 static void encode_narrow(char *out, int width, const ds_vocab *v, const char *text, int64_t bytes)
 {
     const unsigned char *s = (const unsigned char *)text;
@@ -372,7 +375,8 @@ static const struct {
 
 enum { HEADER = 256 * 4 };
 
-int ds_shard_parse(struct ds_shard *out, const char *name, const void *file, size_t bytes, int width)
+int ds_shard_parse(struct ds_shard *out, const char *name, const void *file, size_t bytes,
+                   int width)
 {
     int32_t head[3] = {0};
     size_t k = 0, known = sizeof formats / sizeof formats[0];
@@ -399,8 +403,8 @@ int ds_shard_parse(struct ds_shard *out, const char *name, const void *file, siz
                            name, (int)head[2], (long long)head[2] * out->width + HEADER, bytes);
     } else if (width == 0) {
         return ds_fail(DS_ECORRUPT,
-                       "%s: no token file with a header (it begins with %d, not %d); for raw tokens "
-                       "say dtype = \"uint16\" or \"int32\"",
+                       "%s: no token file with a header (it begins with %d, not %d); for raw "
+                       "tokens say dtype = \"uint16\" or \"int32\"",
                        name, (int)head[0], (int)formats[0].magic);
     } else if (bytes % (size_t)width) {
         return ds_fail(DS_ECORRUPT, "%s: %zu bytes are no whole number of %d-byte tokens", name,
@@ -423,8 +427,8 @@ static int map_shard(struct ds_shard *out, const char *path, int width)
         return fd;
     if (!S_ISREG(st.st_mode) || st.st_size == 0) {
         close(fd);
-        return ds_fail(DS_ECORRUPT, "%s %s", path,
-                       S_ISREG(st.st_mode) ? "is empty" : "is no regular file, so it can't be mapped");
+        return ds_fail(DS_ECORRUPT, "%s is %s", path,
+                       S_ISREG(st.st_mode) ? "empty" : "no regular file, so it can't be mapped");
     }
     map = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_SHARED, fd, 0);
     rc = map == MAP_FAILED ? cannot("map", path) : 0;

@@ -6,8 +6,7 @@
 
 #include "kernels/cpu/dnnl.h"
 #include "kernels/philox.h"
-
-#define PARTS 4 /* of the work, a thread: so that none waits long for another at the end */
+#include "kernels/scalar.h"
 
 /* ---- checking */
 
@@ -104,12 +103,14 @@ int attention_check(attention *a, const char *what, const ds_tensor *q, const ds
 void attention_prepare(float *s, const attention *a, const block *b, int64_t i, int64_t key,
                        int64_t seen)
 {
-    int64_t r = b->first + i, stride = a->mask_stride[3];
+    int64_t head, t, stride = a->mask_stride[3];
     float scale = (float)a->scale, added[STRIP] = {0};
 
     if (a->mask) {
-        const char *m = mask_at(a, b->batch, b->group * a->ratio + r % a->ratio, r / a->ratio, key);
+        const char *m;
 
+        block_place(&head, &t, a, b, i);
+        m = mask_at(a, b->batch, head, t, key);
         if (a->mask->dtype == DS_BOOL)
             for (int64_t j = 0; j < seen; j++)
                 added[j] = m[j * stride] ? 0 : -INFINITY;
@@ -154,58 +155,20 @@ void attention_keep(float *keep, const attention *a, int64_t batch, int64_t head
         keep_strip(keep + j, a, (uint64_t)(element + j), min64(STRIP, n - j));
 }
 
-/* ---- softmax */
-
-/* One row of a strip: scores to weights exp(score - highest), 0 where it doesn't see; in place, as
- * bf16 in the pairs form. m, l: its state, highest exponent of 2 and sum. Returns what the row's
- * earlier output shrinks by. */
-VF_FUNC float softmax_row(float *s, int64_t seen, int64_t vectors, float scale, float *m, float *l,
-                          const float *keep, int pairs)
-{
-    const int dtype = pairs ? DS_BF16 : DS_F32;
-    const vf hidden = vf_set(-INFINITY);
-    int64_t full = seen / VF_LANES, part = seen % VF_LANES, j = 0;
-    vf top = hidden, sum = {0}, e, shift;
-    float before = *m, high, shrink;
-
-    for (; j < full; j++)
-        top = vf_max(vf_load(s + j * VF_LANES), top);
-    if (part)
-        top = vf_max(first_lanes(vf_load(s + j * VF_LANES), part, hidden), top);
-    high = vf_max_lane(top) * scale;
-    *m = high > before ? high : before;
-    high = *m == -INFINITY ? 0 : *m; /* nothing seen so far: weights of 0, not NaN */
-    shift = vf_set(-high);
-    for (j = 0; j < full; j++) {
-        e = exp2_of(vf_fma(vf_load(s + j * VF_LANES), vf_set(scale), shift), pairs);
-        sum += e;
-        e = keep ? e * vf_load(keep + j * VF_LANES) : e;
-        vf_store_as(s, j * VF_LANES, dtype, e);
-    }
-    if (part) {
-        e = exp2_of(vf_fma(vf_load(s + j * VF_LANES), vf_set(scale), shift), pairs);
-        e = first_lanes(e, part, (vf){0});
-        sum += e;
-        e = keep ? e * vf_load(keep + j * VF_LANES) : e;
-        vf_store_as(s, j++ * VF_LANES, dtype, e);
-    }
-    for (; j < vectors; j++)
-        vf_store_as(s, j * VF_LANES, dtype, (vf){0});
-    shrink = before == -INFINITY ? 0 : exp2_of(vf_set(before - high), 0)[0];
-    *l = *l * shrink + vf_sum(sum);
-    return shrink;
-}
-
-/* ---- a block of rows */
+/* ---- softmax, of as many rows at once as a vector has lanes: their sums and maxima are found by
+ * transposing, row by row the processor would wait for each. */
 
 /* A thread's own memory. */
 typedef struct work {
     float *k;    /* columns [keys / lanes][depth][lanes] */
     float *v;    /* rows [wide / lanes][keys in units][lanes] */
     float *q;    /* columns [BLOCK / lanes][depth][lanes] */
-    float *s;    /* [BLOCK][STRIP_LD] */
+    float *s;    /* [BLOCK][STRIP_LD]: scores, then weights (bf16, in the pairs form) */
     float *o;    /* [BLOCK][wide] */
     float *keep; /* [STRIP] */
+    float *m;    /* [BLOCK]: highest exponent of 2 so far */
+    float *l;    /* [BLOCK]: sum of weights so far, relative to 2^m */
+    soon soon;
 } work;
 
 /* Fills *w from `memory`, returns how many floats that takes. */
@@ -213,60 +176,108 @@ static int64_t carve(work *w, float *memory, const attention *a)
 {
     int64_t in_unit = a->pairs ? 2 : 1;
     const int64_t sizes[] = {a->keys * a->depth, a->wide * a->keys / in_unit, BLOCK * a->depth,
-                             BLOCK * STRIP_LD,   BLOCK * a->wide,             STRIP};
-    float **to[] = {&w->k, &w->v, &w->q, &w->s, &w->o, &w->keep};
+                             BLOCK * STRIP_LD,   BLOCK * a->wide,             STRIP,
+                             BLOCK,              BLOCK};
+    float **to[] = {&w->k, &w->v, &w->q, &w->s, &w->o, &w->keep, &w->m, &w->l};
 
-    return attention_carve(to, memory, sizes, 6);
+    return attention_carve(to, memory, sizes, 8);
 }
 
-/* Weights of a strip, in place of its scores; output rows so far are shrunk. */
-VF_FUNC void weigh_strip(work *w, float *m, float *l, const attention *a, const block *b,
-                         int64_t key, int pairs)
+/* Rows first .. first + lanes of a strip: scores to weights in place, states m and l, and what the
+ * earlier output shrinks by. */
+VF_FUNC void weigh_rows(float shrink[VF_LANES], work *w, const attention *a, const block *b,
+                        int64_t first, int64_t key, int pairs)
 {
-    float scale = exponent_scale(a);
+    float scale = exponent_scale(a), shift[VF_LANES];
+    vf lane[VF_LANES], before = vf_load(w->m + first), now, base, sum = {0};
 
-    for (int64_t i = 0; i < b->n; i++) {
-        float *s = w->s + i * STRIP_LD, shrink;
-        int64_t vectors = vectors_of(tile_seen(b, i / TILE_ROWS, key));
-        int64_t seen = seen_from(b->seen[i], key);
+    for (int64_t i = 0; i < VF_LANES; i++) {
+        int64_t r = first + i;
+        reach n = reach_of(b, r, key);
 
-        if (is_prepared(a))
-            attention_prepare(s, a, b, i, key, seen);
+        if (key == 0)
+            soon_fetch(&w->soon, b->first + r);
+        if (is_prepared(a) && r < b->n)
+            attention_prepare(w->s + r * STRIP_LD, a, b, r, key, n.seen);
+        lane[i] = highest(w->s + r * STRIP_LD, n);
+    }
+    transpose(lane);
+    now = lane[0];
+    for (int i = 1; i < VF_LANES; i++)
+        now = vf_max(lane[i], now);
+    now = vf_max(now * scale, before);
+    base = vf_select(now == -INFINITY, (vf){0}, now); /* nothing seen: weights 0, not NaN */
+    vf_store(w->m + first, now);
+    vf_store(shift, base);
+    before = exp2_of(before - base, 0);
+    vf_store(shrink, before);
+    for (int64_t i = 0; i < VF_LANES; i++) {
+        float *s = w->s + (first + i) * STRIP_LD;
+        reach n = reach_of(b, first + i, key);
+
         if (a->p > 0) {
-            block_keep(w->keep, a, b, i, key, seen);
-            shrink = softmax_row(s, seen, vectors, scale, m + i, l + i, w->keep, pairs);
+            if (first + i < b->n)
+                block_keep(w->keep, a, b, first + i, key, n.seen);
+            lane[i] = weigh(s, n, scale, shift[i], w->keep, pairs);
         } else {
-            shrink = softmax_row(s, seen, vectors, scale, m + i, l + i, NULL, pairs);
+            lane[i] = weigh(s, n, scale, shift[i], NULL, pairs);
         }
-        if (key > 0 && shrink != 1)
-            for (int64_t d = 0; d < a->wide; d += VF_LANES)
-                vf_store(w->o + i * a->wide + d, vf_load(w->o + i * a->wide + d) * shrink);
+    }
+    transpose(lane);
+    for (int i = 0; i < VF_LANES; i++)
+        sum += lane[i];
+    vf_store(w->l + first, vf_fma(vf_load(w->l + first), before, sum));
+}
+
+/* ---- a block of rows */
+
+VF_FUNC void weigh_strip(work *w, const attention *a, const block *b, int64_t key, int pairs)
+{
+    for (int64_t first = 0; first < b->n; first += VF_LANES) {
+        float shrink[VF_LANES];
+
+        weigh_rows(shrink, w, a, b, first, key, pairs);
+        for (int64_t i = 0; key > 0 && i < VF_LANES; i++) {
+            float *o = w->o + (first + i) * a->wide;
+
+            for (int64_t d = 0; d < a->wide && shrink[i] != 1; d += VF_LANES)
+                vf_store(o + d, vf_load(o + d) * shrink[i]);
+        }
+    }
+}
+
+/* Output and lse of the block's rows. */
+static void finish(const rows *y, work *w, const attention *a, const block *b)
+{
+    float lse[BLOCK];
+
+#pragma omp simd
+    for (int64_t i = 0; i < BLOCK; i++) {
+        lse[i] = w->m[i] * (float)(1 / LOG2E) + ds_log_f32(w->l[i]);
+        w->l[i] = w->l[i] == 0 ? 0 : 1 / w->l[i];
+    }
+    for (int64_t i = 0; i < b->n; i++) {
+        if (w->l[i] == 0) /* a row that sees nothing: what lies in o may be anything */
+            memset(w->o + i * a->wide, 0, (size_t)a->D * sizeof(float));
+        store_row(row_at(y, b->first + i), w->o + i * a->wide, a->D, y->dtype, w->l[i]);
+        *lse_at(a, b, i) = lse[i];
     }
 }
 
 VF_FUNC void forward_block(const rows *y, const rows *q, work *w, const attention *a,
                            const block *b, int pairs)
 {
-    int64_t most = b->seen[b->n - 1];
-    float m[BLOCK], l[BLOCK];
-
     for (int64_t i = 0; i < BLOCK; i++) {
-        m[i] = -INFINITY;
-        l[i] = 0;
+        w->m[i] = -INFINITY;
+        w->l[i] = 0;
     }
     pack_columns(w->q, q, b->first, b->n, a->D, pairs);
-    for (int64_t key = 0; key < most; key += STRIP) {
+    for (int64_t key = 0; key < b->seen[b->n - 1]; key += STRIP) {
         product_scores(w->s, w->q, w->k, b, key, a->depth, pairs);
-        weigh_strip(w, m, l, a, b, key, pairs);
+        weigh_strip(w, a, b, key, pairs);
         product_weighted(w->o, w->s, w->v, b, key, a->wide, a->keys / (pairs ? 2 : 1), pairs);
     }
-    for (int64_t i = 0; i < b->n; i++) {
-        if (l[i] == 0) /* a row that sees nothing */
-            memset(w->o + i * a->wide, 0, (size_t)a->D * sizeof(float));
-        store_row(row_at(y, b->first + i), w->o + i * a->wide, a->D, y->dtype,
-                  l[i] == 0 ? 0 : 1 / l[i]);
-        *lse_at(a, b, i) = l[i] == 0 ? -INFINITY : (float)((m[i] + log2f(l[i])) / LOG2E);
-    }
+    finish(y, w, a, b);
 }
 
 /* Blocks part, part + parts, …: even where causality makes later ones dearer. */
@@ -306,7 +317,8 @@ int DS_CPU(attention)(ds_tensor *y, ds_tensor *lse, const ds_tensor *q, const ds
     attention a;
     work none;
     int rc = attention_check(&a, "attention", q, k, v, lse, mask, causal, scale, p, seed, offset);
-    int64_t units, parts, blocks, floats;
+    const ds_tensor *const wanted[] = {k, v, q};
+    int64_t units, parts, blocks, floats, chunk;
     float *memory;
     int threads;
 
@@ -317,9 +329,14 @@ int DS_CPU(attention)(ds_tensor *y, ds_tensor *lse, const ds_tensor *q, const ds
     units = a.batches * a.G;
     if (units == 0 || a.row_count == 0)
         return 0;
+    if (a.row_count <= (a.pairs ? ATTENTION_FEW / 2 : ATTENTION_FEW))
+        return attention_few(y, &a);
     threads = ds_threads(units * a.row_count * (a.S + 1) * a.D / 16);
     blocks = (a.row_count + BLOCK - 1) / BLOCK;
-    parts = units >= PARTS * threads ? 1 : min64((blocks + 1) / 2, PARTS * threads / units);
+    parts = units >= UNITS_AHEAD * threads
+                ? 1
+                : min64((blocks + 1) / 2, (UNITS_AHEAD * threads + units - 1) / units);
+    chunk = units_at_once(units * parts, threads);
     floats = carve(&none, NULL, &a);
     memory = ds_scratch(DS_SCRATCH_A, (size_t)(threads * floats) * sizeof(float));
     if (!memory)
@@ -329,9 +346,11 @@ int DS_CPU(attention)(ds_tensor *y, ds_tensor *lse, const ds_tensor *q, const ds
         work w;
 
         carve(&w, memory + omp_get_thread_num() * floats, &a);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < units * parts; i++)
+#pragma omp for schedule(dynamic, chunk)
+        for (int64_t i = 0; i < units * parts; i++) {
+            soon_set(&w.soon, &a, (i + (chunk > 1 ? 1 : threads)) / parts, wanted, 3);
             (a.pairs ? unit_pairs : unit_f32)(y, &w, &a, i / parts, i % parts, parts);
+        }
     }
     return 0;
 }

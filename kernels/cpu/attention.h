@@ -16,9 +16,8 @@
 #include <math.h>
 
 #define BLOCK 64                 /* query rows; a multiple of VF_LANES */
-#define STRIP 128                /* keys; a multiple of VF_LANES */
+#define STRIP 256                /* keys; a multiple of VF_LANES */
 #define STRIP_LD (STRIP + 16)    /* floats from row to row: not a power of two, for the cache's sets */
-#define ATTENTION_MAX_D 512
 #define LOG2E 1.4426950408889634
 
 /* A call, checked. */
@@ -54,6 +53,12 @@ int attention_check(attention *a, const char *what, const ds_tensor *q, const ds
 #define attention_same DS_CPU(attention_same)
 int attention_same(const char *what, const ds_tensor *x, const char *name, const ds_tensor *like);
 
+/* attention_few.c: no more rows than this, as when a model generates: keys and values are read once, as
+ * they lie. */
+#define ATTENTION_FEW 4
+#define attention_few DS_CPU(attention_few)
+int attention_few(ds_tensor *y, const attention *a);
+
 /* attention_f64.c: plain loops. */
 #define attention_f64 DS_CPU(attention_f64)
 int attention_f64(ds_tensor *y, const attention *a);
@@ -71,28 +76,43 @@ static inline rows rows_of(const ds_tensor *x, int64_t batch, int64_t head, int6
                   x->stride[1] * bytes, x->stride[2] * bytes, ratio, x->dtype};
 }
 
+/* Row i's place in the tensors. Divisions are slow, and mostly there is nothing to divide. */
+static inline void block_place(int64_t *head, int64_t *t, const attention *a, const block *b,
+                               int64_t i)
+{
+    int64_t r = b->first + i;
+
+    *head = a->ratio == 1 ? b->group : b->group * a->ratio + r % a->ratio;
+    *t = a->ratio == 1 ? r : r / a->ratio;
+}
+
 static inline float *lse_at(const attention *a, const block *b, int64_t i)
 {
     const int64_t *stride = a->lse->stride;
-    int64_t r = b->first + i, head = b->group * a->ratio + r % a->ratio;
+    int64_t head, t;
 
-    return (float *)a->lse->data + b->batch * stride[0] + head * stride[1] +
-           r / a->ratio * stride[2];
+    block_place(&head, &t, a, b, i);
+    return (float *)a->lse->data + b->batch * stride[0] + head * stride[1] + t * stride[2];
 }
 
 static inline void block_set(block *b, const attention *a, int64_t batch, int64_t group,
                              int64_t first)
 {
+    int64_t left, seen;
+
     b->batch = batch;
     b->group = group;
     b->first = first;
     b->n = min64(BLOCK, a->row_count - first);
     b->tiles = (b->n + TILE_ROWS - 1) / TILE_ROWS;
+    left = first % a->ratio;
+    seen = a->causal ? first / a->ratio + 1 + a->S - a->T : a->S;
     for (int64_t i = 0; i < b->tiles * TILE_ROWS; i++) {
-        int64_t t = (first + min64(i, b->n - 1)) / a->ratio;
-        int64_t seen = a->causal ? t + 1 + a->S - a->T : a->S;
-
         b->seen[i] = seen < 0 ? 0 : min64(seen, a->S);
+        if (a->causal && i < b->n - 1 && ++left == a->ratio) { /* the next row is the next query */
+            left = 0;
+            seen++;
+        }
     }
 }
 
@@ -123,6 +143,75 @@ static inline int64_t tile_seen(const block *b, int64_t tile, int64_t key)
     return seen_from(b->seen[tile * TILE_ROWS + TILE_ROWS - 1], key);
 }
 
+/* Keys, whole vectors of them, that every row of a tile sees. */
+static inline int64_t tile_full(const block *b, int64_t tile, int64_t key)
+{
+    return seen_from(b->seen[tile * TILE_ROWS], key) / VF_LANES * VF_LANES;
+}
+
+/* How far a row of a strip goes: keys it sees, keys that its whole tile sees, and the end of what it
+ * shares with its tile. Loops end where the tile's do, so that their ends are foreseen. */
+typedef struct reach {
+    int64_t seen, full, end;
+} reach;
+
+VF_FUNC reach reach_of(const block *b, int64_t i, int64_t key)
+{
+    int64_t tile = i / TILE_ROWS;
+
+    if (tile >= b->tiles)
+        return (reach){0, 0, 0};
+    return (reach){seen_from(b->seen[i], key), tile_full(b, tile, key),
+                   round_up(tile_seen(b, tile, key), VF_LANES)};
+}
+
+/* ---- what comes next
+ *
+ * Packing reads with large strides, which the processor does not foresee: a third of the time went into
+ * waiting. So the rows of the unit that follows are fetched to the second-level cache one by one,
+ * while the present one is worked on. */
+
+#define UNITS_AHEAD 4 /* or more parts a thread, so that none waits long for another at the end */
+
+/* How many units next to each other a thread takes at a time. */
+static inline int64_t units_at_once(int64_t units, int threads)
+{
+    int64_t n = units / (threads * UNITS_AHEAD);
+
+    return n < 1 ? 1 : n;
+}
+
+typedef struct soon {
+    rows x[5];
+    int64_t count[5]; /* rows of each */
+    int n;
+    int64_t bytes; /* of a row */
+} soon;
+
+/* k, v and others with q's shape. */
+static inline void soon_set(soon *s, const attention *a, int64_t unit, const ds_tensor *const x[],
+                            int n)
+{
+    s->n = unit < a->batches * a->G ? n : 0;
+    s->bytes = a->D * ds_bytes_of(a->q->dtype);
+    for (int i = 0; i < s->n; i++) {
+        int is_key = x[i] == a->k || x[i] == a->v;
+
+        s->x[i] = rows_of(x[i], unit / a->G, unit % a->G, is_key ? 1 : a->ratio);
+        s->count[i] = is_key ? a->S : a->row_count;
+    }
+}
+
+VF_FUNC void soon_fetch(const soon *s, int64_t r)
+{
+    for (int i = 0; i < s->n; i++) {
+        const char *row = row_at(&s->x[i], r);
+
+        for (int64_t at = 0; at < s->bytes && r < s->count[i]; at += 64)
+            __builtin_prefetch(row + at, 0, 2);
+    }
+}
+
 /* Whether scores need a pass of their own before the softmax: a mask, or a scale that would turn the
  * order of scores round. */
 static inline int is_prepared(const attention *a)
@@ -149,9 +238,10 @@ void attention_keep(float *keep, const attention *a, int64_t batch, int64_t head
 static inline void block_keep(float *keep, const attention *a, const block *b, int64_t i,
                               int64_t key, int64_t n)
 {
-    int64_t r = b->first + i;
+    int64_t head, t;
 
-    attention_keep(keep, a, b->batch, b->group * a->ratio + r % a->ratio, r / a->ratio, key, n);
+    block_place(&head, &t, a, b, i);
+    attention_keep(keep, a, b->batch, head, t, key, n);
 }
 
 /* Where the mask of a query begins, for key `key`. */
@@ -163,6 +253,44 @@ static inline const char *mask_at(const attention *a, int64_t batch, int64_t hea
     return (const char *)a->mask->data +
            (batch * stride[0] + head * stride[1] + t * stride[2] + key * stride[3]) *
                ds_bytes_of(a->mask->dtype);
+}
+
+/* ---- rows of a strip */
+
+/* The highest of a row's scores, lane by lane. */
+VF_FUNC vf highest(const float *s, reach n)
+{
+    const vf hidden = vf_set(-INFINITY);
+    vf top = hidden;
+    int64_t j = 0;
+
+    for (; j < n.full; j += VF_LANES)
+        top = vf_max(vf_load(s + j), top);
+    for (; j < n.end; j += VF_LANES)
+        top = vf_max(first_lanes(vf_load(s + j), n.seen - j, hidden), top);
+    return top;
+}
+
+/* Scores to weights 2^(score scale - shift), 0 where the row doesn't see; returns their sum, lane by
+ * lane. What dropout takes still counts in it. */
+VF_FUNC vf weigh(float *s, reach n, float scale, float shift, const float *keep, int pairs)
+{
+    const int dtype = pairs ? DS_BF16 : DS_F32;
+    vf sum = {0}, e;
+    int64_t j = 0;
+
+    for (; j < n.full; j += VF_LANES) {
+        e = exp2_of(vf_fma(vf_load(s + j), vf_set(scale), vf_set(-shift)), pairs);
+        sum += e;
+        vf_store_as(s, j, dtype, keep ? e * vf_load(keep + j) : e);
+    }
+    for (; j < n.end; j += VF_LANES) {
+        e = exp2_of(vf_fma(vf_load(s + j), vf_set(scale), vf_set(-shift)), pairs);
+        sum += first_lanes(e, n.seen - j, (vf){0});
+        e = keep ? e * vf_load(keep + j) : e;
+        vf_store_as(s, j, dtype, first_lanes(e, n.seen - j, (vf){0}));
+    }
+    return sum;
 }
 
 /* ---- products of blocks and strips */

@@ -22,6 +22,7 @@ typedef struct work {
     float *w_pairs, *ds_pairs;     /* [BLOCK / 2][STRIP_LD]: rows two by two, in the pairs form */
     float *dq;                     /* [BLOCK][wide] */
     float *keep;                   /* [2][STRIP] */
+    soon soon;
 } work;
 
 static int64_t carve(work *w, float *memory, const attention *a)
@@ -60,28 +61,23 @@ VF_FUNC void weight_gradient(vf *w, vf *ds, vf s, vf dw, float scale, vf lse, vf
 }
 
 /* s, ds of a row: scores and dw to weights and ds, in place. lse: negative, in exponents of 2. */
-VF_FUNC void row_gradient(float *s, float *ds, int64_t seen, int64_t vectors, float scale, float lse,
-                          float delta, const float *keep)
+VF_FUNC void row_gradient(float *s, float *ds, reach n, float scale, float lse, float delta,
+                          const float *keep)
 {
     vf w, d;
     int64_t j = 0;
 
-    for (; j < seen / VF_LANES * VF_LANES; j += VF_LANES) {
+    for (; j < n.full; j += VF_LANES) {
         weight_gradient(&w, &d, vf_load(s + j), vf_load(ds + j), scale, vf_set(lse), vf_set(delta),
                         keep ? keep + j : NULL, 0);
         vf_store(s + j, w);
         vf_store(ds + j, d);
     }
-    if (j < seen) {
+    for (; j < n.end; j += VF_LANES) {
         weight_gradient(&w, &d, vf_load(s + j), vf_load(ds + j), scale, vf_set(lse), vf_set(delta),
                         keep ? keep + j : NULL, 0);
-        vf_store(s + j, first_lanes(w, seen - j, (vf){0}));
-        vf_store(ds + j, first_lanes(d, seen - j, (vf){0}));
-        j += VF_LANES;
-    }
-    for (; j < vectors * VF_LANES; j += VF_LANES) {
-        vf_store(s + j, (vf){0});
-        vf_store(ds + j, (vf){0});
+        vf_store(s + j, first_lanes(w, n.seen - j, (vf){0}));
+        vf_store(ds + j, first_lanes(d, n.seen - j, (vf){0}));
     }
 }
 
@@ -93,16 +89,17 @@ VF_FUNC void strip_gradient(work *w, const float *lse, const float *delta, const
 
     for (int64_t i = 0; i < b->tiles * TILE_ROWS; i++) {
         float *s = w->s + i * STRIP_LD, *ds = w->ds + i * STRIP_LD;
-        int64_t vectors = vectors_of(tile_seen(b, i / TILE_ROWS, key));
-        int64_t seen = seen_from(b->seen[i], key);
+        reach n = reach_of(b, i, key);
 
+        if (key == 0)
+            soon_fetch(&w->soon, b->first + i);
         if (is_prepared(a) && i < b->n)
-            attention_prepare(s, a, b, i, key, seen);
+            attention_prepare(s, a, b, i, key, n.seen);
         if (a->p > 0 && i < b->n) {
-            block_keep(w->keep, a, b, i, key, seen);
-            row_gradient(s, ds, seen, vectors, scale, lse[i], delta[i], w->keep);
+            block_keep(w->keep, a, b, i, key, n.seen);
+            row_gradient(s, ds, n, scale, lse[i], delta[i], w->keep);
         } else {
-            row_gradient(s, ds, seen, vectors, scale, lse[i], delta[i], NULL);
+            row_gradient(s, ds, n, scale, lse[i], delta[i], NULL);
         }
     }
 }
@@ -114,34 +111,24 @@ VF_FUNC vf interleave(vh low, vh high)
     return (vf)(__builtin_convertvector(low, vu) | __builtin_convertvector(high, vu) << 16);
 }
 
-/* Two rows at once, as products over rows want them in pairs. seen[0] <= seen[1]. */
-VF_FUNC void two_rows_gradient(work *w, int64_t i, const int64_t seen[2], int64_t vectors,
-                               float scale, const float lse[2], const float delta[2], int dropout)
+/* Vector j of rows i and i + 1, as products over rows want them in pairs. */
+VF_FUNC void two_rows_gradient(work *w, int64_t i, int64_t j, const reach n[2], float scale,
+                               const float lse[2], const float delta[2], int hides, int dropout)
 {
-    float *w_pairs = w->w_pairs + i / 2 * STRIP_LD, *ds_pairs = w->ds_pairs + i / 2 * STRIP_LD;
+    vh wh[2], dh[2];
 
-    for (int64_t j = 0; j < vectors * VF_LANES; j += VF_LANES) {
-        vh wh[2], dh[2];
+    for (int e = 0; e < 2; e++) {
+        float *s = w->s + (i + e) * STRIP_LD, *ds = w->ds + (i + e) * STRIP_LD;
+        vf wf, df;
 
-        for (int e = 0; e < 2; e++) {
-            float *s = w->s + (i + e) * STRIP_LD, *ds = w->ds + (i + e) * STRIP_LD;
-            vf wf, df;
-
-            weight_gradient(&wf, &df, vf_load(s + j), vf_load(ds + j), scale, vf_set(lse[e]),
-                            vf_set(delta[e]), dropout ? w->keep + e * STRIP + j : NULL, 1);
-            if (seen[e] < j + VF_LANES) {
-                int64_t left = seen[e] < j ? 0 : seen[e] - j;
-
-                wf = first_lanes(wf, left, (vf){0});
-                df = first_lanes(df, left, (vf){0});
-            }
-            wh[e] = vf_to_bf16(wf);
-            dh[e] = vf_to_bf16(df);
-            vh_store((uint16_t *)ds + j, dh[e]);
-        }
-        vf_store(w_pairs + j, interleave(wh[0], wh[1]));
-        vf_store(ds_pairs + j, interleave(dh[0], dh[1]));
+        weight_gradient(&wf, &df, vf_load(s + j), vf_load(ds + j), scale, vf_set(lse[e]),
+                        vf_set(delta[e]), dropout ? w->keep + e * STRIP + j : NULL, 1);
+        wh[e] = vf_to_bf16(hides ? first_lanes(wf, n[e].seen - j, (vf){0}) : wf);
+        dh[e] = vf_to_bf16(hides ? first_lanes(df, n[e].seen - j, (vf){0}) : df);
+        vh_store((uint16_t *)ds + j, dh[e]);
     }
+    vf_store(w->w_pairs + i / 2 * STRIP_LD + j, interleave(wh[0], wh[1]));
+    vf_store(w->ds_pairs + i / 2 * STRIP_LD + j, interleave(dh[0], dh[1]));
 }
 
 VF_FUNC void strip_gradient_pairs(work *w, const float *lse, const float *delta, const attention *a,
@@ -150,19 +137,23 @@ VF_FUNC void strip_gradient_pairs(work *w, const float *lse, const float *delta,
     float scale = exponent_scale(a);
 
     for (int64_t i = 0; i < b->tiles * TILE_ROWS; i += 2) {
-        int64_t seen[2] = {seen_from(b->seen[i], key), seen_from(b->seen[i + 1], key)};
-        int64_t vectors = vectors_of(tile_seen(b, i / TILE_ROWS, key));
+        reach n[2] = {reach_of(b, i, key), reach_of(b, i + 1, key)};
+        int64_t j = 0;
 
         for (int64_t e = 0; e < 2 && i + e < b->n; e++) {
+            if (key == 0)
+                soon_fetch(&w->soon, b->first + i + e);
             if (is_prepared(a))
-                attention_prepare(w->s + (i + e) * STRIP_LD, a, b, i + e, key, seen[e]);
+                attention_prepare(w->s + (i + e) * STRIP_LD, a, b, i + e, key, n[e].seen);
             if (a->p > 0)
-                block_keep(w->keep + e * STRIP, a, b, i + e, key, seen[e]);
+                block_keep(w->keep + e * STRIP, a, b, i + e, key, n[e].seen);
         }
-        if (a->p > 0)
-            two_rows_gradient(w, i, seen, vectors, scale, lse + i, delta + i, 1);
-        else
-            two_rows_gradient(w, i, seen, vectors, scale, lse + i, delta + i, 0);
+        for (; j < n[0].full && a->p == 0; j += VF_LANES)
+            two_rows_gradient(w, i, j, n, scale, lse + i, delta + i, 0, 0);
+        for (; j < n[0].end && a->p == 0; j += VF_LANES)
+            two_rows_gradient(w, i, j, n, scale, lse + i, delta + i, 1, 0);
+        for (; j < n[0].end; j += VF_LANES)
+            two_rows_gradient(w, i, j, n, scale, lse + i, delta + i, 1, 1);
     }
 }
 #endif
@@ -296,8 +287,10 @@ static __attribute__((noinline)) void unit_pairs(work *w, const gradient *g, int
 static int run(const gradient *g)
 {
     const attention *a = g->a;
+    const ds_tensor *const wanted[] = {a->k, a->v, a->q, g->dy, g->y};
     int64_t units = a->batches * a->G, blocks = (a->row_count + BLOCK - 1) / BLOCK;
     int threads = ds_threads(units * a->row_count * (a->S + 1) * a->D / 16);
+    int64_t chunk = units_at_once(units, threads);
     int64_t parts = units >= threads || blocks < 2 ? 1 : min64(blocks, threads / units);
     work none;
     int64_t floats = carve(&none, NULL, a);
@@ -311,8 +304,9 @@ static int run(const gradient *g)
 
         if (parts == 1) {
             carve(&w, memory + omp_get_thread_num() * floats, a);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, chunk)
             for (int64_t unit = 0; unit < units; unit++) {
+                soon_set(&w.soon, a, unit + (chunk > 1 ? 1 : threads), wanted, 5);
                 (a->pairs ? unit_pairs : unit_f32)(&w, g, unit, 0, 1);
                 store_unit(g, w.dk, w.dv, unit, 0, a->S, 1, 0);
             }
@@ -321,6 +315,7 @@ static int run(const gradient *g)
 
             if (me < units * parts) {
                 carve(&w, memory + me * floats, a);
+                w.soon.n = 0;
                 (a->pairs ? unit_pairs : unit_f32)(&w, g, me / parts, me % parts, parts);
             }
 #pragma omp barrier

@@ -20,6 +20,8 @@
 #define TILE_VECTORS 3
 #endif
 
+#define ATTENTION_MAX_D 512
+
 #ifdef __AVX512BF16__
 #define ATTENTION_PAIRS 1
 #else
@@ -57,17 +59,21 @@ static inline char *row_at(const rows *x, int64_t r)
 
 /* ---- lanes */
 
-/* Lanes below n of v, the others of `rest`. */
+/* Lanes below n (any n) of v, the others of `rest`. */
 VF_FUNC vf first_lanes(vf v, int64_t n, vf rest)
 {
 #if VF_LANES == 16
-    return _mm512_mask_mov_ps(rest, (__mmask16)((1u << n) - 1), v);
+    const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    __mmask16 below = _mm512_cmplt_epi32_mask((__m512i)lane, _mm512_set1_epi32((int32_t)n));
+
+    return _mm512_mask_mov_ps(rest, below, v);
 #elif VF_LANES == 8
     const vi lane = {0, 1, 2, 3, 4, 5, 6, 7};
+
+    return vf_select(lane < (int32_t)n, v, rest);
 #else
     const vi lane = {0, 1, 2, 3};
-#endif
-#if VF_LANES != 16
+
     return vf_select(lane < (int32_t)n, v, rest);
 #endif
 }
@@ -158,26 +164,36 @@ VF_FUNC vf load_units(const void *row, int64_t u, int64_t D, int dtype, int pair
     return u + VF_LANES <= D ? vf_load_as(row, u, dtype) : vf_load_part_as(row, u, dtype, D - u);
 }
 
+/* Units u .. u + lanes of as many rows as a vector has lanes. */
+VF_FUNC void pack_square(float *out, const char *const row[VF_LANES], int64_t u, int64_t D,
+                         int dtype, int pairs)
+{
+    int64_t depth = pairs ? (D + 1) / 2 : D;
+    vf m[VF_LANES];
+
+    for (int i = 0; i < VF_LANES; i++)
+        m[i] = load_units(row[i], u, D, dtype, pairs);
+    transpose(m);
+    for (int i = 0; i < VF_LANES && u + i < depth; i++)
+        vf_store(out + (u + i) * VF_LANES, m[i]);
+}
+
 VF_FUNC void pack_columns_as(float *out, const rows *x, int64_t first, int64_t n, int64_t D,
                              int dtype, int pairs)
 {
-    int64_t depth = pairs ? (D + 1) / 2 : D;
+    static const float zero[ATTENTION_MAX_D]; /* a row beyond the last */
+    int64_t depth = pairs ? (D + 1) / 2 : D, whole = D / (pairs ? 2 : 1) / VF_LANES * VF_LANES;
 
     for (int64_t r = 0; r < n; r += VF_LANES, out += depth * VF_LANES) {
         const char *row[VF_LANES];
+        int64_t u = 0;
 
         for (int64_t i = 0; i < VF_LANES; i++)
-            row[i] = r + i < n ? row_at(x, first + r + i) : NULL;
-        for (int64_t u = 0; u < depth; u += VF_LANES) {
-            vf m[VF_LANES];
-            int64_t count = min64(VF_LANES, depth - u);
-
-            for (int i = 0; i < VF_LANES; i++)
-                m[i] = row[i] ? load_units(row[i], u, D, dtype, pairs) : (vf){0};
-            transpose(m);
-            for (int64_t i = 0; i < count; i++)
-                vf_store(out + (u + i) * VF_LANES, m[i]);
-        }
+            row[i] = r + i < n ? row_at(x, first + r + i) : (const char *)zero;
+        for (; u < whole; u += VF_LANES)
+            pack_square(out, row, u, INT64_MAX / 2, dtype, pairs); /* nothing to check */
+        if (u < depth)
+            pack_square(out, row, u, D, dtype, pairs);
     }
 }
 

@@ -7,9 +7,9 @@
  */
 #include <math.h>
 
-#include "kernels/cpu/dnnl.h"
 #include "kernels/cpu/matmul.h"
 #include "kernels/cpu/simd.h"
+#include "kernels/scratch.h"
 
 /* ---- targets ---- */
 
@@ -141,8 +141,8 @@ static double visit_row_f64(double *row, int gradient, int64_t target, int64_t c
 typedef struct task {
     ds_tensor *loss, *dx, *dw; /* dx, dw: may be NULL */
     const ds_tensor *x, *w, *target;
-    char *logits; /* scratch: [rows, padded] */
-    int64_t rows, padded, classes, width;
+    char *logits; /* scratch: [rows, stride], of which `padded` columns are used */
+    int64_t rows, stride, padded, classes, width;
     int64_t ignore;
     double scale; /* of the gradient: seed / rows that count */
     double *losses; /* [N] */
@@ -175,7 +175,7 @@ static double visit(const task *t, int64_t i, char *row, float *powers)
 
 static int visit_chunk(const task *t, int64_t first, int64_t rows)
 {
-    int64_t row_bytes = t->padded * ds_bytes_of(t->dtype);
+    int64_t row_bytes = t->stride * ds_bytes_of(t->dtype);
     int threads = ds_threads(rows * t->classes * 4);
     float *powers = ds_scratch(DS_SCRATCH_ROWS, (size_t)(threads * t->padded) * sizeof *powers);
 
@@ -202,7 +202,7 @@ static ds_matrix rows_from(const ds_tensor *x, int64_t first)
 
 static int run_chunk(const task *t, int64_t first, int64_t rows)
 {
-    ds_matrix logits = ds_matrix_of(t->logits, t->padded, 1, t->dtype);
+    ds_matrix logits = ds_matrix_of(t->logits, t->stride, 1, t->dtype);
     ds_matrix x = rows_from(t->x, first), w = rows_from(t->w, 0);
     ds_product forward = {.y = logits, .a = x, .b = w, .alpha = 1};
     ds_product to_x = {.a = logits, .b = w, .alpha = 1};
@@ -221,7 +221,7 @@ static int run_chunk(const task *t, int64_t first, int64_t rows)
     }
     if (rc == 0 && t->dw) {
         to_w.y = rows_from(t->dw, 0);
-        to_w.a.row = 1, to_w.a.col = t->padded;
+        to_w.a.row = 1, to_w.a.col = t->stride;
         to_w.m = t->classes, to_w.n = t->width, to_w.k = rows;
         rc = ds_product_run(&to_w);
     }
@@ -294,8 +294,9 @@ int DS_CPU(linear_cross_entropy)(ds_tensor *loss, ds_tensor *dx, ds_tensor *dw, 
     if (rc < 0 || (rc = count_targets(&count, target, ignore, w->shape[0])) < 0)
         return rc;
     t.logits = scratch->data;
-    t.rows = scratch->shape[0], t.padded = scratch->shape[1];
+    t.rows = scratch->shape[0], t.stride = scratch->shape[1];
     t.classes = w->shape[0], t.width = w->shape[1];
+    t.padded = (t.classes + 15) / 16 * 16;
     t.gradient = dx || dw, t.accumulate = accumulate, t.dtype = x->dtype;
     set_loss(loss, 0);
     if (count == 0)

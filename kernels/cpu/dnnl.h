@@ -1,4 +1,4 @@
-/* dnnl.h - the one door to oneDNN: matrix products by cached primitives, and scratch memory.
+/* dnnl.h - the one door to oneDNN: matrix products by cached primitives.
  *
  * oneDNN compiles a primitive for a shape, its strides and dtypes; that takes 0.4 ms, so primitives
  * are kept and found again by their key. Nothing else in the project includes oneDNN's headers.
@@ -6,7 +6,6 @@
 #ifndef DS_CPU_DNNL_H
 #define DS_CPU_DNNL_H
 
-#include <stddef.h>
 #include <stdint.h>
 
 #include "kernels/error.h"
@@ -49,21 +48,6 @@ typedef struct ds_dnnl_counters {
 } ds_dnnl_counters;
 void ds_dnnl_cache_limit(int entries); /* at least 1 */
 ds_dnnl_counters ds_dnnl_count(void);
-
-/* Memory for a kernel's own use until it returns: at least `bytes`, aligned to 64, contents
- * undefined. There is one block a slot and it only grows, on huge pages: making it afresh in every
- * call would cost page faults. NULL (and a message): out of memory. */
-enum ds_scratch_slot {
-    DS_SCRATCH_DNNL, /* oneDNN's own */
-    DS_SCRATCH_A,
-    DS_SCRATCH_B,
-    DS_SCRATCH_C,
-    DS_SCRATCH_SUMS,
-    DS_SCRATCH_ROWS,
-    DS_SCRATCH_LOSSES,
-    DS_SCRATCH_SLOTS
-};
-void *ds_scratch(int slot, size_t bytes);
 
 /* The library's version, "2.6.3", for `dsrun env`. */
 const char *ds_dnnl_version(void);

@@ -10,142 +10,353 @@
 #include "kernels/scalar.h"
 
 #define CHEAP 1
-#define COSTLY 8 /* about what a polynomial takes more than an addition */
+#define COSTLY 8 /* times an addition: about what a polynomial takes */
 
-typedef walk_body *bodies[DS_DTYPES]; /* by the inputs' dtype; NULL: not for this one */
+/* By the common dtype of the operands; NULL: not for this one. */
+typedef walk_body *bodies[DS_DTYPES];
 
-/* ---- bodies */
+#define FLOATS(name)                                                                               \
+    [DS_F32] = name##_f32, [DS_BF16] = name##_f32, [DS_F16] = name##_f32, [DS_F64] = name##_f64
+#define INTEGERS(name) [DS_I64] = name##_i64, [DS_I32] = name##_i32, [DS_U8] = name##_u8
 
-#define BODY(name, Y, X, expression)                                                               \
-    static void name(int64_t n, void *const *p, const double *scalars)                             \
+#ifdef __clang__
+#pragma clang diagnostic ignored "-Wpass-failed" /* f64 bodies call libm and stay scalar */
+#endif
+
+/* A body: y[i] = expression of a[i], b[i] and the scalars s0, s1. */
+#define BODY(name, Y, A, B, expression)                                                            \
+    static void name(int64_t n, void *const *p, const double *s)                                   \
     {                                                                                              \
         Y *y = p[0];                                                                               \
-        const X *a = p[1];                                                                         \
+        const A *a = p[1];                                                                         \
+        const B *b = p[2];                                                                         \
+        const double s0 = s[0], s1 = s[1];                                                         \
                                                                                                    \
-        (void)scalars;                                                                             \
+        (void)b, (void)s0, (void)s1;                                                               \
         _Pragma("omp simd") for (int64_t i = 0; i < n; i++) y[i] = expression;                     \
     }
 
-#define BODY2(name, Y, X, expression)                                                              \
-    static void name(int64_t n, void *const *p, const double *scalars)                             \
-    {                                                                                              \
-        Y *y = p[0];                                                                               \
-        const X *a = p[1], *b = p[2];                                                              \
-                                                                                                   \
-        (void)scalars;                                                                             \
-        _Pragma("omp simd") for (int64_t i = 0; i < n; i++) y[i] = expression;                     \
-    }
+/* ---- running a table of bodies */
 
-/* ---- checks */
-
-static int bad_dtype(const char *name, int dtype, const char *hint)
-{
-    return ds_fail(DS_EINVAL, "%s is not for %s%s", name, ds_name_of(dtype), hint);
-}
-
-/* Runs bodies[dtype of t[1] or whatever `kinds` marks 'x' first]. kinds has a letter an operand: x
- * the common dtype, b bool, anything else: already right. */
+/* `kinds` has a letter an operand: x the common dtype, b bool, anything else is right already. */
 static int elementwise(const char *name, const bodies by_dtype, const char *kinds, int count,
                        const ds_tensor *const *t, const double *scalars, int cost)
 {
-    int dtype = -1, rc;
+    const char *first = strrchr(kinds, 'x'); /* the last of them is an input */
+    int dtype = first ? t[first - kinds]->dtype : DS_BOOL, rc;
     walk w;
 
-    for (int k = count - 1; k >= 0; k--)
-        if (kinds[k] == 'x')
-            dtype = t[k]->dtype;
     for (int k = 0; k < count; k++) {
         int want = kinds[k] == 'x' ? dtype : kinds[k] == 'b' ? DS_BOOL : t[k]->dtype;
 
         if (t[k]->dtype != want)
-            return ds_fail(DS_EINVAL, "%s: %s is %s but must be %s", name,
-                           k == 0 ? "the result" : k == 1 ? "the first operand" : "an operand",
-                           ds_name_of(t[k]->dtype), ds_name_of(want));
+            return ds_fail(DS_EINVAL, "%s: %s is %s, but it must be %s", name,
+                           k ? "an operand" : "the result", ds_name_of(t[k]->dtype),
+                           ds_name_of(want));
     }
     if (!by_dtype[dtype])
-        return bad_dtype(name, dtype, ds_is_float(dtype) ? "" : "; use :float() first");
-    rc = DS_CPU(walk_start)(&w, name, count, t);
+        return ds_fail(DS_EINVAL, "%s: not for %s%s", name, ds_name_of(dtype),
+                       ds_is_float(dtype) ? "" : "; use :float() first");
+    rc = DS_CPU(walk_start)(&w, name, count, t, WALK_ANY);
     if (rc == 0)
         DS_CPU(walk_run)(&w, by_dtype[dtype], scalars, cost);
     return rc;
 }
 
-/* A number as an operand that broadcasts: in f32 for low precision, so that it is not rounded. */
-typedef struct number {
-    union {
-        float f32;
-        double f64;
-        int64_t i64;
-        int32_t i32;
-        uint8_t u8;
-    } value;
-    ds_tensor t;
-} number;
-
-static int number_start(number *s, const char *name, double value, int dtype)
-{
-    static const double low[] = {[DS_I64] = -0x1p63, [DS_I32] = -0x1p31, [DS_U8] = 0};
-    static const double high[] = {[DS_I64] = 0x1p63, [DS_I32] = 0x1p31, [DS_U8] = 256, [DS_BOOL] = 2};
-
-    memset(s, 0, sizeof *s);
-    s->t.dtype = dtype == DS_BF16 || dtype == DS_F16 ? DS_F32 : dtype;
-    s->t.data = &s->value;
-    s->t.numel = 1;
-    s->t.dense = 1;
-    if (s->t.dtype == DS_F32)
-        s->value.f32 = (float)value;
-    else if (s->t.dtype == DS_F64)
-        s->value.f64 = value;
-    else if (!(value >= (dtype == DS_BOOL ? 0 : low[dtype]) && value < high[dtype]) ||
-             value != floor(value))
-        return ds_fail(DS_EINVAL, "%s: %g is not a value of %s; use :float() first", name, value,
-                       ds_name_of(dtype));
-    else if (dtype == DS_I64)
-        s->value.i64 = (int64_t)value;
-    else if (dtype == DS_I32)
-        s->value.i32 = (int32_t)value;
-    else
-        s->value.u8 = (uint8_t)value;
-    return 0;
-}
-
-/* y = x ∘ value, or value ∘ x. */
-static int with_number(const char *name, const bodies by_dtype, const char *kinds, ds_tensor *y,
+/* y = x ∘ value, or value ∘ x; `result` is the letter of y. */
+static int with_number(const char *name, const bodies by_dtype, char result, ds_tensor *y,
                        const ds_tensor *x, double value, int flip, int cost)
 {
     number s;
-    int rc = number_start(&s, name, value, x->dtype);
+    int rc = DS_CPU(number_start)(&s, name, value, x->dtype, 0);
     const ds_tensor *t[] = {y, flip ? &s.t : x, flip ? x : &s.t};
-    char chosen[4] = {kinds[0], flip ? '.' : 'x', flip ? 'x' : '.', 0};
+    const char kinds[] = {result, flip ? '.' : 'x', flip ? 'x' : '.', 0};
 
-    return rc < 0 ? rc : elementwise(name, by_dtype, chosen, 3, t, NULL, cost);
+    return rc < 0 ? rc : elementwise(name, by_dtype, kinds, 3, t, NULL, cost);
 }
 
-#define FLOATS(name)                                                                               \
-    {                                                                                              \
-        [DS_F32] = name##_f32, [DS_BF16] = name##_f32, [DS_F16] = name##_f32, [DS_F64] = name##_f64 \
-    }
-#define NUMBERS(name)                                                                              \
-    {                                                                                              \
-        [DS_F32] = name##_f32, [DS_BF16] = name##_f32, [DS_F16] = name##_f32,                      \
-        [DS_F64] = name##_f64, [DS_I64] = name##_i64, [DS_I32] = name##_i32, [DS_U8] = name##_u8   \
-    }
+/* ---- one input, and its backward: dx = dy slope(s) */
 
-/* ---- one input; backward: dx = dy slope(s) */
+#define DS_UNARY(name, saved)                                                                      \
+    BODY(name##_f32, float, float, float, ds_##name##_f32(a[i]))                                   \
+    BODY(name##_f64, double, double, double, ds_##name##_f64(a[i]))                                \
+    BODY(name##_backward_f32, float, float, float, a[i] * ds_##name##_slope_f32(b[i]))             \
+    BODY(name##_backward_f64, double, double, double, a[i] * ds_##name##_slope_f64(b[i]))
+#include "kernels/ops.def"
 
 #define INTEGER(name)                                                                              \
-    BODY(name##_i64, int64_t, int64_t, ds_##name##_i64(a[i]))                                      \
-    BODY(name##_i32, int32_t, int32_t, ds_##name##_i32(a[i]))                                      \
-    BODY(name##_u8, uint8_t, uint8_t, ds_##name##_u8(a[i]))                                        \
-    static const bodies name##_integer = {                                                         \
-        [DS_I64] = name##_i64, [DS_I32] = name##_i32, [DS_U8] = name##_u8};
+    BODY(name##_i64, int64_t, int64_t, int64_t, ds_##name##_i64(a[i]))                             \
+    BODY(name##_i32, int32_t, int32_t, int32_t, ds_##name##_i32(a[i]))                             \
+    BODY(name##_u8, uint8_t, uint8_t, uint8_t, ds_##name##_u8(a[i]))
 INTEGER(neg)
 INTEGER(abs)
 INTEGER(sign)
 INTEGER(square)
 #undef INTEGER
 
-static const struct {
+/* The few operations that integers have, unary here, binary below. */
+static const struct integer {
     const char *name;
-    const walk_body *const *by_dtype;
-} x;
+    bodies by_dtype;
+} integer_unary[] = {{"neg", {INTEGERS(neg)}},
+                     {"abs", {INTEGERS(abs)}},
+                     {"sign", {INTEGERS(sign)}},
+                     {"square", {INTEGERS(square)}},
+                     {NULL, {NULL}}};
+
+/* What serves `dtype`: the integers' bodies if it is one and they exist, else those of floats. */
+static walk_body *const *choose(const struct integer *integers, const char *name,
+                                const bodies floats, int dtype)
+{
+    for (int i = 0; !ds_is_float(dtype) && integers[i].name; i++)
+        if (strcmp(integers[i].name, name) == 0)
+            return integers[i].by_dtype;
+    return floats;
+}
+
+#define DS_UNARY(name, saved)                                                                      \
+    int DS_CPU(name)(ds_tensor * y, const ds_tensor *x)                                            \
+    {                                                                                              \
+        static const bodies floats = {FLOATS(name)};                                               \
+                                                                                                   \
+        return elementwise(#name, choose(integer_unary, #name, floats, x->dtype), "xx", 2,         \
+                           (const ds_tensor *[]){y, x}, NULL, COSTLY);                             \
+    }                                                                                              \
+    int DS_CPU(name##_backward)(ds_tensor * dx, const ds_tensor *dy, const ds_tensor *s)           \
+    {                                                                                              \
+        static const bodies floats = {FLOATS(name##_backward)};                                    \
+                                                                                                   \
+        return elementwise(#name "_backward", floats, "xxx", 3,                                    \
+                           (const ds_tensor *[]){dx, dy, s}, NULL, COSTLY);                        \
+    }
+#include "kernels/ops.def"
+
+/* ---- two inputs */
+
+#define DS_BINARY(name)                                                                            \
+    BODY(name##_f32, float, float, float, ds_##name##_f32(a[i], b[i]))                             \
+    BODY(name##_f64, double, double, double, ds_##name##_f64(a[i], b[i]))
+#include "kernels/ops.def"
+
+#define INTEGER(name)                                                                              \
+    BODY(name##_i64, int64_t, int64_t, int64_t, ds_##name##_i64(a[i], b[i]))                       \
+    BODY(name##_i32, int32_t, int32_t, int32_t, ds_##name##_i32(a[i], b[i]))                       \
+    BODY(name##_u8, uint8_t, uint8_t, uint8_t, ds_##name##_u8(a[i], b[i]))
+INTEGER(add)
+INTEGER(sub)
+INTEGER(mul)
+INTEGER(maximum)
+INTEGER(minimum)
+#undef INTEGER
+
+static const struct integer integer_binary[] = {{"add", {INTEGERS(add)}},
+                                                {"sub", {INTEGERS(sub)}},
+                                                {"mul", {INTEGERS(mul)}},
+                                                {"maximum", {INTEGERS(maximum)}},
+                                                {"minimum", {INTEGERS(minimum)}},
+                                                {NULL, {NULL}}};
+
+/* Powers that are something simpler. */
+static int easy_power(ds_tensor *y, const ds_tensor *x, double s, int flip)
+{
+    static const struct {
+        double power;
+        int (*kernel)(ds_tensor *, const ds_tensor *);
+    } easy[] = {{2, DS_CPU(square)}, {0.5, DS_CPU(sqrt)}, {-0.5, DS_CPU(rsqrt)},
+                {-1, DS_CPU(reciprocal)}};
+
+    for (size_t i = 0; !flip && ds_is_float(x->dtype) && i < sizeof easy / sizeof *easy; i++)
+        if (easy[i].power == s)
+            return easy[i].kernel(y, x);
+    return 1;
+}
+
+#define DS_BINARY(name)                                                                            \
+    int DS_CPU(name)(ds_tensor * y, const ds_tensor *a, const ds_tensor *b)                        \
+    {                                                                                              \
+        static const bodies floats = {FLOATS(name)};                                               \
+                                                                                                   \
+        return elementwise(#name, choose(integer_binary, #name, floats, a->dtype), "xxx", 3,       \
+                           (const ds_tensor *[]){y, a, b}, NULL, CHEAP);                           \
+    }                                                                                              \
+    int DS_CPU(name##_scalar)(ds_tensor * y, const ds_tensor *x, double s, int flip)               \
+    {                                                                                              \
+        static const bodies floats = {FLOATS(name)};                                               \
+        int rc = strcmp(#name, "pow") == 0 ? easy_power(y, x, s, flip) : 1;                        \
+                                                                                                   \
+        return rc <= 0 ? rc                                                                        \
+                       : with_number(#name, choose(integer_binary, #name, floats, x->dtype), 'x',  \
+                                     y, x, s, flip, CHEAP);                                        \
+    }
+#include "kernels/ops.def"
+
+/* ---- comparisons: bool from any dtype */
+
+#define DS_COMPARE(name)                                                                           \
+    BODY(name##_f32, uint8_t, float, float, ds_##name(a[i], b[i]))                                 \
+    BODY(name##_f64, uint8_t, double, double, ds_##name(a[i], b[i]))                               \
+    BODY(name##_i64, uint8_t, int64_t, int64_t, ds_##name(a[i], b[i]))                             \
+    BODY(name##_i32, uint8_t, int32_t, int32_t, ds_##name(a[i], b[i]))                             \
+    BODY(name##_u8, uint8_t, uint8_t, uint8_t, ds_##name(a[i], b[i]))                              \
+    static const bodies name##_bodies = {FLOATS(name), INTEGERS(name), [DS_BOOL] = name##_u8};     \
+                                                                                                   \
+    int DS_CPU(name)(ds_tensor * y, const ds_tensor *a, const ds_tensor *b)                        \
+    {                                                                                              \
+        return elementwise(#name, name##_bodies, "bxx", 3, (const ds_tensor *[]){y, a, b}, NULL,   \
+                           CHEAP);                                                                 \
+    }                                                                                              \
+    int DS_CPU(name##_scalar)(ds_tensor * y, const ds_tensor *x, double s, int flip)               \
+    {                                                                                              \
+        return with_number(#name, name##_bodies, 'b', y, x, s, flip, CHEAP);                       \
+    }
+#include "kernels/ops.def"
+
+/* ---- the rest */
+
+BODY(add_scaled_f32, float, float, float, a[i] + (float)s0 * b[i])
+BODY(add_scaled_f64, double, double, double, a[i] + s0 * b[i])
+
+int DS_CPU(add_scaled)(ds_tensor *y, const ds_tensor *a, const ds_tensor *b, double alpha)
+{
+    static const bodies by_dtype = {FLOATS(add_scaled)};
+
+    if (!ds_is_float(a->dtype) && alpha == 1)
+        return DS_CPU(add)(y, a, b);
+    if (!ds_is_float(a->dtype) && alpha == -1)
+        return DS_CPU(sub)(y, a, b);
+    return elementwise("add_scaled", by_dtype, "xxx", 3, (const ds_tensor *[]){y, a, b},
+                       (double[]){alpha, 0}, CHEAP);
+}
+
+/* Bounds are doubles; an integer is replaced only by one that fits (clamp sees to that). */
+#define CLAMP(type, low, high) (a[i] < (low) ? (type)(low) : a[i] > (high) ? (type)(high) : a[i])
+
+BODY(clamp_f32, float, float, float, CLAMP(float, (float)s0, (float)s1))
+BODY(clamp_f64, double, double, double, CLAMP(double, s0, s1))
+BODY(clamp_i64, int64_t, int64_t, int64_t, CLAMP(int64_t, (int64_t)s0, (int64_t)s1))
+BODY(clamp_i32, int32_t, int32_t, int32_t, CLAMP(int32_t, (int32_t)s0, (int32_t)s1))
+BODY(clamp_u8, uint8_t, uint8_t, uint8_t, CLAMP(uint8_t, (uint8_t)s0, (uint8_t)s1))
+BODY(clamp_backward_f32, float, float, float,
+     ((b[i] >= (float)s0) & (b[i] <= (float)s1)) ? a[i] : 0.0f)
+BODY(clamp_backward_f64, double, double, double,
+     ((b[i] >= s0) & (b[i] <= s1)) ? a[i] : 0.0)
+
+int DS_CPU(clamp)(ds_tensor *y, const ds_tensor *x, double low, double high)
+{
+    static const bodies by_dtype = {FLOATS(clamp), INTEGERS(clamp)};
+    /* the largest double below 2^63 */
+    static const double least[DS_DTYPES] = {[DS_I64] = -0x1p63, [DS_I32] = -0x1p31};
+    static const double most[DS_DTYPES] = {
+        [DS_I64] = 0x1.fffffffffffffp62, [DS_I32] = 0x1p31 - 1, [DS_U8] = 255};
+    double bounds[] = {low, high};
+
+    if (low != low || high != high || low > high)
+        return ds_fail(DS_EINVAL, "clamp: no value lies between %g and %g", low, high);
+    for (int i = 0; i < 2 && !ds_is_float(x->dtype); i++) {
+        double whole = i ? floor(bounds[i]) : ceil(bounds[i]);
+
+        bounds[i] = fmin(fmax(whole, least[x->dtype]), most[x->dtype]);
+    }
+    return elementwise("clamp", by_dtype, "xx", 2, (const ds_tensor *[]){y, x}, bounds, CHEAP);
+}
+
+int DS_CPU(clamp_backward)(ds_tensor *dx, const ds_tensor *dy, const ds_tensor *x, double low,
+                           double high)
+{
+    static const bodies by_dtype = {FLOATS(clamp_backward)};
+
+    return elementwise("clamp_backward", by_dtype, "xxx", 3, (const ds_tensor *[]){dx, dy, x},
+                       (double[]){low, high}, CHEAP);
+}
+
+/* where moves bits: one body a size. */
+#define WHERE(type)                                                                                \
+    static void where_##type(int64_t n, void *const *p, const double *s)                           \
+    {                                                                                              \
+        type *y = p[0];                                                                            \
+        const uint8_t *condition = p[1];                                                           \
+        const type *a = p[2], *b = p[3];                                                           \
+                                                                                                   \
+        (void)s;                                                                                   \
+        _Pragma("omp simd") for (int64_t i = 0; i < n; i++) y[i] = condition[i] ? a[i] : b[i];     \
+    }
+WHERE(uint8_t)
+WHERE(uint16_t)
+WHERE(uint32_t)
+WHERE(uint64_t)
+#undef WHERE
+
+static int where(const char *name, ds_tensor *y, const ds_tensor *condition, const ds_tensor *a,
+                 const ds_tensor *b)
+{
+    static walk_body *const by_size[] = {
+        [1] = where_uint8_t, [2] = where_uint16_t, [4] = where_uint32_t, [8] = where_uint64_t};
+    walk w;
+    int rc;
+
+    if (condition->dtype != DS_BOOL)
+        return ds_fail(DS_EINVAL, "%s: the condition is %s, but it must be bool", name,
+                       ds_name_of(condition->dtype));
+    if (a->dtype != b->dtype || y->dtype != a->dtype)
+        return ds_fail(DS_EINVAL, "%s: %s and %s cannot be mixed into %s", name,
+                       ds_name_of(a->dtype), ds_name_of(b->dtype), ds_name_of(y->dtype));
+    rc = DS_CPU(walk_start)(&w, name, 4, (const ds_tensor *[]){y, condition, a, b},
+                            WALK_ANY);
+    if (rc < 0)
+        return rc;
+    walk_raw(&w, 0);
+    walk_raw(&w, 2);
+    walk_raw(&w, 3);
+    DS_CPU(walk_run)(&w, by_size[ds_bytes_of(y->dtype)], NULL, CHEAP);
+    return 0;
+}
+
+int DS_CPU(where)(ds_tensor *y, const ds_tensor *condition, const ds_tensor *a, const ds_tensor *b)
+{
+    return where("where", y, condition, a, b);
+}
+
+int DS_CPU(masked_fill)(ds_tensor *y, const ds_tensor *x, const ds_tensor *mask, double value)
+{
+    number s;
+    int rc = DS_CPU(number_start)(&s, "masked_fill", value, x->dtype, 1);
+
+    return rc < 0 ? rc : where("masked_fill", y, mask, &s.t, x);
+}
+
+BODY(logical_and_u8, uint8_t, uint8_t, uint8_t, a[i] & b[i])
+BODY(logical_or_u8, uint8_t, uint8_t, uint8_t, a[i] | b[i])
+BODY(logical_not_u8, uint8_t, uint8_t, uint8_t, !a[i])
+
+int DS_CPU(logical_and)(ds_tensor *y, const ds_tensor *a, const ds_tensor *b)
+{
+    static const bodies by_dtype = {[DS_BOOL] = logical_and_u8};
+
+    return elementwise("logical_and", by_dtype, "bbb", 3, (const ds_tensor *[]){y, a, b}, NULL,
+                       CHEAP);
+}
+
+int DS_CPU(logical_or)(ds_tensor *y, const ds_tensor *a, const ds_tensor *b)
+{
+    static const bodies by_dtype = {[DS_BOOL] = logical_or_u8};
+
+    return elementwise("logical_or", by_dtype, "bbb", 3, (const ds_tensor *[]){y, a, b}, NULL,
+                       CHEAP);
+}
+
+int DS_CPU(logical_not)(ds_tensor *y, const ds_tensor *x)
+{
+    static const bodies by_dtype = {[DS_BOOL] = logical_not_u8};
+
+    return elementwise("logical_not", by_dtype, "bb", 2, (const ds_tensor *[]){y, x}, NULL, CHEAP);
+}
+
+BODY(isfinite_f32, uint8_t, float, float, (ds_bits(a[i]) & 0x7fffffff) < 0x7f800000)
+BODY(isfinite_f64, uint8_t, double, double, fabs(a[i]) < INFINITY)
+
+int DS_CPU(isfinite)(ds_tensor *y, const ds_tensor *x)
+{
+    static const bodies by_dtype = {FLOATS(isfinite)};
+
+    return elementwise("isfinite", by_dtype, "bx", 2, (const ds_tensor *[]){y, x}, NULL, CHEAP);
+}

@@ -7,10 +7,10 @@
  */
 #include <math.h>
 
-#include "kernels/cpu/dnnl.h"
 #include "kernels/cpu/matmul.h"
 #include "kernels/cpu/simd.h"
 #include "kernels/scalar.h"
+#include "kernels/scratch.h"
 
 #define CHUNK 512 /* elements activated at a time: they stay in the L1 cache */
 
@@ -32,13 +32,13 @@ DS_FUNC double ds_relu_both_f64(double *slope, double x)
     static void name##_both_##suffix(real *restrict y, real *restrict slope,                       \
                                      const real *restrict bias, int64_t n)                         \
     {                                                                                              \
-        _Pragma("omp simd") for (int64_t i = 0; i < n; i++)                                        \
+        for (int64_t i = 0; i < n; i++)                                                            \
             y[i] = ds_##name##_both_##suffix(&slope[i], y[i] + bias[i]);                           \
     }                                                                                              \
     static void name##_only_##suffix(real *restrict y, const real *restrict bias, int64_t n)       \
     {                                                                                              \
-        _Pragma("omp simd") for (int64_t i = 0; i < n; i++) y[i] =                                 \
-            ds_##name##_##suffix(y[i] + bias[i]);                                                  \
+        for (int64_t i = 0; i < n; i++)                                                            \
+            y[i] = ds_##name##_##suffix(y[i] + bias[i]);                                           \
     }
 
 #define ACTIVATIONS(X, real, suffix)                                                               \
@@ -156,9 +156,9 @@ static int flatten(ds_matrix *out, int64_t *rows, const ds_tensor *x, const char
     if (x->ndim < 1 || (x->ndim != 2 && !x->dense))
         return ds_fail(DS_EINVAL, "linear wants %s dense or with two dimensions, not %d", name,
                        x->ndim);
-    *rows = x->shape[last] ? x->numel / x->shape[last] : 0;
-    if (x->ndim == 2)
-        *rows = x->shape[0];
+    *rows = 1;
+    for (int d = 0; d < last; d++)
+        *rows *= x->shape[d];
     *out = ds_matrix_of(x->data, x->ndim == 2 ? x->stride[0] : x->shape[last], x->stride[last],
                         x->dtype);
     return 0;

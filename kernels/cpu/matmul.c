@@ -10,6 +10,7 @@
 
 #include "kernels/cpu/dnnl.h"
 #include "kernels/cpu/simd.h"
+#include "kernels/scratch.h"
 
 /* Elements of an operand that are packed at once: 16 MB of f32. Smaller blocks are converted more
  * often, larger ones leave the caches. */
@@ -303,14 +304,14 @@ static void finish(const ds_product *p, const float *c)
 /* ---- loops in f64 ---- */
 
 /* sum[0..n) += x[0..k) b, where row i of b begins at b + i * n. */
-static void multiply_row(double *sum, const double *x, const double *b, int64_t n, int64_t k)
+static void multiply_row(double *restrict sum, const double *restrict x, const double *restrict b,
+                         int64_t n, int64_t k)
 {
     int64_t i = 0;
 
     for (; i + 4 <= k; i += 4) {
         const double *r = b + i * n;
 
-#pragma omp simd
         for (int64_t j = 0; j < n; j++)
             sum[j] += x[i] * r[j] + x[i + 1] * r[j + n] + x[i + 2] * r[j + 2 * n] +
                       x[i + 3] * r[j + 3 * n];

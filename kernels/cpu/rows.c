@@ -240,3 +240,29 @@ void ds_row_store_f64(void *restrict dst, const double *restrict src, int dtype,
         STORE(uint8_t, to_bool)
     }
 }
+
+void ds_row_load_i64(int64_t *restrict dst, const void *restrict src, int dtype, int64_t n,
+                     int64_t stride)
+{
+    switch (dtype) {
+    case DS_I64:
+        LOAD(int64_t, SAME)
+    case DS_I32:
+        LOAD(int32_t, SAME)
+    default:
+        LOAD(uint8_t, SAME)
+    }
+}
+
+void ds_row_store_i64(void *restrict dst, const int64_t *restrict src, int dtype, int64_t n,
+                      int64_t stride)
+{
+    switch (dtype) {
+    case DS_I64:
+        STORE(int64_t, SAME)
+    case DS_I32:
+        STORE(int32_t, (int32_t))
+    default:
+        STORE(uint8_t, (uint8_t))
+    }
+}

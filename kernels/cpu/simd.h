@@ -339,10 +339,16 @@ VF_FUNC vf vf_exp(vf x)
 #define ds_row_store DS_CPU(row_store)
 #define ds_row_load_f64 DS_CPU(row_load_f64)
 #define ds_row_store_f64 DS_CPU(row_store_f64)
+#define ds_row_load_i64 DS_CPU(row_load_i64)
+#define ds_row_store_i64 DS_CPU(row_store_i64)
 
 void ds_row_load(float *dst, const void *src, int dtype, int64_t n, int64_t stride);
 void ds_row_store(void *dst, const float *src, int dtype, int64_t n, int64_t stride);
 void ds_row_load_f64(double *dst, const void *src, int dtype, int64_t n, int64_t stride);
 void ds_row_store_f64(void *dst, const double *src, int dtype, int64_t n, int64_t stride);
+
+/* i64 rows, for integer dtypes and bool; storing wraps around. */
+void ds_row_load_i64(int64_t *dst, const void *src, int dtype, int64_t n, int64_t stride);
+void ds_row_store_i64(void *dst, const int64_t *src, int dtype, int64_t n, int64_t stride);
 
 #endif

@@ -1,6 +1,7 @@
 /* walk.c - loops over several strided tensors by dense rows; walk.h says how. */
 #include "kernels/cpu/walk.h"
 
+#include <math.h>
 #include <stdio.h>
 
 #define LONG_ROW 128 /* rows from this length on are visited one by one, shorter ones are collected */
@@ -37,12 +38,13 @@ static void swap_dims(walk *w, int i, int j)
     }
 }
 
-/* Follows the output's memory; dimensions of size 1 go, those that continue each other merge. */
-static void simplify(walk *w)
+/* Follows the output's memory, if any order will do; dimensions of size 1 go, those that continue
+ * each other merge. */
+static void simplify(walk *w, enum walk_order order)
 {
     int n = 0;
 
-    for (int i = 1; i < w->ndim; i++)
+    for (int i = 1; i < w->ndim && order == WALK_ANY; i++)
         for (int j = i; j > 0 && w->op[0].stride[j - 1] < w->op[0].stride[j]; j--)
             swap_dims(w, j - 1, j);
     for (int i = 0; i < w->ndim; i++) {
@@ -72,7 +74,8 @@ static void simplify(walk *w)
     w->ndim = n;
 }
 
-int DS_CPU(walk_start)(walk *w, const char *name, int count, const ds_tensor *const *t)
+int DS_CPU(walk_start)(walk *w, const char *name, int count, const ds_tensor *const *t,
+                       enum walk_order order)
 {
     const ds_tensor *y = t[0];
     char want[128], have[128];
@@ -100,7 +103,7 @@ int DS_CPU(walk_start)(walk *w, const char *name, int count, const ds_tensor *co
             return ds_fail(DS_EINVAL, "%s: %s does not broadcast to %s", name,
                            DS_CPU(shape_text)(have, t[k]), DS_CPU(shape_text)(want, y));
     }
-    simplify(w);
+    simplify(w, order);
     for (int k = 0; k < count; k++) {
         int64_t expected = 1;
 
@@ -110,6 +113,26 @@ int DS_CPU(walk_start)(walk *w, const char *name, int count, const ds_tensor *co
             expected *= w->shape[i];
         }
     }
+    return 0;
+}
+
+int DS_CPU(number_start)(number *s, const char *name, double value, int dtype, int exact)
+{
+    static const struct {
+        double low, end;
+    } range[DS_DTYPES] = {[DS_I64] = {-0x1p63, 0x1p63}, [DS_I32] = {-0x1p31, 0x1p31},
+                          [DS_U8] = {0, 256}, [DS_BOOL] = {0, 2}};
+
+    if (!ds_is_float(dtype) &&
+        !(value >= range[dtype].low && value < range[dtype].end && value == floor(value)))
+        return ds_fail(DS_EINVAL, "%s: %g is not a value of %s; use :float() first", name, value,
+                       ds_name_of(dtype));
+    memset(s, 0, sizeof *s);
+    s->t.dtype = !exact && (dtype == DS_BF16 || dtype == DS_F16) ? DS_F32 : dtype;
+    s->t.data = &s->value;
+    s->t.numel = 1;
+    s->t.dense = 1;
+    ds_row_store_f64(&s->value, &value, s->t.dtype, 1, 1);
     return 0;
 }
 
@@ -132,9 +155,8 @@ int DS_CPU(walk_start)(walk *w, const char *name, int count, const ds_tensor *co
         return;                                                                                    \
     }
 
-/* n elements of `size` bytes; strides in elements. */
-static void move(void *restrict dst, int64_t to, const void *restrict src, int64_t from,
-                 int64_t size, int64_t n)
+void DS_CPU(row_move)(void *restrict dst, int64_t to, const void *restrict src, int64_t from,
+                      int64_t size, int64_t n)
 {
     if (to == 1 && from == 1) {
         memcpy(dst, src, (size_t)(n * size));
@@ -157,9 +179,9 @@ static void convert(const struct walk_operand *op, int out, void *buffer, char *
                     int64_t stride, int64_t n)
 {
     if (is_direct(op->dtype) && out)
-        move(memory, stride, buffer, 1, op->size, n);
+        DS_CPU(row_move)(memory, stride, buffer, 1, op->size, n);
     else if (is_direct(op->dtype))
-        move(buffer, 1, memory, stride, op->size, n);
+        DS_CPU(row_move)(buffer, 1, memory, stride, op->size, n);
     else if (out)
         ds_row_store(memory, buffer, op->dtype, n, stride);
     else
@@ -199,12 +221,11 @@ static void convert_rows(const walk *w, int k, void *buffer, const int64_t *inde
 /* ---- running */
 
 typedef struct part {
-    int64_t index[DS_MAX_DIM]; /* where it is */
-    int64_t offset[WALK_MAX];  /* elements to there */
-    char *filled[WALK_MAX];    /* the constant that a buffer is full of */
-    int64_t limit;             /* elements in one go */
-    int64_t row;               /* elements that follow each other in every operand */
-    int by_rows;               /* one row is visited after the other */
+    cursor at;
+    char *filled[WALK_MAX]; /* the constant that a buffer is full of */
+    int64_t limit;          /* elements in one go */
+    int64_t row;            /* elements that follow each other in every operand */
+    int by_rows;            /* one row is visited after the other */
 } part;
 
 typedef struct buffers {
@@ -213,48 +234,21 @@ typedef struct buffers {
 
 static void part_start(part *p, const walk *w, int64_t begin)
 {
+    cursor_start(&p->at, w, begin);
     p->limit = INT64_MAX;
+    p->row = w->shape[w->ndim - 1];
     p->by_rows = 0;
-    for (int i = w->ndim - 1; i >= 0; i--) {
-        p->index[i] = begin % w->shape[i];
-        begin /= w->shape[i];
-    }
     for (int k = 0; k < w->count; k++) {
         const struct walk_operand *op = &w->op[k];
-        int64_t inner = op->stride[w->ndim - 1];
 
         p->filled[k] = NULL;
-        p->offset[k] = 0;
-        for (int i = 0; i < w->ndim; i++)
-            p->offset[k] += p->index[i] * op->stride[i];
-        if (!op->linear && w->ndim > 1)
-            p->by_rows = 1;
-        if (!is_direct(op->dtype) || inner != 1)
+        p->by_rows |= !op->linear && w->ndim > 1;
+        if (!is_direct(op->dtype) || op->stride[w->ndim - 1] != 1)
             p->limit = WALK_CHUNK;
     }
-    p->row = w->shape[w->ndim - 1];
     if (p->by_rows && p->row < LONG_ROW) {
         p->limit = WALK_CHUNK;
         p->by_rows = 0;
-    }
-}
-
-/* Goes on by n elements, which end in this row at the latest unless rows are short. */
-static void part_advance(part *p, const walk *w, int64_t n)
-{
-    int d = w->ndim - 1;
-
-    p->index[d] += n;
-    for (int k = 0; k < w->count; k++)
-        p->offset[k] += n * w->op[k].stride[d];
-    while (d > 0 && p->index[d] >= w->shape[d]) {
-        int64_t carry = p->index[d] / w->shape[d];
-
-        p->index[d] -= carry * w->shape[d];
-        p->index[d - 1] += carry;
-        for (int k = 0; k < w->count; k++)
-            p->offset[k] += carry * (w->op[k].stride[d - 1] - w->shape[d] * w->op[k].stride[d]);
-        d--;
     }
 }
 
@@ -263,7 +257,7 @@ static void *operand(const walk *w, part *p, int k, char *buffer, int64_t n, int
 {
     const struct walk_operand *op = &w->op[k];
     int64_t inner = op->stride[w->ndim - 1];
-    char *memory = op->data + p->offset[k] * op->size;
+    char *memory = cursor_at(&p->at, w, k);
     int contiguous = op->linear || (one_row && inner == 1);
 
     if (contiguous && is_direct(op->dtype))
@@ -279,7 +273,7 @@ static void *operand(const walk *w, part *p, int k, char *buffer, int64_t n, int
     } else if (one_row) {
         convert(op, 0, buffer, memory, inner, n);
     } else {
-        convert_rows(w, k, buffer, p->index, n);
+        convert_rows(w, k, buffer, p->at.index, n);
         p->filled[k] = NULL;
     }
     return buffer;
@@ -289,14 +283,14 @@ static void run_part(const walk *w, walk_body *body, const double *scalars, int6
                      int64_t end)
 {
     _Alignas(64) buffers buffer;
-    void *at[WALK_MAX];
+    void *at[WALK_MAX] = {NULL};
     int last = w->ndim - 1;
     int64_t n;
     part p;
 
     part_start(&p, w, begin);
     for (; begin < end; begin += n) {
-        int64_t rest = w->shape[last] - p.index[last];
+        int64_t rest = cursor_rest(&p.at, w);
         int one_row;
 
         n = end - begin < p.limit ? end - begin : p.limit;
@@ -306,23 +300,23 @@ static void run_part(const walk *w, walk_body *body, const double *scalars, int6
         for (int k = 0; k < w->count; k++)
             at[k] = operand(w, &p, k, buffer.data[k], n, one_row);
         body(n, at, scalars);
-        if (at[0] == (void *)buffer.data[0]) {
-            if (w->op[0].linear || one_row)
-                convert(&w->op[0], 1, buffer.data[0], w->op[0].data + p.offset[0] * w->op[0].size,
-                        w->op[0].stride[last], n);
-            else
-                convert_rows(w, 0, buffer.data[0], p.index, n);
-        }
-        part_advance(&p, w, n);
+        if (at[0] == (void *)buffer.data[0] && (w->op[0].linear || one_row))
+            convert(&w->op[0], 1, at[0], cursor_at(&p.at, w, 0), w->op[0].stride[last], n);
+        else if (at[0] == (void *)buffer.data[0])
+            convert_rows(w, 0, at[0], p.at.index, n);
+        cursor_advance(&p.at, w, n);
     }
 }
 
 void DS_CPU(walk_run)(const walk *w, walk_body *body, const double *scalars, int cost)
 {
+    static const double none[2];
     int threads = ds_threads(w->numel * cost);
 
     if (w->numel == 0)
         return;
+    if (!scalars)
+        scalars = none;
     if (threads == 1) {
         run_part(w, body, scalars, 0, w->numel);
         return;

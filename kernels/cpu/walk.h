@@ -35,9 +35,14 @@ typedef struct walk {
     } op[WALK_MAX];
 } walk;
 
+/* How a walk goes: in the order of the output's memory, or of the shape (for outputs whose place is
+ * counted). */
+enum walk_order { WALK_ANY, WALK_ROW_MAJOR };
+
 /* DS_EINVAL where a shape does not broadcast to that of t[0]. */
-int DS_CPU(walk_start)(walk *w, const char *name, int count, const ds_tensor *const *t);
-/* cost: how much more than a plain arithmetic instruction an element takes. */
+int DS_CPU(walk_start)(walk *w, const char *name, int count, const ds_tensor *const *t,
+                       enum walk_order order);
+/* scalars: two, or NULL; cost: how much more than a plain arithmetic instruction an element takes. */
 void DS_CPU(walk_run)(const walk *w, walk_body *body, const double *scalars, int cost);
 
 /* Sets a walk's operand k to read bits of another dtype of the same size. */
@@ -47,6 +52,67 @@ static inline void walk_raw(walk *w, int k)
 
     w->op[k].dtype = raw[ds_bytes_of(w->op[k].dtype)];
 }
+
+/* ---- for kernels that loop themselves: a place in a walk */
+
+typedef struct cursor {
+    int64_t index[DS_MAX_DIM];
+    int64_t offset[WALK_MAX]; /* elements from each operand's first */
+} cursor;
+
+static inline void cursor_start(cursor *c, const walk *w, int64_t element)
+{
+    for (int i = w->ndim - 1; i >= 0; i--) {
+        c->index[i] = element % w->shape[i];
+        element /= w->shape[i];
+    }
+    for (int k = 0; k < w->count; k++) {
+        c->offset[k] = 0;
+        for (int i = 0; i < w->ndim; i++)
+            c->offset[k] += c->index[i] * w->op[k].stride[i];
+    }
+}
+
+/* Elements left in this row. */
+static inline int64_t cursor_rest(const cursor *c, const walk *w)
+{
+    return w->shape[w->ndim - 1] - c->index[w->ndim - 1];
+}
+
+/* Goes on by n elements, over the ends of rows if need be. */
+static inline void cursor_advance(cursor *c, const walk *w, int64_t n)
+{
+    int d = w->ndim - 1;
+
+    c->index[d] += n;
+    for (int k = 0; k < w->count; k++)
+        c->offset[k] += n * w->op[k].stride[d];
+    for (; d > 0 && c->index[d] >= w->shape[d]; d--) {
+        int64_t carry = c->index[d] == w->shape[d] ? 1 : c->index[d] / w->shape[d];
+
+        c->index[d] -= carry * w->shape[d];
+        c->index[d - 1] += carry;
+        for (int k = 0; k < w->count; k++)
+            c->offset[k] += carry * (w->op[k].stride[d - 1] - w->shape[d] * w->op[k].stride[d]);
+    }
+}
+
+/* The memory of operand k there. */
+static inline char *cursor_at(const cursor *c, const walk *w, int k)
+{
+    return w->op[k].data + c->offset[k] * w->op[k].size;
+}
+
+/* Copies n elements of `size` bytes; strides in elements, a `from` of 0 repeats the first. */
+void DS_CPU(row_move)(void *dst, int64_t to, const void *src, int64_t from, int64_t size, int64_t n);
+
+/* A number as a tensor that broadcasts. exact: in `dtype`; otherwise in f32 for low precision, not
+ * rounded to that. DS_EINVAL where an integer dtype has no such value. */
+typedef struct number {
+    ds_tensor t;
+    double value; /* storage of any dtype */
+} number;
+int DS_CPU(number_start)(number *s, const char *name, double value, int dtype, int exact);
 
 /* "[2 x 3]", for messages. */
 const char *DS_CPU(shape_text)(char text[128], const ds_tensor *t);

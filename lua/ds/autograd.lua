@@ -162,6 +162,32 @@ function M.needs(t)
 end
 local needs = M.needs
 
+--- The gradient buffer of a leaf that is to be overwritten, for an op that knows its gradient in
+-- forward already. One op at a time has it; if another gradient comes first, the lent one moves out.
+-- @treturn Tensor|nil a handle on t.grad's memory
+function M.claim(t, dtype)
+  local g = t.grad
+  if t._rec or not g or not t._fresh or t._claim or g.dtype ~= dtype or g._c.dense ~= 1 then return nil end
+  t._claim = tensor.view.alias(g)
+  return t._claim
+end
+
+--- Ends a claim in backward: true if `g` still lies in t.grad, which now counts as written.
+function M.claimed(t, g)
+  if t._claim ~= g then return false end
+  t._claim, t._fresh = nil, false
+  return true
+end
+
+local function move_out(t)
+  local lent = t._claim
+  t._claim = nil
+  if lent._c.data == nil then return end
+  local copy = tensor.new(lent.shape, lent.dtype, lent.device)
+  tensor.run("copy", lent.device, copy._c, lent._c)
+  tensor.repoint(lent, copy)
+end
+
 --- Where a kernel may write the gradient of t directly.
 -- For a leaf that is t.grad itself; for anything else (and for leaves that others write as well) a new
 -- tensor. Return what you get: accumulating notices that it is there already.
@@ -178,6 +204,7 @@ function M.sink(t)
       return g, 0
     end
     if g._c.dense == 1 then
+      if t._claim then move_out(t) end
       local fresh = t._fresh
       t._fresh = false
       return g, fresh and 0 or 1
@@ -195,6 +222,7 @@ local function accumulate(t, g)
   if not t._rec then
     local have = t.grad
     if have == g then return end
+    if t._claim then move_out(t) end
     if not have then
       if g._rec or g._keep or g.dtype ~= t.dtype or tensor.shared(g) or g._c.dense ~= 1 then
         local copy = tensor.new(t.shape, t.dtype, t.device)
@@ -303,7 +331,7 @@ local function finish(r, retain)
   if retain then return end
   for i = 1, #op.saved do
     local t = r[op.saved[i]]
-    if t and not t._keep then release(t) end
+    if t and not t._keep and t._uses == 0 then release(t) end
   end
   for i = 1, #op.inputs do r[op.inputs[i]] = nil end
   for i = 1, #outputs do r[outputs[i]] = nil end

@@ -262,6 +262,14 @@ function M.help(key)
   return true
 end
 
+--- What `dsrun --config-help [KEY]` runs.
+function M.run(key)
+  local ok, message = M.help(key)
+  if ok then return end
+  io.stderr:write("dsrun: ", message, "\n")
+  os.exit(2)
+end
+
 --- The same as Markdown: what lua/ds/CONFIG.md holds.
 function M.markdown() return require("ds.config_help").markdown() end
 

@@ -28,7 +28,7 @@ local run, slice = tensor.run, tensor.view.slice_flat
 
 local Engine = {}
 Engine.__index = Engine
-local M = { Engine = Engine, alive = {} }
+local M = { Engine = Engine }
 
 -- ---- making an engine
 
@@ -189,7 +189,6 @@ function M.initialize(options)
   if options.training_data then
     self.training_dataloader = self:deepspeed_io(options.training_data, { collate_fn = options.collate_fn })
   end
-  M.alive[#M.alive + 1] = self
   C.ds_signal_claim(1)
   log.info("%s parameters, %s, %s, batch %d = micro %d × accumulation %d × ranks %d",
     nn.count_string(number_of(self.optimizer and self.params or {})), self.dtype,
@@ -206,8 +205,8 @@ function Engine:deepspeed_io(dataset, options)
   local c = self.config
   return data.loader(dataset, {
     batch_size = options.batch_size or c.train_micro_batch_size_per_gpu, seed = c.seed or tensor.generator.seed,
-    shuffle = options.shuffle == nil or options.shuffle,
-    drop_last = options.drop_last == nil and c.dataloader_drop_last or options.drop_last,
+    shuffle = options.shuffle == nil and c.dataloader_shuffle or options.shuffle or false,
+    drop_last = options.drop_last == nil and c.dataloader_drop_last or options.drop_last or false,
     collate_fn = options.collate_fn, rank = comm.rank(), world_size = comm.world_size(),
   })
 end
@@ -318,6 +317,7 @@ function Engine:backward(loss, options)
   loss._keep = kept
   if not ok then error(message, 0) end
   self.backwards = self.backwards + 1
+  if options.also then options.also.backwards = options.also.backwards + 1 end
   if value then
     self.losses = self.losses + 1
     self.loss_sum = self.loss_sum + value
@@ -361,7 +361,7 @@ end
 local control = ffi.new("ds_control")
 
 local function finish_step(self, applied, norm)
-  for _, p in ipairs(self.params) do p._fresh = true end
+  for _, p in ipairs(self.params) do p._fresh, p._claim = true, nil end
   self.applied = applied
   self.global_steps = self.global_steps + 1
   self.global_samples = self.global_samples + self.config.train_batch_size
@@ -550,14 +550,13 @@ end
 
 --- Lets go of the model: its parameters keep their values and belong to no engine.
 function Engine:destroy()
+  if self.destroyed then return end
+  self.destroyed = true
   begin_step(self)
-  for i, e in ipairs(M.alive) do
-    if e == self then table.remove(M.alive, i) end
-  end
   for _, p in ipairs(self.params or {}) do
     p.grad, p._engine, p._flat = nil, nil, nil
   end
-  if #M.alive == 0 then C.ds_signal_claim(0) end
+  C.ds_signal_claim(0)
 end
 
 function Engine:__tostring()

@@ -85,6 +85,7 @@ function M.save_checkpoint(engine, dir, tag, client_state, options)
       engine.micro_steps % engine.gas + (engine.backwards > 0 and 1 or 0), engine.gas)
   end
   engine.save_dir, engine.client_state = dir, client_state
+  local keep = engine.config.checkpoint.keep_last
   if type(client_state) == "function" then client_state = client_state(engine) end
   scope.no_grad(function()
     local weights = {}
@@ -94,7 +95,7 @@ function M.save_checkpoint(engine, dir, tag, client_state, options)
     ckpt.save(dir, tag or ("global_step%d"):format(engine.global_steps), {
       weights = weights, optim = engine.optimizer and optimizer_tensors(engine) or {},
       state = plain_state(engine), client_state = client_state or {},
-    }, { keep_last = engine.config.checkpoint.keep_last, save_latest = options.save_latest })
+    }, { keep_last = keep > 0 and keep or nil, save_latest = options.save_latest })
   end)
   return true
 end

@@ -52,17 +52,21 @@ local function float_format(values)
   return function(v) return special(v) or text(v) end
 end
 
+--- The text of a value of t, padded. The width is that of the finite values other than 0, as in PyTorch.
 local function formatter(t, values)
   local text
+  local real = tensor.floating[t.dtype]
   if t.dtype == "bool" then
     text = function(v) return v and "True" or "False" end
-  elseif tensor.floating[t.dtype] then
+  elseif real then
     text = float_format(values)
   else
     text = function(v) return ("%d"):format(v) end
   end
   local width = 0
-  for _, v in ipairs(values) do width = math.max(width, #text(v)) end
+  for _, v in ipairs(values) do
+    if not real or v ~= 0 and v - v == 0 then width = math.max(width, #text(v)) end
+  end
   return function(v)
     local s = text(v)
     return (" "):rep(width - #s) .. s

@@ -519,7 +519,8 @@ end
 F.loss_seed = 1 -- the gradient of the loss that backward will most likely start from; the engine sets it
 
 -- The gradients are made in forward, chunk by chunk, for a loss gradient of `seed`; backward rescales
--- them if it turns out to be another.
+-- them if it turns out to be another. A weight whose gradient buffer waits to be overwritten lends it:
+-- for GPT-2 that is 154 MB and a pass over them.
 local linear_cross_entropy = define("linear_cross_entropy", {
   inputs = { "x", "w", "target" }, args = { "ignore", "seed" }, outputs = { "loss" }, saved = { "dx?", "dw?" },
   infer = function(x, w, target, ignore, seed)
@@ -527,7 +528,7 @@ local linear_cross_entropy = define("linear_cross_entropy", {
     local loss = new({}, fine(x), x.device)
     local want_x, want_w = scope.grad and needs(x), scope.grad and needs(w)
     local dx = want_x and new(x.shape, x.dtype, x.device) or nil
-    local dw = want_w and new(w.shape, fine(w), w.device) or nil
+    local dw = want_w and (autograd.claim(w, fine(w)) or new(w.shape, fine(w), w.device)) or nil
     if x.device == "meta" then return loss, dx, dw end
     local scratch = new({ chunk_rows(n, v, x:element_size()), math.ceil(v / 16) * 16 }, x.dtype, x.device)
     run("linear_cross_entropy", x.device, loss._c, dx and dx._c or nil, dw and dw._c or nil, scratch._c, x._c,
@@ -541,6 +542,7 @@ local linear_cross_entropy = define("linear_cross_entropy", {
     for _, g in ipairs { dx or dw, dx and dw or nil } do
       if factor ~= 1 then run("mul_scalar", g.device, g._c, g._c, factor, 0) end
     end
+    if dw and autograd.claimed(r.w, dw) then dw = r.w.grad end
     return needs(r.x) and dx or nil, needs(r.w) and dw or nil
   end,
 })

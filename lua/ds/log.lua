@@ -3,7 +3,7 @@
 local border = require "ds.ffi"
 
 local M = {}
-local levels = { debug = 0, info = 1, warning = 2, error = 3 }
+local levels = { error = 0, warning = 1, info = 2, debug = 3 } -- enum ds_log_level
 
 for name, level in pairs(levels) do
   --- `log.info("step %d", n)`

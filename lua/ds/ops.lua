@@ -108,7 +108,7 @@ local scalar_gradients = {
   minimum = function(r, dy) return dy * r.x:le(r.s):to(dy.dtype) end,
 }
 
---- The method for tensor∘tensor, tensor∘number and number∘tensor.
+--- The method for tensor∘tensor, tensor∘number and number∘tensor; `x:add(y, alpha)` is x + alpha y.
 local function two_ways(name, dtype, backward, scalar_backward)
   local both = define(name, {
     inputs = { "a", "b" }, infer = binary_infer(name, dtype), kernel = name, backward = backward })
@@ -123,7 +123,11 @@ local function two_ways(name, dtype, backward, scalar_backward)
     end
     return one(x, s, flip)
   end
-  local function method(a, b)
+  local function method(a, b, alpha)
+    if alpha then
+      if name ~= "add" and name ~= "sub" then raise("%s: only add and sub take a factor", name) end
+      b = b * alpha
+    end
     if type(b) == "number" then return with_number(a, b, 0) end
     if type(a) == "number" then return with_number(b, a, 1) end
     if is_tensor(a) and is_tensor(b) then

@@ -51,7 +51,9 @@ local function describe(list, what)
     local name, t = item[1], item[2]
     local e = entries[i - 1]
     tensor.need_tensor(t, what, i)
-    if t.device == "meta" then raise("%s: '%s' is on the meta device and has no data", what, name) end
+    if t.device == "meta" then
+      raise("%s: '%s' is on the meta device and has no data", what, tostring(name))
+    end
     if type(name) ~= "string" or name == "" or name:find("%z") then
       raise("%s: %q cannot be a tensor's name", what, tostring(name))
     end
@@ -85,7 +87,8 @@ function M.write(path, list, options)
   list = by_width(list)
   local entries, slot = describe(list, what), file_slot()
   local meta = options.meta or {}
-  local keys = ffi.new("const char *[?]", #meta + 1, meta)
+  local keys = ffi.new("const char *[?]", #meta + 1) -- zeroed; with a table the rest would not be
+  for i, word in ipairs(meta) do keys[i - 1] = word end
   check(C.ds_tensors_create(slot, path, entries, #list, keys, options.replace and 1 or 0), what)
   local f = slot[0]
   for _, item in ipairs(list) do
@@ -107,7 +110,7 @@ local File = {}
 File.__index = File
 
 --- Opens a file for reading; raises if there is none.
--- @treturn table with `path`, `bytes` and the methods `hash`, `text`, `parse`, `read`, `info`, `close`
+-- @treturn table `path`, `bytes` and the methods `hash`, `text`, `parse`, `read`, `info`, `close`
 function M.file(path, what)
   local slot = file_slot()
   check(C.ds_file_open(slot, path), what)
@@ -124,7 +127,9 @@ end
 
 --- The whole file as a string.
 function File:text()
-  if self.bytes > 2 ^ 28 then raise("'%s' has %d bytes; no text file is so long", self.path, self.bytes) end
+  if self.bytes > 2 ^ 28 then
+    raise("'%s' has %d bytes; no text file is so long", self.path, self.bytes)
+  end
   local buffer = ffi.new("char[?]", math.max(1, self.bytes))
   check(C.ds_file_read(self._f, buffer, self.bytes, 0), self.what)
   return ffi.string(buffer, self.bytes)
@@ -142,7 +147,7 @@ function File:parse()
     local name, shape = ffi.string(e.name), {}
     for d = 1, e.ndim do shape[d] = tonumber(e.shape[d - 1]) end
     self.names[i] = name
-    self.entries[name] = { dtype = names[e.dtype], shape = shape, numel = tonumber(e.numel), entry = e }
+    self.entries[name] = { dtype = names[e.dtype], shape = shape, entry = e }
   end
   return self
 end
@@ -171,12 +176,13 @@ function File:read(name, t, options)
   local from = options and options.from
   tensor.need_tensor(t, self.what, 2)
   if not from and shape_string(shape) ~= shape_string(t.shape) then
-    raise("%s: tensor '%s' is %s in '%s', and %s here", self.what, name, shape_string(shape), self.path,
-      shape_string(t.shape))
+    raise("%s: tensor '%s' is %s in '%s', and %s here", self.what, name, shape_string(shape),
+      self.path, shape_string(t.shape))
   end
   local direct = t.device == "cpu" and t._c.dense == 1 and t.dtype == dtype
   local to = direct and t or tensor.new(t.shape, dtype, "cpu")
-  check(C.ds_tensors_read(self._f, self.entries[name].entry, to._c.data, from or 0, t:numel()), self.what)
+  local entry = self.entries[name].entry
+  check(C.ds_tensors_read(self._f, entry, to._c.data, from or 0, t:numel()), self.what)
   if not direct then
     tensor.run("copy", t.device, t._c, to._c)
     scope.release(to, "after it was read")
@@ -191,8 +197,8 @@ function File:close()
   self._t, self._f, self.entries = nil, nil, {}
 end
 
--- ---- ds.save, ds.load: the tables around the tensors are JSON in the file's metadata; in it a tensor
--- is {"tensor": name}, an array {"list": […]}, any other table {"table": {…}}
+-- ---- ds.save, ds.load: the tables around the tensors are JSON in the file's metadata; in it a
+-- tensor is {"tensor": name}, an array {"list": […]}, any other table {"table": {…}}
 
 local VALUE, DEPTH = "ds.value", 100
 
@@ -208,7 +214,9 @@ local function keys_of(t, path)
   end
   if #keys == 0 and (n > 0 or json.is_array(t)) then
     for i = 1, n do
-      if t[i] == nil then raise("save: %s is an array with holes, or has keys other than 1 to %d", path, n) end
+      if t[i] == nil then
+        raise("save: %s is an array with holes, or has keys other than 1 to %d", path, n)
+      end
     end
     return nil, n
   end
@@ -246,9 +254,10 @@ local function describe_value(state, value, path, name, depth)
   local parts = {}
   for i = 1, n do
     local key = keys and keys[i] or i
-    local inner = keys and path .. "." .. key or ("%s[%d]"):format(path, key)
+    local inner = (keys and "%s.%s" or "%s[%s]"):format(path, tostring(key))
+    local inner_name = name == "" and tostring(key) or name .. "." .. key
     parts[i] = (keys and json.encode(key, { name = path }) .. ":" or "")
-      .. describe_value(state, value[key], inner, name == "" and tostring(key) or name .. "." .. key, depth + 1)
+      .. describe_value(state, value[key], inner, inner_name, depth + 1)
   end
   state.open[value] = nil
   return (keys and '{"table":{%s}}' or '{"list":[%s]}'):format(table.concat(parts, ","))
@@ -262,8 +271,8 @@ end
 -- @usage ds.save({ weight = w, note = "best so far" }, "best.safetensors")
 function M.save(value, path)
   if type(path) ~= "string" or path == "" or type(value) ~= "table" then
-    raise("save: expects ds.save(value, path) with a tensor or a table, and a path; got a %s and a %s",
-      type(value), type(path))
+    raise("save: expects ds.save(value, path) with a tensor or a table, and a path; got a %s and "
+      .. "a %s", type(value), type(path))
   end
   local state = { names = {}, used = {}, list = {}, open = {} }
   local text = describe_value(state, value, "value", "", 1)

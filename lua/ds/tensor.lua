@@ -156,7 +156,7 @@ M.dim_of = dim_of
 --- Sizes given as numbers or as one table, with options last: `f(2, 3, { dtype = "f64" })`.
 local function parse(what, ...)
   local n = select("#", ...)
-  local last = select(n, ...)
+  local last = n > 0 and select(n, ...) or nil
   local options = {}
   if n > 0 and type(last) == "table" and not is_tensor(last) and (#last == 0 and next(last) or n > 1) then
     options, n = last, n - 1

@@ -112,6 +112,17 @@ function GPT:init_weights()
   end
 end
 
+-- Hugging Face's GPT-2 has these transposed, [in x out] (its Conv1D).
+local transposed = { ["attn.c_attn.weight"] = true, ["attn.c_proj.weight"] = true,
+  ["mlp.c_fc.weight"] = true, ["mlp.c_proj.weight"] = true }
+
+--- The name of a parameter in checkpoints, which is Hugging Face's.
+-- @treturn string
+-- @treturn boolean whether it is transposed there
+function GPT:hf_name(name) -- luacheck: ignore self
+  return "transformer." .. name, transposed[name:match "^h%.%d+%.(.*)"] or false
+end
+
 --- @tparam Tensor x token ids [B x T]
 -- @tparam[opt] Tensor y the tokens to predict [B x T]
 -- @treturn Tensor with y the mean loss, else the logits [B x T x V]

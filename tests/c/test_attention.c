@@ -206,10 +206,11 @@ static void drop(call *c)
 static double kept(const shape *z, int64_t b, int64_t h, int64_t t, int64_t s)
 {
     uint64_t element = (uint64_t)(((b * z->H + h) * z->T + t) * z->S + s);
-    ds_philox_block block = ds_philox(SEED, OFFSET + element / 4);
+    ds_philox_block block;
 
     if (z->p == 0)
         return 1;
+    block = ds_philox(SEED, OFFSET + element / 4);
     return ds_uniform_f32(block.lane[element % 4]) >= (float)z->p ? 1 / (1 - z->p) : 0;
 }
 
@@ -329,7 +330,7 @@ static double difference(const ds_tensor *t, const double *want)
 
 static void check(call *c)
 {
-    static const double tolerance[] = {[DS_F32] = 1e-5, [DS_BF16] = 1.5e-2, [DS_F16] = 2e-3,
+    static const double tolerance[] = {[DS_F32] = 1e-5, [DS_BF16] = 2.5e-2, [DS_F16] = 2e-3,
                                        [DS_F64] = 1e-12};
     const struct {
         const char *name;
@@ -434,12 +435,17 @@ static void rows_that_see_nothing_are_zero(void **unused)
         assert_true(((float *)c.lse.data)[0] == -INFINITY);
         drop(&c);
         z.mask = 1;
+        z.causal = 0;
         make(&c, &z);
         make_mask(&c);
-        memset(c.mask.data, 0, 1);
-        expect(&c);
+        for (int i = 0; i < 3; i++)
+            c.mask.stride[i] = 0;
+        memset(c.mask.data, 0, 30);
         run(&c);
-        check(&c);
+        for (int64_t i = 0; i < c.y.numel; i++)
+            assert_true(get(&c.y, i) == 0 && get(&c.dq, i) == 0);
+        for (int64_t i = 0; i < c.dk.numel; i++)
+            assert_true(get(&c.dk, i) == 0 && get(&c.dv, i) == 0);
         drop(&c);
     }
 }

@@ -23,8 +23,13 @@ static void assert_fails(int rc, int code, const char *message)
 
 static ds_tensor tensor_of(void *data, int dtype, int64_t rows, int64_t columns)
 {
-    return (ds_tensor){.data = data, .numel = rows * columns, .shape = {rows, columns},
-                       .stride = {columns, 1}, .ndim = 2, .dtype = dtype, .dense = 1};
+    return (ds_tensor){.data = data,
+                       .numel = rows * columns,
+                       .shape = {rows, columns},
+                       .stride = {columns, 1},
+                       .ndim = 2,
+                       .dtype = dtype,
+                       .dense = 1};
 }
 
 /* ---- one rank */
@@ -135,7 +140,8 @@ static void bad_arguments_are_named(void **state)
     meta.device = DS_META;
     near.data = a + 1;
     assert_int_equal(ds_comm_world(&c), 0);
-    assert_fails(ds_all_reduce(&x, &x, 9, c, NULL), DS_EINVAL, "all_reduce: there is no reduction 9");
+    assert_fails(ds_all_reduce(&x, &x, 9, c, NULL), DS_EINVAL,
+                 "all_reduce: there is no reduction 9");
     assert_fails(ds_all_reduce(&i, &i, DS_MEAN, c, NULL), DS_EINVAL, "a mean of i32 is no i32");
     assert_fails(ds_all_reduce(&m, &m, DS_SUM, c, NULL), DS_EINVAL, "a sum of bool");
     assert_int_equal(ds_all_reduce(&m, &m, DS_MAX, c, NULL), 0);
@@ -223,8 +229,10 @@ static void shares_are_checked_against_the_ranks(void **state)
     assert_int_equal(ds_reduce_scatter(&share, &whole, DS_MEAN, &c, NULL), 0);
     assert_int_equal(fake.call.op, DS_MEAN);
     assert_ptr_equal(fake.call.in, &whole);
-    assert_fails(ds_all_gather(&share, &whole, &c, NULL), DS_EINVAL, "12 elements in and 3 out don't fit 4");
-    assert_fails(ds_reduce_scatter(&two, &odd, DS_SUM, &c, NULL), DS_EINVAL, "10 elements in and 2 out");
+    assert_fails(ds_all_gather(&share, &whole, &c, NULL), DS_EINVAL,
+                 "12 elements in and 3 out don't fit 4");
+    assert_fails(ds_reduce_scatter(&two, &odd, DS_SUM, &c, NULL), DS_EINVAL,
+                 "10 elements in and 2 out");
     assert_fails(ds_all_to_all(&share, &whole, &c, NULL), DS_EINVAL, "all_to_all: 12 elements in");
     assert_fails(ds_barrier(&c, NULL), DS_ENOSYS, "four has no barrier");
     assert_int_equal(ds_send(&share, 0, &c, NULL), 0);

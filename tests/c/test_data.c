@@ -74,8 +74,13 @@ static const char *shard(const char *name, int width, int n, int first)
 
 static ds_tensor tensor_of(int32_t *data, int64_t rows, int64_t columns)
 {
-    return (ds_tensor){.data = data, .numel = rows * columns, .shape = {rows, columns},
-                       .stride = {columns, 1}, .ndim = 2, .dtype = DS_I32, .dense = 1};
+    return (ds_tensor){.data = data,
+                       .numel = rows * columns,
+                       .shape = {rows, columns},
+                       .stride = {columns, 1},
+                       .ndim = 2,
+                       .dtype = DS_I32,
+                       .dense = 1};
 }
 
 static void assert_fails(int rc, int code, const char *message)
@@ -117,9 +122,11 @@ static void vocabulary_is_sorted_by_code_point(void **state)
 
 static void bad_utf8_is_refused(void **state)
 {
+    /* clang-format off */
     static const char *const bad[] = {
         "\x80", "\xc3", "\xc0\xaf", "\xe0\x80\xaf", "\xed\xa0\x80", "\xf4\x90\x80\x80",
         "\xf0\x80\x80\xaf", "\xf8\x88\x80\x80\x80", "\xff", "\xe2\x82", "\xe2\x28\xa1"};
+    /* clang-format on */
     ds_vocab *v = NULL;
 
     (void)state;
@@ -340,7 +347,8 @@ static void raw_files_need_a_dtype(void **state)
     assert_int_equal(ds_tokens_open(&t, &path, 1, 4), 0);
     assert_int_equal(ds_windows_make(&w, t, 0, 3, 2, 1, 0), 0);
     x = tensor_of(a, 1, 2), y = tensor_of(b, 1, 2);
-    assert_fails(ds_windows_gather(&x, &y, w, &index, 1), DS_ERANGE, "token 4294967295 at position 2");
+    assert_fails(ds_windows_gather(&x, &y, w, &index, 1), DS_ERANGE,
+                 "token 4294967295 at position 2");
     ds_windows_release(w);
     ds_tokens_release(t);
 }
@@ -359,11 +367,13 @@ static void bad_files_are_named(void **state)
     path = file("short.bin", head, 100);
     assert_fails(ds_tokens_open(&t, &path, 1, 2), DS_ECORRUPT, "short.bin: cut off");
     path = file("version.bin", head, sizeof head);
-    assert_fails(ds_tokens_open(&t, &path, 1, 0), DS_ECORRUPT, "version.bin: token file of version 2");
+    assert_fails(ds_tokens_open(&t, &path, 1, 0), DS_ECORRUPT,
+                 "version.bin: token file of version 2");
     head[1] = 1;
     memcpy(bytes, head, sizeof head);
     path = file("more.bin", bytes, sizeof head + 8);
-    assert_fails(ds_tokens_open(&t, &path, 1, 0), DS_ECORRUPT, "more.bin: its header counts 3 tokens");
+    assert_fails(ds_tokens_open(&t, &path, 1, 0), DS_ECORRUPT,
+                 "more.bin: its header counts 3 tokens");
     path = file("less.bin", bytes, sizeof head + 5);
     assert_fails(ds_tokens_open(&t, &path, 1, 0), DS_ECORRUPT, "the file has 1029");
     head[2] = -3;
@@ -375,7 +385,8 @@ static void bad_files_are_named(void **state)
     path = file("empty.bin", "", 0);
     assert_fails(ds_tokens_open(&t, &path, 1, 2), DS_ECORRUPT, "empty.bin is empty");
     assert_fails(ds_tokens_text(&t, &v, path, 0), DS_ECORRUPT, "empty.bin is empty");
-    assert_fails(ds_tokens_open(&t, &good, 1, 4), DS_EINVAL, "header says 2 bytes a token, dtype says 4");
+    assert_fails(ds_tokens_open(&t, &good, 1, 4), DS_EINVAL,
+                 "header says 2 bytes a token, dtype says 4");
     path = folder;
     assert_fails(ds_tokens_open(&t, &path, 1, 2), DS_EIO, "is a directory");
     assert_fails(ds_tokens_text(&t, &v, path, 0), DS_EIO, "is a directory");

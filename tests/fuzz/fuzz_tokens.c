@@ -1,5 +1,5 @@
-/* fuzz_tokens.c - any bytes as a token file and as a text: refused with a message, or read to the last
- * token without leaving the memory that holds them.
+/* fuzz_tokens.c - any bytes as a token file and as a text: refused with a message, or read to the
+ * last token without leaving the memory that holds them.
  */
 #include <stdlib.h>
 #include <string.h>

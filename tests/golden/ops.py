@@ -38,17 +38,15 @@ def ints(high, *shape):
     return torch.randint(0, high, shape)
 
 
-def number(v):
+def number(v, digits):
     if v != v or v in (float("inf"), float("-inf")):
         return str(v)
-    return int(v) if v == int(v) and abs(v) < 2**31 else float("%.9g" % v)
+    return int(v) if v == int(v) and abs(v) < 2**31 else float("%.*g" % (digits, v))
 
 
-def pack(t):
-    t = t.detach()
-    return dict(
-        dtype=DTYPES[t.dtype], shape=list(t.shape), data=[number(v) for v in t.flatten().tolist()]
-    )
+def pack(t, digits=9):
+    values = t.detach().flatten().tolist()
+    return dict(dtype=DTYPES[t.dtype], shape=list(t.shape), data=[number(v, digits) for v in values])
 
 
 def case(name, lua, f, **inputs):
@@ -59,7 +57,7 @@ def case(name, lua, f, **inputs):
     outputs = f(*args.values())
     outputs = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
     seeds = [rand(*o.shape) if o.requires_grad else None for o in outputs]
-    out = dict(name=name, lua=lua, inputs=[dict(name=k, **pack(v)) for k, v in inputs.items()])
+    out = dict(name=name, lua=lua, inputs=[dict(name=k, **pack(v, 17)) for k, v in inputs.items()])
     if any(s is not None for s in seeds):
         wanted = {k: v for k, v in args.items() if v.requires_grad}
         loss = sum((o * s).sum() for o, s in zip(outputs, seeds) if s is not None)

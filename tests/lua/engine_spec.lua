@@ -163,7 +163,7 @@ describe("bf16", function()
     for i = 1, 40 do assert(math.abs(fine[i] - coarse[i]) < 0.05 * math.max(1, fine[i])) end
   end)
   it("skips a step whose gradient is not finite, and the schedule with it", function()
-    local engine, _, _, schedule = make { bf16 = { enabled = true },
+    local engine, _, _, schedule = make { bf16 = { enabled = true }, nan_check = false,
       scheduler = { type = "WarmupLR", params = { warmup_num_steps = 10, warmup_type = "linear", warmup_max_lr = 0.1 } } }
     local b = batches(1)[1]
     train(engine, { b, b, b })
@@ -179,6 +179,18 @@ describe("bf16", function()
     train(engine, { b })
     assert.is_true(engine:was_step_applied())
     assert.not_equal(lr, schedule:get_lr()[1])
+  end)
+end)
+
+describe("a loss that is NaN", function()
+  it("stops training with the step named, before anything is changed", function()
+    local engine = make()
+    local b = batches(1)[1]
+    train(engine, { b })
+    local before = weights(engine)
+    local loss = engine(b[1] * (0 / 0), b[2])
+    says("step 2: the loss is NaN; training stops (nan_check)", engine.backward, engine, loss)
+    assert.same(before, weights(engine))
   end)
 end)
 

@@ -129,7 +129,8 @@ describe("schedules written in Lua", function()
       return function(step, lr) return lr * p.factor ^ step end
     end)
     local optimizer = adam(8)
-    local s = schedule.scheduler(optimizer, { type = "spec half", params = { factor = 0.5, x = "auto" } })
+    local s = schedule.scheduler(optimizer,
+      { type = "spec half", params = { factor = 0.5, x = "auto" } })
     assert.same({ factor = 0.5 }, given)
     s:step()
     s:step()
@@ -140,7 +141,9 @@ describe("schedules written in Lua", function()
 
   it("may return a momentum, or betas", function()
     local optimizer = adam(1)
-    local s = schedule.scheduler(optimizer, function(step) return 1, step == 0 and 0.5 or { 0.1, 0.2 } end)
+    local s = schedule.scheduler(optimizer, function(step)
+      return 1, step == 0 and 0.5 or { 0.1, 0.2 }
+    end)
     assert.same({ 0.5, 0.999 }, optimizer.param_groups[1].betas)
     s:step()
     assert.same({ 0.1, 0.2 }, optimizer.param_groups[1].betas)

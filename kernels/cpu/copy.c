@@ -1,0 +1,305 @@
+/* copy.c - copying between any strides and dtypes; fill, arange, triangle, one_hot.
+ *
+ * Three ways to copy: runs of one row where both sides go along it, tiles where the source's rows are
+ * the output's columns, and rows through a buffer where dtypes differ and strides fit nothing else.
+ */
+#include "kernels/cpu/walk.h"
+
+/* ---- one run of a row: n elements from one stride and dtype to another */
+
+#define BUFFER 512 /* elements */
+
+/* What an f32 buffer holds exactly. */
+static int fits_f32(int dtype)
+{
+    return dtype <= DS_F16 || dtype >= DS_U8;
+}
+
+static void convert_run(const walk *w, char *y, int64_t to, const char *x, int64_t from, int64_t n)
+{
+    const struct walk_operand *out = &w->op[0], *in = &w->op[1];
+    double buffer[BUFFER];
+    int single = fits_f32(in->dtype) && fits_f32(out->dtype);
+
+    if (out->dtype == DS_F32 && to == 1) {
+        ds_row_load((float *)(void *)y, x, in->dtype, n, from);
+        return;
+    }
+    if (in->dtype == DS_F32 && from == 1) {
+        ds_row_store(y, (const float *)(const void *)x, out->dtype, n, to);
+        return;
+    }
+    for (int64_t i = 0; i < n; i += BUFFER) {
+        int64_t m = n - i < BUFFER ? n - i : BUFFER;
+        const char *source = x + i * from * in->size;
+        char *target = y + i * to * out->size;
+
+        if (single) {
+            ds_row_load((float *)buffer, source, in->dtype, m, from);
+            ds_row_store(target, (const float *)buffer, out->dtype, m, to);
+        } else {
+            ds_row_load_f64(buffer, source, in->dtype, m, from);
+            ds_row_store_f64(target, buffer, out->dtype, m, to);
+        }
+    }
+}
+
+static void copy_part(const walk *w, int64_t begin, int64_t end)
+{
+    int64_t to = w->op[0].stride[w->ndim - 1], from = w->op[1].stride[w->ndim - 1], n;
+    int same = w->op[0].dtype == w->op[1].dtype;
+    cursor c;
+
+    cursor_start(&c, w, begin);
+    for (; begin < end; begin += n) {
+        n = cursor_rest(&c, w) < end - begin ? cursor_rest(&c, w) : end - begin;
+        if (same)
+            DS_CPU(row_move)(cursor_at(&c, w, 0), to, cursor_at(&c, w, 1), from, w->op[0].size, n);
+        else
+            convert_run(w, cursor_at(&c, w, 0), to, cursor_at(&c, w, 1), from, n);
+        cursor_advance(&c, w, n);
+    }
+}
+
+/* ---- tiles: y's rows are x's columns
+ *
+ * A tile is 64 bytes square in memory and goes through a small buffer, so that every cache line of
+ * x and y is touched once. Going down a column element by element would touch as many lines as there
+ * are rows, which at strides of a power of two all share a few sets of the cache. */
+
+#define TILE_BYTES 64
+
+typedef uint16_t u16x8 __attribute__((vector_size(16)));
+typedef uint32_t u32x4 __attribute__((vector_size(16)));
+
+/* y[j][i] = x[i][j] for 8 × 8 u16: interleaving rows i and i + 4 three times. */
+static void transpose_8x8(uint16_t *y, int64_t ys, const uint16_t *x, int64_t xs)
+{
+    u16x8 a[8], b[8];
+
+    for (int i = 0; i < 8; i++)
+        memcpy(&a[i], x + i * xs, 16);
+    for (int step = 0; step < 3; step++) {
+        for (int i = 0; i < 4; i++) {
+            b[2 * i] = __builtin_shufflevector(a[i], a[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
+            b[2 * i + 1] = __builtin_shufflevector(a[i], a[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
+        }
+        memcpy(a, b, sizeof a);
+    }
+    for (int i = 0; i < 8; i++)
+        memcpy(y + i * ys, &a[i], 16);
+}
+
+static void transpose_4x4(uint32_t *y, int64_t ys, const uint32_t *x, int64_t xs)
+{
+    u32x4 a[4], b[4];
+
+    for (int i = 0; i < 4; i++)
+        memcpy(&a[i], x + i * xs, 16);
+    for (int step = 0; step < 2; step++) {
+        for (int i = 0; i < 2; i++) {
+            b[2 * i] = __builtin_shufflevector(a[i], a[i + 2], 0, 4, 1, 5);
+            b[2 * i + 1] = __builtin_shufflevector(a[i], a[i + 2], 2, 6, 3, 7);
+        }
+        memcpy(a, b, sizeof a);
+    }
+    for (int i = 0; i < 4; i++)
+        memcpy(y + i * ys, &a[i], 16);
+}
+
+/* One tile: `rows` rows of y, each `columns` elements long; rows of y are `ys` elements apart,
+ * columns of y (rows of x) `xs`. */
+#define TILE(type, side, block, transpose_block)                                                   \
+    static void tile_##type(void *out, int64_t ys, const void *in, int64_t xs, int64_t rows,       \
+                            int64_t columns)                                                       \
+    {                                                                                              \
+        _Alignas(64) type a[side][side], b[side][side];                                            \
+        type *y = out;                                                                             \
+        const type *x = in;                                                                        \
+                                                                                                   \
+        if (rows < side || columns < side) {                                                       \
+            for (int64_t i = 0; i < rows; i++)                                                     \
+                for (int64_t j = 0; j < columns; j++)                                              \
+                    y[i * ys + j] = x[j * xs + i];                                                 \
+            return;                                                                                \
+        }                                                                                          \
+        for (int64_t j = 0; j < side; j++)                                                         \
+            memcpy(a[j], x + j * xs, sizeof a[j]);                                                 \
+        for (int i = 0; i < side; i += block)                                                      \
+            for (int j = 0; j < side; j += block)                                                  \
+                transpose_block(&b[i][j], side, &a[j][i], side);                                   \
+        for (int64_t i = 0; i < side; i++)                                                         \
+            memcpy(y + i * ys, b[i], sizeof b[i]);                                                 \
+    }
+
+static void transpose_u8(uint8_t *y, int64_t ys, const uint8_t *x, int64_t xs)
+{
+    (void)ys, (void)xs;
+    *y = *x;
+}
+
+static void transpose_u64(uint64_t *y, int64_t ys, const uint64_t *x, int64_t xs)
+{
+    (void)ys, (void)xs;
+    *y = *x;
+}
+
+TILE(uint8_t, 64, 1, transpose_u8)
+TILE(uint16_t, 32, 8, transpose_8x8)
+TILE(uint32_t, 16, 4, transpose_4x4)
+TILE(uint64_t, 8, 1, transpose_u64)
+
+/* The dimension along which x is contiguous while y's last one is not; -1: there is none such. */
+static int column_dim(const walk *w)
+{
+    int last = w->ndim - 1;
+    int64_t side = TILE_BYTES / w->op[0].size;
+
+    if (w->op[0].dtype != w->op[1].dtype || w->op[0].stride[last] != 1 ||
+        w->op[1].stride[last] == 1 || w->shape[last] < side)
+        return -1;
+    for (int i = 0; i < last; i++)
+        if (w->op[1].stride[i] == 1 && w->shape[i] >= side)
+            return i;
+    return -1;
+}
+
+/* Tiles over dimensions `dim` (rows of y) and the last, for all positions in the other ones. */
+static void copy_tiles(const walk *whole, int dim, int threads)
+{
+    static void (*const tile[])(void *, int64_t, const void *, int64_t, int64_t, int64_t) = {
+        [1] = tile_uint8_t, [2] = tile_uint16_t, [4] = tile_uint32_t, [8] = tile_uint64_t};
+    int last = whole->ndim - 1;
+    int64_t side = TILE_BYTES / whole->op[0].size, size = whole->op[0].size;
+    int64_t rows = whole->shape[dim], columns = whole->shape[last];
+    int64_t down = (rows + side - 1) / side, across = (columns + side - 1) / side;
+    int64_t ys = whole->op[0].stride[dim], xs = whole->op[1].stride[last];
+    walk w = *whole;
+
+    w.shape[dim] = 1;
+    w.shape[last] = 1;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        int64_t begin, end;
+        cursor c;
+
+        ds_part(&begin, &end, whole->numel / (rows * columns) * down * across, 1);
+        for (int64_t t = begin; t < end; t++) {
+            int64_t i = t / across % down * side, j = t % across * side;
+
+            if (t == begin || t % (down * across) == 0)
+                cursor_start(&c, &w, t / (down * across));
+            tile[size](cursor_at(&c, &w, 0) + (i * ys + j) * size, ys,
+                       cursor_at(&c, &w, 1) + (i + j * xs) * size, xs,
+                       rows - i < side ? rows - i : side, columns - j < side ? columns - j : side);
+        }
+    }
+}
+
+/* ---- kernels */
+
+int DS_CPU(copy)(ds_tensor *y, const ds_tensor *x)
+{
+    int threads = ds_threads(y->numel), dim;
+    walk w;
+    int rc = DS_CPU(walk_start)(&w, "copy", 2, (const ds_tensor *[]){y, x}, WALK_ANY);
+
+    if (rc < 0 || y->numel == 0)
+        return rc;
+    dim = column_dim(&w);
+    if (dim >= 0) {
+        copy_tiles(&w, dim, threads);
+        return 0;
+    }
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        int64_t begin, end;
+
+        ds_part(&begin, &end, w.numel, 64);
+        copy_part(&w, begin, end);
+    }
+    return 0;
+}
+
+int DS_CPU(fill)(ds_tensor *y, double value)
+{
+    number s;
+    int rc = DS_CPU(number_start)(&s, "fill", value, y->dtype, 1);
+
+    return rc < 0 ? rc : DS_CPU(copy)(y, &s.t);
+}
+
+int DS_CPU(arange)(ds_tensor *y, double start, double step)
+{
+    double row[BUFFER];
+
+    if (y->ndim != 1)
+        return ds_fail(DS_EINVAL, "arange: the result has %d dimensions, but it must have 1",
+                       y->ndim);
+    for (int64_t i = 0; i < y->numel; i += BUFFER) {
+        int64_t n = y->numel - i < BUFFER ? y->numel - i : BUFFER;
+
+        for (int64_t j = 0; j < n; j++)
+            row[j] = start + (double)(i + j) * step;
+        ds_row_store_f64((char *)y->data + i * y->stride[0] * ds_bytes_of(y->dtype), row, y->dtype,
+                         n, y->stride[0]);
+    }
+    return 0;
+}
+
+/* Row r of a matrix keeps its columns [low, high); the rest becomes 0, which is all bits 0. */
+static void triangle_row(char *y, int64_t ys, const char *x, int64_t xs, int64_t size, int64_t n,
+                         int64_t low, int64_t high)
+{
+    static const uint64_t zero;
+
+    low = low < 0 ? 0 : low > n ? n : low;
+    high = high < low ? low : high > n ? n : high;
+    DS_CPU(row_move)(y, ys, &zero, 0, size, low);
+    if (y != x || ys != xs)
+        DS_CPU(row_move)(y + low * ys * size, ys, x + low * xs * size, xs, size, high - low);
+    DS_CPU(row_move)(y + high * ys * size, ys, &zero, 0, size, n - high);
+}
+
+int DS_CPU(triangle)(ds_tensor *y, const ds_tensor *x, int diagonal, int upper)
+{
+    int threads = ds_threads(y->numel), last = y->ndim - 1;
+    ds_tensor rows[2] = {*y, *x};
+    char have[128], want[128];
+    int64_t columns;
+    walk w;
+    int rc;
+
+    if (y->ndim < 2 || y->ndim != x->ndim || memcmp(y->shape, x->shape, sizeof(int64_t) * (size_t)y->ndim))
+        return ds_fail(DS_EINVAL, "triangle: %s and %s are not equally shaped matrices",
+                       DS_CPU(shape_text)(have, x), DS_CPU(shape_text)(want, y));
+    if (y->dtype != x->dtype)
+        return ds_fail(DS_EINVAL, "triangle: the result is %s, but it must be %s",
+                       ds_name_of(y->dtype), ds_name_of(x->dtype));
+    if (y->numel == 0)
+        return 0;
+    columns = y->shape[last];
+    rows[0].shape[last] = rows[1].shape[last] = 1;
+    rows[0].numel = rows[1].numel = y->numel / columns;
+    rc = DS_CPU(walk_start)(&w, "triangle", 2, (const ds_tensor *[]){&rows[0], &rows[1]},
+                            WALK_ROW_MAJOR);
+    if (rc < 0)
+        return rc;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        int64_t begin, end;
+        cursor c;
+
+        ds_part(&begin, &end, w.numel, 1);
+        cursor_start(&c, &w, begin);
+        for (int64_t i = begin; i < end; i++) {
+            int64_t bound = i % y->shape[last - 1] + diagonal;
+
+            triangle_row(cursor_at(&c, &w, 0), y->stride[last], cursor_at(&c, &w, 1),
+                         x->stride[last], w.op[0].size, columns, upper ? bound : 0,
+                         upper ? columns : bound + 1);
+            cursor_advance(&c, &w, 1);
+        }
+    }
+    return 0;
+}

@@ -1,0 +1,502 @@
+/* index.c - reading and writing at indices: gather, scatter, select, one_hot, masks.
+ *
+ * Indices are read and checked first, so that nothing is half written when one is out of range. Work
+ * is divided by places in the output, never by indices, and adds in the order of the indices: the
+ * result does not depend on the number of threads.
+ */
+#include "kernels/cpu/index.h"
+
+#include <stdlib.h>
+
+/* ---- indices */
+
+static int is_index(int dtype)
+{
+    return dtype == DS_I64 || dtype == DS_I32 || dtype == DS_U8;
+}
+
+int DS_CPU(indices_load)(ds_tensor *out, const char *name, const ds_tensor *index, int64_t bound)
+{
+    int64_t *to, step = 1, bad = index->numel;
+    int threads = ds_threads(index->numel);
+    walk w;
+
+    if (!is_index(index->dtype))
+        return ds_fail(DS_EINVAL, "%s: the index is %s, but it must be i64 or i32", name,
+                       ds_name_of(index->dtype));
+    DS_CPU(walk_start)(&w, name, 1, &index, WALK_ROW_MAJOR);
+    *out = *index;
+    out->dtype = DS_I64;
+    out->dense = 1;
+    for (int i = index->ndim - 1; i >= 0; i--) {
+        out->stride[i] = step;
+        step *= index->shape[i];
+    }
+    out->data = to = malloc((size_t)(index->numel ? index->numel : 1) * sizeof *to);
+    if (!to)
+        return ds_fail(DS_ENOMEM, "%s: out of memory for %lld indices", name,
+                       (long long)index->numel);
+#pragma omp parallel num_threads(threads) if (threads > 1) reduction(min : bad)
+    {
+        int64_t begin, end, n;
+        cursor c;
+
+        ds_part(&begin, &end, index->numel, 64);
+        if (begin < end)
+            cursor_start(&c, &w, begin);
+        for (int64_t i = begin; i < end; i += n) {
+            n = cursor_rest(&c, &w) < end - i ? cursor_rest(&c, &w) : end - i;
+            ds_row_load_i64(to + i, cursor_at(&c, &w, 0), index->dtype, n, w.op[0].stride[w.ndim - 1]);
+            for (int64_t j = i; j < i + n; j++)
+                if ((uint64_t)to[j] >= (uint64_t)bound)
+                    bad = bad < j ? bad : j;
+            cursor_advance(&c, &w, n);
+        }
+    }
+    if (bad == index->numel)
+        return 0;
+    bad = to[bad];
+    free(to);
+    return ds_fail(DS_ERANGE, "%s: index %lld is out of range for size %lld (indices count from 0)",
+                   name, (long long)bad, (long long)bound);
+}
+
+static int check(const char *name, const ds_tensor *y, const ds_tensor *x, const ds_tensor *like,
+                 int dim)
+{
+    if (y->dtype != x->dtype)
+        return ds_fail(DS_EINVAL, "%s: %s cannot be mixed with %s", name, ds_name_of(x->dtype),
+                       ds_name_of(y->dtype));
+    if (dim < 0 || dim >= x->ndim || (like && like->ndim != x->ndim))
+        return ds_fail(DS_EINVAL, "%s: dimension %d is not in a tensor of %d", name, dim + 1,
+                       x->ndim);
+    return 0;
+}
+
+/* t cut down to the shape of `like`, without its extent along dim: size n there, stride 0. */
+static ds_tensor flat_along(const ds_tensor *t, const ds_tensor *like, int dim, int64_t n)
+{
+    ds_tensor flat = *t;
+
+    flat.numel = 1;
+    for (int i = 0; i < t->ndim; i++) {
+        flat.shape[i] = i == dim ? n : like->shape[i];
+        flat.stride[i] = i == dim ? 0 : t->stride[i];
+        flat.numel *= flat.shape[i];
+    }
+    return flat;
+}
+
+/* a is of b's shape (or, if `within`, no larger) but for dimension `except`. */
+static int fits(const char *name, const ds_tensor *a, const ds_tensor *b, int except, int within)
+{
+    char one[128], other[128];
+    int bad = a->ndim != b->ndim;
+
+    for (int i = 0; i < a->ndim && !bad; i++)
+        bad = i != except && (within ? a->shape[i] > b->shape[i] : a->shape[i] != b->shape[i]);
+    return bad ? ds_fail(DS_EINVAL, "%s: %s does not match %s", name, DS_CPU(shape_text)(one, a),
+                         DS_CPU(shape_text)(other, b))
+               : 0;
+}
+
+/* ---- reading */
+
+#define SELECT(type)                                                                               \
+    {                                                                                              \
+        const type *x = from;                                                                      \
+        type *y = to;                                                                              \
+                                                                                                   \
+        for (int64_t i = 0; i < n; i++)                                                            \
+            y[i * ys] = x[i * xs + index[i * is] * step];                                          \
+        return;                                                                                    \
+    }
+
+static void select_row(void *to, int64_t ys, const void *from, int64_t xs, const int64_t *index,
+                       int64_t is, int64_t step, int64_t size, int64_t n)
+{
+    if (is == 0) {
+        DS_CPU(row_move)(to, ys, (const char *)from + *index * step * size, xs, size, n);
+        return;
+    }
+    switch (size) {
+    case 1:
+        SELECT(uint8_t)
+    case 2:
+        SELECT(uint16_t)
+    case 4:
+        SELECT(uint32_t)
+    default:
+        SELECT(uint64_t)
+    }
+}
+
+int DS_CPU(select_run)(const char *name, ds_tensor *y, const ds_tensor *x, const ds_tensor *index,
+                       int64_t step)
+{
+    int threads = ds_threads(y->numel * 2), rc;
+    walk w;
+
+    rc = DS_CPU(walk_start)(&w, name, 3, (const ds_tensor *[]){y, x, index}, WALK_ANY);
+    if (rc < 0 || y->numel == 0)
+        return rc;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        int last = w.ndim - 1;
+        int64_t begin, end, n;
+        cursor c;
+
+        ds_part(&begin, &end, w.numel, 64);
+        cursor_start(&c, &w, begin);
+        for (; begin < end; begin += n) {
+            n = cursor_rest(&c, &w) < end - begin ? cursor_rest(&c, &w) : end - begin;
+            select_row(cursor_at(&c, &w, 0), w.op[0].stride[last], cursor_at(&c, &w, 1),
+                       w.op[1].stride[last], (const int64_t *)(void *)cursor_at(&c, &w, 2),
+                       w.op[2].stride[last], step, w.op[0].size, n);
+            cursor_advance(&c, &w, n);
+        }
+    }
+    return 0;
+}
+
+int DS_CPU(gather)(ds_tensor *y, const ds_tensor *x, const ds_tensor *index, int dim)
+{
+    ds_tensor indices, flat;
+    int rc = check("gather", y, x, index, dim);
+
+    if (rc == 0)
+        rc = fits("gather", y, index, -1, 0);
+    if (rc == 0)
+        rc = fits("gather", index, x, dim, 1);
+    if (rc == 0)
+        rc = DS_CPU(indices_load)(&indices, "gather", index, x->shape[dim]);
+    if (rc < 0)
+        return rc;
+    flat = flat_along(x, index, dim, index->shape[dim]);
+    rc = DS_CPU(select_run)("gather", y, &flat, &indices, x->stride[dim]);
+    free(indices.data);
+    return rc;
+}
+
+int DS_CPU(index_select)(ds_tensor *y, const ds_tensor *x, const ds_tensor *index, int dim)
+{
+    ds_tensor indices, flat, wide;
+    int rc = check("index_select", y, x, y, dim);
+
+    if (rc == 0)
+        rc = fits("index_select", y, x, dim, 0);
+    if (rc == 0 && (index->ndim != 1 || index->numel != y->shape[dim]))
+        rc = ds_fail(DS_EINVAL, "index_select: %lld indices cannot fill size %lld",
+                     (long long)index->numel, (long long)y->shape[dim]);
+    if (rc == 0)
+        rc = DS_CPU(indices_load)(&indices, "index_select", index, x->shape[dim]);
+    if (rc < 0)
+        return rc;
+    flat = flat_along(x, x, dim, index->numel);
+    wide = indices;
+    wide.ndim = y->ndim;
+    for (int i = 0; i < y->ndim; i++) {
+        wide.shape[i] = i == dim ? index->numel : 1;
+        wide.stride[i] = 1;
+    }
+    rc = DS_CPU(select_run)("index_select", y, &flat, &wide, x->stride[dim]);
+    free(indices.data);
+    return rc;
+}
+
+/* ---- writing: lines along dim are independent of each other, and each goes in order */
+
+/* What scatter and scatter_add do with `count` elements of one line; strides in elements. */
+typedef void line_fn(void *y, int64_t ys, int64_t y_count, const int64_t *index, int64_t is,
+                     const void *x, int64_t xs, int64_t count, double *buffer);
+
+#define LINE(name, type, assign)                                                                   \
+    static void name(void *to, int64_t ys, int64_t y_count, const int64_t *index, int64_t is,      \
+                     const void *from, int64_t xs, int64_t count, double *buffer)                  \
+    {                                                                                              \
+        const type *x = from;                                                                      \
+        type *y = to;                                                                              \
+                                                                                                   \
+        (void)y_count, (void)buffer;                                                               \
+        for (int64_t i = 0; i < count; i++)                                                        \
+            y[index[i * is] * ys] assign x[i * xs];                                                \
+    }
+LINE(set_1, uint8_t, =)
+LINE(set_2, uint16_t, =)
+LINE(set_4, uint32_t, =)
+LINE(set_8, uint64_t, =)
+LINE(add_f32, float, +=)
+LINE(add_f64, double, +=)
+LINE(add_i64, uint64_t, +=)
+LINE(add_i32, uint32_t, +=)
+LINE(add_u8, uint8_t, +=)
+
+/* Low precision: the whole line in f32, rounded once. */
+#define LINE_HALF(name, dtype, load)                                                               \
+    static void name(void *y, int64_t ys, int64_t y_count, const int64_t *index, int64_t is,       \
+                     const void *from, int64_t xs, int64_t count, double *buffer)                  \
+    {                                                                                              \
+        const uint16_t *x = from;                                                                  \
+        float *sum = (float *)buffer;                                                              \
+                                                                                                   \
+        ds_row_load(sum, y, dtype, y_count, ys);                                                   \
+        for (int64_t i = 0; i < count; i++)                                                        \
+            sum[index[i * is]] += load(x[i * xs]);                                                 \
+        ds_row_store(y, sum, dtype, y_count, ys);                                                  \
+    }
+LINE_HALF(add_bf16, DS_BF16, ds_bf16_to_f32)
+LINE_HALF(add_f16, DS_F16, ds_f16_to_f32)
+
+static int scatter_lines(const char *name, line_fn *line, ds_tensor *y, const ds_tensor *index,
+                         const ds_tensor *x, int dim)
+{
+    ds_tensor indices, lines[3];
+    int64_t count, buffer_size = y->shape[dim];
+    double *buffers;
+    int rc, threads;
+    walk w;
+
+    rc = DS_CPU(indices_load)(&indices, name, index, y->shape[dim]);
+    if (rc < 0)
+        return rc;
+    count = index->shape[dim];
+    lines[0] = flat_along(y, index, dim, 1);
+    lines[1] = flat_along(x, index, dim, 1);
+    lines[2] = flat_along(&indices, index, dim, 1);
+    rc = DS_CPU(walk_start)(&w, name, 3, (const ds_tensor *[]){&lines[0], &lines[1], &lines[2]},
+                            WALK_ANY);
+    threads = ds_threads(index->numel * 4);
+    buffer_size = (buffer_size * (int64_t)sizeof(float) + 63) / 64 * 8;
+    buffers = malloc((size_t)(buffer_size * threads + 1) * sizeof *buffers);
+    if (rc == 0 && !buffers)
+        rc = ds_fail(DS_ENOMEM, "%s: out of memory", name);
+    if (rc < 0 || index->numel == 0)
+        goto out;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        int64_t begin, end;
+        cursor c;
+
+        ds_part(&begin, &end, w.numel, 1);
+        cursor_start(&c, &w, begin);
+        for (; begin < end; begin++) {
+            line(cursor_at(&c, &w, 0), y->stride[dim], y->shape[dim],
+                 (const int64_t *)(void *)cursor_at(&c, &w, 2), indices.stride[dim],
+                 cursor_at(&c, &w, 1), x->stride[dim], count,
+                 buffers + buffer_size * omp_get_thread_num());
+            cursor_advance(&c, &w, 1);
+        }
+    }
+out:
+    free(buffers);
+    free(indices.data);
+    return rc;
+}
+
+static int scatter(const char *name, line_fn *line, ds_tensor *y, const ds_tensor *index,
+                   const ds_tensor *x, int dim)
+{
+    int rc = check(name, y, x, index, dim);
+
+    if (rc == 0)
+        rc = fits(name, index, x, -1, 1);
+    if (rc == 0)
+        rc = fits(name, index, y, dim, 1);
+    if (rc == 0 && !line)
+        rc = ds_fail(DS_EINVAL, "%s: not for %s", name, ds_name_of(y->dtype));
+    return rc < 0 ? rc : scatter_lines(name, line, y, index, x, dim);
+}
+
+int DS_CPU(scatter)(ds_tensor *y, const ds_tensor *index, const ds_tensor *x, int dim)
+{
+    static line_fn *const by_size[] = {[1] = set_1, [2] = set_2, [4] = set_4, [8] = set_8};
+
+    return scatter("scatter", by_size[ds_bytes_of(y->dtype)], y, index, x, dim);
+}
+
+int DS_CPU(scatter_add)(ds_tensor *y, const ds_tensor *index, const ds_tensor *x, int dim)
+{
+    static line_fn *const by_dtype[DS_DTYPES] = {
+        [DS_F32] = add_f32, [DS_BF16] = add_bf16, [DS_F16] = add_f16, [DS_F64] = add_f64,
+        [DS_I64] = add_i64, [DS_I32] = add_i32,   [DS_U8] = add_u8};
+
+    return scatter("scatter_add", by_dtype[y->dtype], y, index, x, dim);
+}
+
+int DS_CPU(index_add)(ds_tensor *y, const ds_tensor *index, const ds_tensor *x, int dim)
+{
+    ds_tensor indices, to, from;
+    int64_t *offset;
+    int rc = check("index_add", y, x, y, dim);
+
+    if (rc == 0)
+        rc = fits("index_add", x, y, dim, 0);
+    if (rc == 0 && (index->ndim != 1 || index->numel != x->shape[dim]))
+        rc = ds_fail(DS_EINVAL, "index_add: %lld indices do not match size %lld",
+                     (long long)index->numel, (long long)x->shape[dim]);
+    if (rc == 0)
+        rc = DS_CPU(indices_load)(&indices, "index_add", index, y->shape[dim]);
+    if (rc < 0)
+        return rc;
+    to = flat_along(y, y, dim, 1);
+    from = flat_along(x, x, dim, 1);
+    offset = malloc((size_t)(index->numel + 1) * sizeof *offset);
+    for (int64_t i = 0; offset && i < index->numel; i++)
+        offset[i] = i * x->stride[dim];
+    rc = offset ? DS_CPU(sum_rows)("index_add", &to, y->stride[dim], y->shape[dim], &from, offset,
+                                   indices.data, index->numel, 0)
+                : ds_fail(DS_ENOMEM, "index_add: out of memory");
+    free(offset);
+    free(indices.data);
+    return rc;
+}
+
+int DS_CPU(one_hot)(ds_tensor *y, const ds_tensor *index)
+{
+    int last = y->ndim - 1, rc;
+    ds_tensor indices, lines, ones;
+    int64_t one = 1;
+
+    if (y->dtype != DS_I64 || last != index->ndim)
+        return ds_fail(DS_EINVAL, "one_hot: the result must be i64 with one dimension more");
+    lines = *index;
+    lines.ndim = y->ndim;
+    lines.shape[last] = 1;
+    lines.stride[last] = 0;
+    rc = fits("one_hot", y, &lines, last, 0);
+    if (rc == 0)
+        rc = DS_CPU(indices_load)(&indices, "one_hot", index, y->shape[last]);
+    if (rc < 0)
+        return rc;
+    free(indices.data);
+    ones = lines;
+    ones.dtype = DS_I64;
+    ones.data = &one;
+    memset(ones.stride, 0, sizeof ones.stride);
+    rc = DS_CPU(fill)(y, 0);
+    return rc < 0 ? rc : DS_CPU(scatter)(y, &lines, &ones, last);
+}
+
+/* ---- masks: the k-th true element in row-major order is the k-th of the other side */
+
+/* Calls `row` for each run of the walk's operand 0 (what is masked) and 1 (the mask), in parts that
+ * start at known counts. */
+typedef int64_t mask_fn(char *x, int64_t xs, const uint8_t *mask, int64_t ms, char *list,
+                        int64_t size, int64_t n);
+
+static int64_t count_row(char *x, int64_t xs, const uint8_t *mask, int64_t ms, char *list,
+                         int64_t size, int64_t n)
+{
+    int64_t count = 0;
+
+    (void)x, (void)xs, (void)list, (void)size;
+    for (int64_t i = 0; i < n; i++)
+        count += mask[i * ms];
+    return count;
+}
+
+static int64_t take_row(char *x, int64_t xs, const uint8_t *mask, int64_t ms, char *list,
+                        int64_t size, int64_t n)
+{
+    int64_t count = 0;
+
+    for (int64_t i = 0; i < n; i++)
+        if (mask[i * ms])
+            memcpy(list + count++ * size, x + i * xs * size, (size_t)size);
+    return count;
+}
+
+static int64_t give_row(char *x, int64_t xs, const uint8_t *mask, int64_t ms, char *list,
+                        int64_t size, int64_t n)
+{
+    int64_t count = 0;
+
+    for (int64_t i = 0; i < n; i++)
+        if (mask[i * ms])
+            memcpy(x + i * xs * size, list + count++ * size, (size_t)size);
+    return count;
+}
+
+static int64_t mask_part(const walk *w, mask_fn *row, char *list, int64_t begin, int64_t end)
+{
+    int64_t count = 0, size = w->op[0].size, n;
+    int last = w->ndim - 1;
+    cursor c;
+
+    if (begin < end)
+        cursor_start(&c, w, begin);
+    for (; begin < end; begin += n) {
+        n = cursor_rest(&c, w) < end - begin ? cursor_rest(&c, w) : end - begin;
+        count += row(cursor_at(&c, w, 0), w->op[0].stride[last],
+                     (const uint8_t *)cursor_at(&c, w, 1), w->op[1].stride[last],
+                     list + count * size, size, n);
+        cursor_advance(&c, w, n);
+    }
+    return count;
+}
+
+/* `list` holds `room` elements; row NULL: only counts. DS_EINVAL before anything is written if
+ * there are more, or (exact) fewer. */
+static int masked(const char *name, mask_fn *row, const ds_tensor *x, const ds_tensor *mask,
+                  char *list, int64_t room, int exact, int64_t *count)
+{
+    int threads = ds_threads(x->numel), rc;
+    int64_t start[threads + 1];
+    walk w;
+
+    if (mask->dtype != DS_BOOL)
+        return ds_fail(DS_EINVAL, "%s: the mask is %s, but it must be bool", name,
+                       ds_name_of(mask->dtype));
+    rc = DS_CPU(walk_start)(&w, name, 2, (const ds_tensor *[]){x, mask}, WALK_ROW_MAJOR);
+    if (rc < 0)
+        return rc;
+    memset(start, 0, sizeof start);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        int64_t begin, end;
+
+        ds_part(&begin, &end, w.numel, 64);
+        start[omp_get_thread_num() + 1] = mask_part(&w, count_row, list, begin, end);
+    }
+    for (int i = 0; i < threads; i++)
+        start[i + 1] += start[i];
+    *count = start[threads];
+    if (!row)
+        return 0;
+    if (*count > room || (exact && *count < room))
+        return ds_fail(DS_EINVAL, "%s: the mask has %lld true elements, the other side has %lld",
+                       name, (long long)*count, (long long)room);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        int64_t begin, end;
+
+        ds_part(&begin, &end, w.numel, 64);
+        mask_part(&w, row, list + start[omp_get_thread_num()] * w.op[0].size, begin, end);
+    }
+    return 0;
+}
+
+int DS_CPU(mask_count)(int64_t *count, const ds_tensor *mask)
+{
+    return masked("mask_count", NULL, mask, mask, NULL, 0, 0, count);
+}
+
+int DS_CPU(masked_select)(ds_tensor *y, const ds_tensor *x, const ds_tensor *mask)
+{
+    int64_t count;
+
+    if (y->dtype != x->dtype || !y->dense)
+        return ds_fail(DS_EINVAL, "masked_select: the result must be dense and %s",
+                       ds_name_of(x->dtype));
+    return masked("masked_select", take_row, x, mask, y->data, y->numel, 1, &count);
+}
+
+int DS_CPU(masked_scatter)(ds_tensor *y, const ds_tensor *mask, const ds_tensor *x)
+{
+    int64_t count;
+
+    if (y->dtype != x->dtype || !x->dense)
+        return ds_fail(DS_EINVAL, "masked_scatter: the source must be dense and %s",
+                       ds_name_of(y->dtype));
+    return masked("masked_scatter", give_row, y, mask, x->data, x->numel, 0, &count);
+}
