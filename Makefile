@@ -52,7 +52,7 @@ library := $(filter-out $(BUILD)/runner/main.o,$(objects))
 tests   := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/c/test_*.c))
 fuzzers := $(patsubst tests/fuzz/%.c,%,$(wildcard tests/fuzz/*.c))
 
-.PHONY: all setup demo test soak bench bench-peers lint asan fuzz install clean help c-tests fuzzers FORCE
+.PHONY: all setup demo test soak bench bench-peers lint format asan fuzz install clean help c-tests fuzzers FORCE
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -119,6 +119,9 @@ lint:
 	@scripts/setup lint
 	@scripts/lint
 
+format:
+	clang-format -i $(shell find kernels runner tests -name '*.[ch]')
+
 asan:
 	@scripts/setup test
 	@$(MAKE) BUILD=build/asan SANITIZE=address,undefined CFLAGS='-O1 -g' all c-tests
@@ -156,6 +159,7 @@ help:
 	@echo 'make demo       install what is missing, build, train a character GPT, print a sample'
 	@echo 'make test       install what is missing, build, run the tests'
 	@echo 'make lint       luacheck, clang-format, clang with warnings as errors, layers'
+	@echo 'make format     clang-format over all C'
 	@echo 'make asan       the tests under the address and undefined-behaviour sanitizers'
 	@echo 'make fuzz       fuzz the readers of files, FUZZ_SECONDS=$(FUZZ_SECONDS) each'
 	@echo 'make soak       repeat everything for SOAK_MINUTES, write tests/SOAK.md'

@@ -21,21 +21,21 @@ INCLUDE_TEXT(ds_text_ds_h, "runner/ds.h");
 #define TEXT_(...) #__VA_ARGS__
 #define TEXT(...) TEXT_(__VA_ARGS__)
 
+/* clang-format off */
 static const char *const ops_text[] = {
     "typedef struct ds_ops {\n",
-#define DS_UNARY(name, saved)                                                                      \
-    "int (*" #name ")" TEXT((T y, C x)) ";\n"                                                      \
-                                        "int (*" #name "_backward)" TEXT((T dx, C dy, C s)) ";\n",
-#define DS_BINARY(name)                                                                            \
-    "int (*" #name                                                                                 \
-    ")" TEXT((T y, C a, C b)) ";\n"                                                                \
-                              "int (*" #name                                                       \
-                              "_scalar)" TEXT((T y, C x, double s, int flip)) ";\n",
+#define DS_UNARY(name, saved)                             \
+    "int (*" #name ")" TEXT((T y, C x)) ";\n"            \
+    "int (*" #name "_backward)" TEXT((T dx, C dy, C s)) ";\n",
+#define DS_BINARY(name)                                   \
+    "int (*" #name ")" TEXT((T y, C a, C b)) ";\n"       \
+    "int (*" #name "_scalar)" TEXT((T y, C x, double s, int flip)) ";\n",
 #define DS_COMPARE(name) DS_BINARY(name)
 #define DS_KERNEL(name, signature) "int (*" #name ")" TEXT(signature) ";\n",
 #include "kernels/ops.def"
     "} ds_ops;\n",
 };
+/* clang-format on */
 
 const ds_kernel_entry ds_kernel_list[] = {
 #define DS_UNARY(name, saved) {#name, DS_KIND_UNARY, saved},

@@ -33,6 +33,7 @@
 struct ds_host {
     lua_State *L;
     ds_host_config config;
+    char executable[PATH_MAX];  /* this program */
     char root[PATH_MAX];        /* the folder that holds ds/ */
     char library[PATH_MAX + 8]; /* what the names of the library's chunks begin with */
     jmp_buf top;                /* where os.exit() goes */
@@ -54,33 +55,31 @@ static int holds_library(char *root, const char *folder)
     return access(file, R_OK) == 0;
 }
 
-static int find_library(char *root)
+static int find_library(ds_host *host)
 {
     const char *given = getenv("DSRUN_LUA");
-    char program[PATH_MAX], folder[PATH_MAX + 32];
-    ssize_t length;
-    char *slash;
+    char folder[PATH_MAX + 32];
+    ssize_t length = readlink("/proc/self/exe", host->executable, sizeof host->executable - 1);
+    int up;
 
+    host->executable[length > 0 ? length : 0] = 0;
     if (given) {
-        if (holds_library(root, given))
+        if (holds_library(host->root, given))
             return 0;
         return ds_fail(DS_ENOENT, "DSRUN_LUA is %s, but there is no ds/boot.lua in it", given);
     }
-    length = readlink("/proc/self/exe", program, sizeof program - 1);
-    if (length < 0)
+    if (length <= 0)
         return ds_fail(DS_ENOENT, "cannot read /proc/self/exe (set DSRUN_LUA to the lua folder)");
-    program[length] = 0;
-    slash = strrchr(program, '/');
-    *slash = 0;
+    up = (int)(strrchr(host->executable, '/') - host->executable);
     for (size_t i = 0; i < sizeof library_places / sizeof *library_places; i++) {
-        snprintf(folder, sizeof folder, "%s/%s", program, library_places[i]);
-        if (holds_library(root, folder))
+        snprintf(folder, sizeof folder, "%.*s/%s", up, host->executable, library_places[i]);
+        if (holds_library(host->root, folder))
             return 0;
     }
     return ds_fail(DS_ENOENT,
-                   "the Lua library is neither in %s/../lua nor in %s/../share/dsrun/lua "
+                   "the Lua library is neither in %.*s/../lua nor in %.*s/../share/dsrun/lua "
                    "(set DSRUN_LUA to its folder)",
-                   program, program);
+                   up, host->executable, up, host->executable);
 }
 
 /* ---- what Lua is told: the table that require("ds.host") returns */
@@ -145,6 +144,7 @@ static int push_host_table(lua_State *L, const ds_host *host)
     }
     set_string(L, "root", host->root);
     set_string(L, "program", host->config.program);
+    set_string(L, "executable", host->executable);
     set_string(L, "script", host->config.script);
     set_string(L, "version", ds_version);
     set_string(L, "commit", ds_commit);
@@ -233,7 +233,7 @@ int ds_host_open(ds_host **out, const ds_host_config *config)
     if (!host)
         return ds_fail(DS_ENOMEM, "out of memory");
     host->config = *config;
-    rc = find_library(host->root);
+    rc = find_library(host);
     if (rc < 0)
         goto fail;
     snprintf(host->library, sizeof host->library, "@%s/ds/", host->root);

@@ -4,7 +4,7 @@
  */
 #include "kernels/cpu/attention.h"
 
-#include "kernels/cpu/dnnl.h"
+#include "kernels/scratch.h"
 #include "kernels/philox.h"
 #include "kernels/scalar.h"
 
@@ -128,7 +128,8 @@ static void keep_strip(float *keep, const attention *a, uint64_t element, int64_
     uint32_t lane[4][STRIP / 4 + 1];
     uint64_t begin = element / 4;
     int blocks = (int)((element + (uint64_t)n + 3) / 4 - begin);
-    float p = (float)a->p, kept = (float)(1 / (1 - a->p));
+    int32_t least = (int32_t)ceil(a->p * 0x1p24); /* as in random.c */
+    float kept = (float)(1 / (1 - a->p));
 
 #pragma omp simd
     for (int i = 0; i < blocks; i++) {
@@ -142,7 +143,7 @@ static void keep_strip(float *keep, const attention *a, uint64_t element, int64_
     for (int64_t j = 0; j < n; j++) {
         uint64_t e = element % 4 + (uint64_t)j;
 
-        keep[j] = ds_uniform_f32(lane[e % 4][e / 4]) >= p ? kept : 0;
+        keep[j] = (int32_t)(lane[e % 4][e / 4] >> 8) >= least ? kept : 0;
     }
 }
 

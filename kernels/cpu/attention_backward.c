@@ -8,7 +8,7 @@
  */
 #include "kernels/cpu/attention.h"
 
-#include "kernels/cpu/dnnl.h"
+#include "kernels/scratch.h"
 
 /* A thread's own memory. */
 typedef struct work {

@@ -4,7 +4,7 @@
  */
 #include "kernels/cpu/attention.h"
 
-#include "kernels/cpu/dnnl.h"
+#include "kernels/scratch.h"
 
 /* One query: its keys' weights after the softmax, what dropout kept, and their gradients. [S] each */
 typedef struct query {

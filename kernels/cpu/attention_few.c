@@ -5,7 +5,7 @@
  */
 #include "kernels/cpu/attention.h"
 
-#include "kernels/cpu/dnnl.h"
+#include "kernels/scratch.h"
 #include "kernels/scalar.h"
 
 /* What a thread found in its part of the keys. */

@@ -13,8 +13,6 @@
 
 #include <dnnl.h>
 
-#include "kernels/scratch.h"
-
 #define BUCKETS 1024 /* a power of two */
 #define DEFAULT_LIMIT 512
 #define MAX_ARGS 5

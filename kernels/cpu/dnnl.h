@@ -9,6 +9,7 @@
 #include <stdint.h>
 
 #include "kernels/error.h"
+#include "kernels/scratch.h"
 #include "kernels/tensor.h"
 
 #define DS_DNNL_BATCH 2 /* batch dimensions that one primitive can have */

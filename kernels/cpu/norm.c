@@ -9,7 +9,7 @@
 
 #include <math.h>
 
-#include "kernels/cpu/dnnl.h"
+#include "kernels/scratch.h"
 #include "kernels/cpu/simd.h"
 
 #define AT_ONCE 2 /* rows, backward */

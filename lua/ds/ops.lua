@@ -14,6 +14,7 @@ local define, needs = autograd.define, autograd.needs
 local new, floating, run = tensor.new, tensor.floating, tensor.run
 local methods, is_tensor = tensor.methods, tensor.is_tensor
 local need_floating, need_bool, same_dtype = shapes.need_floating, shapes.need_bool, shapes.same_dtype
+local common_dtype = shapes.common_dtype
 local equal_shapes, broadcast, sum_to, as = shapes.equal_shapes, shapes.broadcast, shapes.sum_to, shapes.as
 
 local M = {}
@@ -42,17 +43,6 @@ for _, entry in ipairs(border.host.unary) do
 end
 
 -- ---- elementwise, two inputs
-
-local rank = { bool = 1, u8 = 2, i32 = 3, i64 = 4, bf16 = 5, f16 = 5, f32 = 6, f64 = 7 }
-
---- Both in the wider dtype of the two, as PyTorch promotes.
-local function promote(a, b)
-  if a.dtype == b.dtype then return a, b end
-  local x, y = rank[a.dtype], rank[b.dtype]
-  if x == y then return a:to("f32"), b:to("f32") end
-  if x < y then return a:to(b.dtype), b end
-  return a, b:to(a.dtype)
-end
 
 local function binary_infer(name, dtype)
   return function(a, b)
@@ -131,7 +121,10 @@ local function two_ways(name, dtype, backward, scalar_backward)
     if type(b) == "number" then return with_number(a, b, 0) end
     if type(a) == "number" then return with_number(b, a, 1) end
     if is_tensor(a) and is_tensor(b) then
-      if a.dtype ~= b.dtype then a, b = promote(a, b) end
+      if a.dtype ~= b.dtype then
+        local wide = common_dtype(a.dtype, b.dtype)
+        a, b = a:to(wide), b:to(wide)
+      end
       if name == "div" and not floating[a.dtype] then
         a, b = a:to(tensor.default_dtype), b:to(tensor.default_dtype)
       end
@@ -221,8 +214,8 @@ function M.where(condition, a, b)
   local options = { dtype = like and like.dtype or tensor.default_dtype, device = condition.device }
   if type(a) == "number" then a = tensor.full({}, a, options) end
   if type(b) == "number" then b = tensor.full({}, b, options) end
-  if a.dtype ~= b.dtype then a, b = promote(a, b) end
-  return where(condition, a, b)
+  local common = common_dtype(a.dtype, b.dtype)
+  return where(condition, a:to(common), b:to(common))
 end
 
 methods.masked_fill = define("masked_fill", {

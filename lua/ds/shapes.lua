@@ -35,6 +35,16 @@ function M.same_dtype(what, a, b)
   M.same_device(what, a, b)
 end
 
+local rank = { bool = 1, u8 = 2, i32 = 3, i64 = 4, bf16 = 5, f16 = 5, f32 = 6, f64 = 7 }
+
+--- The dtype that holds both, as PyTorch promotes: the wider one; f32 for bf16 with f16.
+function M.common_dtype(a, b)
+  if a == b then return a end
+  local x, y = rank[a], rank[b]
+  if x == y then return "f32" end
+  return x > y and a or b
+end
+
 --- Whether two shapes are the same.
 function M.equal_shapes(a, b)
   if a == b then return true end

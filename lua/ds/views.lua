@@ -291,8 +291,12 @@ local concatenate = autograd.variadic("cat", {
 })
 function M.cat(list, dim)
   if type(list) ~= "table" or is_tensor(list) or #list == 0 then raise("cat: expects a table of tensors") end
-  local widest = tensor.need_tensor(list[1], "cat", 1)
-  return concatenate(list, dim_of(dim or 1, #widest.shape, "cat"))
+  local first = tensor.need_tensor(list[1], "cat", 1)
+  local dtype = first.dtype
+  for i = 2, #list do dtype = shapes.common_dtype(dtype, tensor.need_tensor(list[i], "cat", i).dtype) end
+  local same = {}
+  for i, t in ipairs(list) do same[i] = t:to(dtype) end
+  return concatenate(same, dim_of(dim or 1, #first.shape, "cat"))
 end
 
 --- Tensors of one shape along a new dimension.

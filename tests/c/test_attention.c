@@ -211,7 +211,7 @@ static double kept(const shape *z, int64_t b, int64_t h, int64_t t, int64_t s)
     if (z->p == 0)
         return 1;
     block = ds_philox(SEED, OFFSET + element / 4);
-    return ds_uniform_f32(block.lane[element % 4]) >= (float)z->p ? 1 / (1 - z->p) : 0;
+    return ds_uniform_f32(block.lane[element % 4]) >= z->p ? 1 / (1 - z->p) : 0;
 }
 
 /* One query: its softmax in w, then its share of everything. */

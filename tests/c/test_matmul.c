@@ -130,12 +130,12 @@ static void expanded_operands_match(void **state)
     }
 }
 
-static void one_large_product(int dtype, int y_dtype, int layout, int64_t m, int64_t n, int64_t k,
-                              double beta)
+static void one_large_product(int dtype, int y_dtype, int a_layout, int b_layout, int64_t m,
+                              int64_t n, int64_t k, double beta)
 {
     ds_tensor y = make(y_dtype, ROWS, 2, (int64_t[]){m, n});
-    ds_tensor a = make(dtype, layout, 2, (int64_t[]){m, k});
-    ds_tensor b = make(dtype, layout, 2, (int64_t[]){k, n});
+    ds_tensor a = make(dtype, a_layout, 2, (int64_t[]){m, k});
+    ds_tensor b = make(dtype, b_layout, 2, (int64_t[]){k, n});
 
     randomise(&y, 1);
     randomise(&a, 1);
@@ -148,21 +148,26 @@ static void one_large_product(int dtype, int y_dtype, int layout, int64_t m, int
 static void products_taken_apart_match(void **state)
 {
     (void)state;
-    one_large_product(DS_F16, DS_F16, ROWS, 5000, 8, 1000, 0);
-    one_large_product(DS_F16, DS_F32, COLUMNS, 8, 5000, 1000, 0.5);
-    one_large_product(DS_BF16, DS_F32, SCATTERED, 9, 7, 600001, 1);
-    one_large_product(DS_BF16, DS_BF16, SCATTERED, 9, 7, 600001, 1);
-    one_large_product(DS_F16, DS_F16, ROWS, 2100, 2100, 5, 0);
+    one_large_product(DS_F16, DS_F16, ROWS, ROWS, 5000, 8, 1000, 0);
+    one_large_product(DS_F16, DS_F32, COLUMNS, ROWS, 8, 5000, 1000, 0.5);
+    one_large_product(DS_BF16, DS_F32, SCATTERED, SCATTERED, 9, 7, 600001, 1);
+    one_large_product(DS_BF16, DS_BF16, SCATTERED, SCATTERED, 9, 7, 600001, 1);
+    one_large_product(DS_F16, DS_F16, ROWS, COLUMNS, 2100, 2100, 5, 0);
 }
 
+/* Sizes at which other kernels are chosen than for small ones. */
 static void training_shapes_match(void **state)
 {
     (void)state;
     for (int dtype = DS_F32; dtype <= DS_BF16; dtype++) {
-        one_large_product(dtype, dtype, ROWS, 384, 512, 128, 0);
-        one_large_product(dtype, dtype, COLUMNS, 384, 512, 128, 0);
-        one_large_product(dtype, DS_F32, COLUMNS, 512, 128, 768, 1);
-        one_large_product(dtype, dtype, ROWS, 768, 65, 128, 0);
+        one_large_product(dtype, dtype, ROWS, COLUMNS, 384, 512, 128, 0); /* forward */
+        one_large_product(dtype, dtype, ROWS, ROWS, 384, 512, 128, 0);    /* gradient of x */
+        one_large_product(dtype, DS_F32, COLUMNS, ROWS, 512, 128, 768, 1); /* gradient of w */
+        one_large_product(dtype, dtype, ROWS, COLUMNS, 2100, 300, 257, 0);
+        one_large_product(dtype, dtype, ROWS, ROWS, 2100, 300, 257, 0.5);
+        one_large_product(dtype, dtype, ROWS, COLUMNS, 300, 1500, 800, 0);
+        one_large_product(dtype, DS_F32, COLUMNS, ROWS, 1500, 1200, 64, 1);
+        one_large_product(dtype, dtype, ROWS, COLUMNS, 768, 65, 128, 0);
     }
 }
 

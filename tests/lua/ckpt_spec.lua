@@ -134,8 +134,8 @@ describe("a checkpoint", function()
     saved:read("weights", "t", target:transpose(1, 2))
     assert.same(m:tolist(), target:tolist())
     assert.same({ 8, 1 }, saved:read("weights", "t", ds.zeros(2), { from = 2 }):tolist())
-    says("has 12 elements, not 2 from element 11 on", saved.read, saved, "weights", "t", ds.zeros(2),
-      { from = 11 })
+    says("has 12 elements, not 2 from element 11 on", saved.read, saved, "weights", "t",
+      ds.zeros(2), { from = 11 })
     saved:close()
   end)
 
@@ -298,7 +298,9 @@ describe("damage", function()
   --- Loading must be refused, the file named, and the way out told.
   local function refused(name)
     local message = message_of(ckpt.load, dir)
-    if not message:find(dir .. "/" .. name, 1, true) then error(name .. " is not named: " .. message) end
+    if not message:find(dir .. "/" .. name, 1, true) then
+      error(name .. " is not named: " .. message)
+    end
     local other = name == "latest" and "s2" or "s1"
     if not message:find(("load_checkpoint(%q, %q)"):format(dir, other), 1, true) then
       error("no advice: " .. message)
@@ -373,7 +375,8 @@ describe("damage", function()
     save(1)
     local path = dir .. "/s1/manifest.json"
     local good = read_file(path):match("\n(.*)$")
-    for _, case in ipairs { { "state%.json", "../../state.json", "its list of files makes no sense" },
+    for _, case in ipairs {
+      { "state%.json", "../../state.json", "its list of files makes no sense" },
       { '"format": 1', '"format": 9', "format 9, of a newer version" },
       { '"tag": "s1"', '"tag": "../s1"', "its tag, step or list of files" } } do
       local body = good:gsub(case[1], case[2])

@@ -1,0 +1,213 @@
+-- Going on from a checkpoint: the same losses, digit for digit; signals; what does not fit.
+
+local ds = require "ds"
+local host = require("ds.ffi").host
+local nn, F = ds.nn, ds.F
+
+local function says(pattern, f, ...)
+  local ok, message = pcall(f, ...)
+  assert(not ok, "no error was raised")
+  assert(message:find(pattern, 1, true), ("expected '%s' in '%s'"):format(pattern, message))
+end
+
+local function folder()
+  local name = os.tmpname()
+  os.remove(name)
+  return name
+end
+
+local function remove(path) os.execute("rm -rf '" .. path .. "'") end
+
+local Net = nn.module "Net"
+function Net:init(width)
+  self.embed, self.norm, self.drop = nn.Embedding(256, width), nn.LayerNorm(width), nn.Dropout(0.1)
+  self.mlp = nn.Linear(width, width, { activation = "gelu" })
+  self.steps_seen = ds.zeros(3) -- a buffer: saved as well
+end
+function Net:forward(x, y)
+  local h = self.drop(self.mlp(self.norm(self.embed(x))))
+  return F.linear_cross_entropy(h, self.embed.weight, y)
+end
+
+local text = ("the quick brown fox jumps over the lazy dog, and a dog is a dog. "):rep(40)
+local text_path = os.tmpname()
+do
+  local file = assert(io.open(text_path, "w"))
+  file:write(text)
+  file:close()
+end
+teardown(function() os.remove(text_path) end)
+
+local function make(changes)
+  local config = { train_micro_batch_size_per_gpu = 4, gradient_accumulation_steps = 2, steps_per_print = 0,
+    optimizer = { type = "AdamW", params = { lr = 0.01, weight_decay = 0.1 } },
+    scheduler = { type = "WarmupCosineLR", params = { warmup_num_steps = 10, total_num_steps = 100 } } }
+  for k, v in pairs(changes or {}) do config[k] = v end
+  ds.seed(17)
+  return ds.initialize { model = Net(16), config = config,
+    training_data = ds.data.text(text_path, { length = 8, level = "byte" }) }
+end
+
+local function train(engine, loader, steps)
+  local losses = {}
+  for _ = 1, steps do
+    repeat
+      local loss = engine(loader:next())
+      losses[#losses + 1] = ("%.17g"):format(loss:item())
+      engine:backward(loss)
+    until engine:step()
+  end
+  return losses
+end
+
+describe("resuming", function()
+  for name, changes in pairs {
+    fp32 = {}, bf16 = { bf16 = { enabled = true } },
+    ["SGD with momentum"] = { optimizer = { type = "SGD", params = { lr = 0.1, momentum = 0.9 } } },
+  } do
+    it("gives the losses of an uninterrupted run, " .. name, function()
+      local dir = folder()
+      local engine, _, loader = make(changes)
+      local want = train(engine, loader, 100)
+      local first, _, first_loader = make(changes)
+      local got = train(first, first_loader, 50)
+      first:save_checkpoint(dir, nil, { note = "half", seen = { 1, 2, 3 } })
+      local second, _, second_loader, schedule = make(changes)
+      ds.randn(7) -- the loaded state replaces whatever was drawn since
+      local path, client = second:load_checkpoint(dir)
+      assert.equal(dir .. "/global_step50", path)
+      assert.same({ note = "half", seen = { 1, 2, 3 } }, client)
+      assert.equal(50, second.global_steps)
+      assert.equal(100, second.micro_steps)
+      for _, loss in ipairs(train(second, second_loader, 50)) do got[#got + 1] = loss end
+      assert.same(want, got)
+      assert.same(engine:get_lr(), schedule:get_lr())
+      remove(dir)
+    end)
+  end
+
+  it("keeps set_lr, buffers and frozen parameters", function()
+    local dir = folder()
+    local engine, _, loader = make()
+    engine.module.steps_seen:fill_(3)
+    train(engine, loader, 3)
+    engine:set_lr(0.002)
+    train(engine, loader, 2)
+    local lr = engine:get_lr()
+    engine:save_checkpoint(dir, "mine")
+    local other = make()
+    other:load_checkpoint(dir, "mine")
+    assert.same(lr, other:get_lr())
+    assert.same({ 3, 3, 3 }, other.module.steps_seen:tolist())
+    remove(dir)
+  end)
+
+  it("crosses precisions by way of the fp32 master", function()
+    local dir = folder()
+    local engine, _, loader = make { bf16 = { enabled = true } }
+    train(engine, loader, 3)
+    engine:save_checkpoint(dir)
+    local fine = make()
+    fine:load_checkpoint(dir)
+    assert.same(engine.flat[1].master:tolist(), fine.flat[1].master:tolist())
+    assert.equal("f32", fine.module.mlp.weight.dtype)
+    remove(dir)
+  end)
+
+  it("returns nil when there is none yet, and takes what is asked for", function()
+    local dir = folder()
+    local engine, _, loader = make()
+    assert.is_nil((engine:load_checkpoint(dir)))
+    train(engine, loader, 2)
+    engine:save_checkpoint(dir)
+    train(engine, loader, 1)
+    engine:save_checkpoint(dir, nil, nil, { save_latest = false })
+    local other = make()
+    local path = other:load_checkpoint(dir, nil, { load_module_only = true })
+    assert.equal(dir .. "/global_step2", path)
+    assert.equal(0, other.global_steps)
+    assert.equal(0, other.optimizer.steps)
+    other:load_checkpoint(dir, "global_step3", { load_optimizer_states = false })
+    assert.equal(3, other.global_steps)
+    assert.equal(0, other.optimizer.steps)
+    remove(dir)
+  end)
+
+  it("says what does not fit, and changes nothing", function()
+    local dir = folder()
+    local engine, _, loader = make()
+    train(engine, loader, 1)
+    engine:save_checkpoint(dir)
+    ds.seed(1)
+    local wide = ds.initialize { model = Net(32), config = { train_batch_size = 4, steps_per_print = 0,
+      optimizer = { type = "AdamW" } } }
+    local before = wide.module.mlp.weight:tolist()
+    says("embed.weight is [256 x 16], the model's is [256 x 32]", wide.load_checkpoint, wide, dir)
+    assert.same(before, wide.module.mlp.weight:tolist())
+    local lion = make { optimizer = { type = "SGD", params = { lr = 0.1, momentum = 0.9 } } }
+    says("load without the optimizer", lion.load_checkpoint, lion, dir)
+    says("gradients are not saved", function()
+      local loss = engine(loader:next())
+      engine:backward(loss)
+      engine:save_checkpoint(dir)
+    end)
+    says("nothing", function() error("nothing") end)
+    remove(dir)
+  end)
+end)
+
+describe("a signal", function()
+  local script = os.tmpname()
+  do
+    local file = assert(io.open(script, "w"))
+    file:write [[
+local ds = require "ds"
+local nn, F = ds.nn, ds.F
+ds.seed(3)
+local model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1))
+local engine = ds.initialize { model = model, config = { train_batch_size = 2, steps_per_print = 0,
+  optimizer = { type = "SGD", params = { lr = 0.01 } } } }
+if arg[1] ~= "none" then engine:save_checkpoint(arg[1], "start", { from = "script" }) end
+local ready = assert(io.open(arg[2], "w"))
+ready:close()
+local x = ds.ones(2, 4)
+for _ = 1, 1e9 do
+  local loss = engine(x):square():mean()
+  engine:backward(loss)
+  engine:step()
+end
+]]
+    file:close()
+  end
+  teardown(function() os.remove(script) end)
+
+  local function run(dir, signal)
+    local ready = os.tmpname()
+    os.remove(ready)
+    local command = ([[
+      '%s' '%s' '%s' '%s' >/dev/null 2>&1 & p=$!
+      for i in $(seq 200); do [ -e '%s' ] && break; sleep 0.05; done
+      sleep 0.2; kill -%s $p; wait $p; echo $?]]):format(host.program, script, dir, ready, ready, signal)
+    local pipe = assert(io.popen(command))
+    local code = tonumber(pipe:read "*a")
+    pipe:close()
+    os.remove(ready)
+    return code
+  end
+
+  for signal, number in pairs { TERM = 15, USR1 = 10, INT = 2 } do
+    it("SIG" .. signal .. " saves where the script saves, and ends with 128 + signal", function()
+      local dir = folder()
+      assert.equal(128 + number, run(dir, signal))
+      local engine = ds.initialize { model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1)),
+        config = { train_batch_size = 2, optimizer = { type = "SGD" } } }
+      local path, client = engine:load_checkpoint(dir)
+      assert(engine.global_steps > 0, path)
+      assert.same({ from = "script" }, client)
+      remove(dir)
+    end)
+  end
+  it("ends a script that saves nothing as well", function()
+    assert.equal(143, run("none", "TERM"))
+  end)
+end)
