@@ -1,9 +1,9 @@
 /* file.c - one file, streamed out or in by large blocks and hashed on the way.
  *
- * Writing: bytes are copied into aligned blocks; a full block is hashed while it is in the cache
- * and handed to the queue, so disk, copy and hash overlap on one thread (no helper that would
- * compete with OpenMP's). The copy is also what lets odd tensor offsets meet O_DIRECT's alignment.
- * A file appears under its name when it is whole and on the disk, or not at all.
+ * Writing: large tensors go from where they lie to the disk, if O_DIRECT takes their address; all else
+ * is copied into aligned blocks. What is written is hashed while the disk works on what came before,
+ * on one thread (no helper that would compete with OpenMP's). A file appears under its name when it is
+ * whole and on the disk, or not at all.
  *
  * Reading: once through for the hash, which leaves the file in the page cache, then tensor by
  * tensor from there. Measured against one pass into memory of our own: touching that memory for the
@@ -25,12 +25,14 @@
 
 #define SMALL ((int64_t)64 << 10)     /* up to that, a queue is not worth its set-up */
 #define READ_BLOCK ((int64_t)1 << 20) /* stays in the cache between copy and hash */
+#define IN_PLACE ((int64_t)4 << 20)   /* at most this much in one write from a tensor's memory */
 
 struct ds_file {
     char *path;      /* as the caller named it */
     char *temporary; /* written under this name; NULL: under its own */
     int fd;
     int direct;    /* fd has O_DIRECT */
+    int64_t align; /* that O_DIRECT wants of addresses */
     int made;      /* there is a file that a failure must remove */
     int failed;    /* writing: the first failure; everything later returns it */
     int64_t bytes; /* whole file */
@@ -130,6 +132,20 @@ static void clean_dead(const char *folder)
     ds_free(names);
 }
 
+/* What O_DIRECT wants of an address; a multiple of 4096 is always good. */
+static int64_t address_align(int fd)
+{
+#ifdef STATX_DIOALIGN
+    struct statx s;
+
+    if (statx(fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &s) == 0 && s.stx_mask & STATX_DIOALIGN &&
+        s.stx_dio_mem_align > 0)
+        return s.stx_dio_mem_align;
+#endif
+    (void)fd;
+    return DS_IO_ALIGN;
+}
+
 static int open_for_writing(ds_file *f, int replace)
 {
     enum ds_io_mode mode = f->bytes <= SMALL ? DS_IO_PLAIN : ds_io_mode_wanted();
@@ -160,6 +176,7 @@ static int open_for_writing(ds_file *f, int replace)
     if (f->fd < 0)
         return fail_write(f, f->fd);
     f->made = 1;
+    f->align = address_align(f->fd);
     rc = ds_io_now()->allocate(f->fd, f->bytes);
     return rc < 0 ? fail_write(f, rc) : 0;
 }
@@ -180,31 +197,44 @@ int ds_file_create(ds_file **out, const char *path, int64_t bytes, int replace)
     return 0;
 }
 
-/* Hashes the block that is filling and hands it to the queue; then waits for the next slot. */
-static int flush_block(ds_file *f)
+/* Hashes the next `bytes` of the file and starts writing them, with `padding` zeros behind them that
+ * commit cuts off; then waits for the next slot. */
+static int issue(ds_file *f, const void *data, int64_t bytes, int64_t padding)
 {
-    char *block = f->blocks + f->slot * DS_IO_BLOCK;
-    int64_t bytes = f->filled;
     int rc;
 
-    if (!bytes)
-        return 0;
-    XXH3_64bits_update(f->hash, block, (size_t)bytes);
-    if (f->direct) { /* only the last one is odd; commit cuts the padding off */
-        bytes = round_up(bytes, DS_IO_ALIGN);
-        memset(block + f->filled, 0, (size_t)(bytes - f->filled));
-    }
-    rc = ds_io_now()->write(f->queue, f->slot, f->fd, block, bytes, f->at);
+    XXH3_64bits_update(f->hash, data, (size_t)bytes);
+    rc = ds_io_now()->write(f->queue, f->slot, f->fd, data, bytes + padding, f->at);
     if (rc < 0)
         return fail_write(f, rc);
-    f->at += f->filled;
-    f->filled = 0;
+    f->at += bytes;
     f->slot = (f->slot + 1) % DS_IO_DEPTH;
     rc = ds_queue_wait(f->queue, f->slot);
     return rc < 0 ? fail_write(f, rc) : 0;
 }
 
-int ds_file_append(ds_file *f, const void *data, int64_t bytes)
+/* Only the last block of a file may be odd. */
+static int flush_block(ds_file *f)
+{
+    char *block = f->blocks + f->slot * DS_IO_BLOCK;
+    int64_t bytes = f->filled;
+    int64_t padding = f->direct ? round_up(bytes, DS_IO_ALIGN) - bytes : 0;
+
+    f->filled = 0;
+    memset(block + bytes, 0, (size_t)padding);
+    return bytes ? issue(f, block, bytes, padding) : 0;
+}
+
+/* How much of `from` may be written from where it lies; with something in the block yet, that is
+ * flushed first if it ends at a good place. */
+static int64_t in_place(const ds_file *f, const char *from, int64_t bytes)
+{
+    if (!f->direct || f->filled % DS_IO_ALIGN || bytes < DS_IO_BLOCK || (uintptr_t)from % f->align)
+        return 0;
+    return bytes < IN_PLACE ? bytes / DS_IO_ALIGN * DS_IO_ALIGN : IN_PLACE;
+}
+
+int ds_file_append(ds_file *f, const void *data, int64_t bytes, int stays)
 {
     int64_t block = f->bytes <= SMALL ? SMALL : DS_IO_BLOCK;
     const char *from = data;
@@ -215,8 +245,19 @@ int ds_file_append(ds_file *f, const void *data, int64_t bytes)
         return f->failed = ds_fail(DS_EINVAL, "'%s' was to have %lld bytes, more were appended",
                                    f->path, (long long)f->bytes);
     while (bytes > 0) {
+        int64_t gap = round_up(f->filled, DS_IO_ALIGN) - f->filled; /* to where it could begin */
         int64_t n = block - f->filled < bytes ? block - f->filled : bytes;
+        int64_t straight = stays ? in_place(f, from, bytes) : 0;
 
+        if (straight) {
+            if (flush_block(f) < 0 || issue(f, from, straight, 0) < 0)
+                return f->failed;
+            from += straight;
+            bytes -= straight;
+            continue;
+        }
+        if (stays && gap && bytes > DS_IO_BLOCK + gap && !((uintptr_t)(from + gap) % f->align))
+            n = gap;
         memcpy(f->blocks + f->slot * DS_IO_BLOCK + f->filled, from, (size_t)n);
         f->filled += n;
         from += n;
@@ -294,7 +335,7 @@ int ds_file_put(const char *path, const void *data, int64_t bytes, int replace, 
 
     if (rc < 0)
         return rc;
-    ds_file_append(f, data, bytes);
+    ds_file_append(f, data, bytes, 1);
     return ds_file_commit(f, hash);
 }
 

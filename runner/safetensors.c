@@ -11,7 +11,12 @@
 #include <string.h>
 
 #define HEADER_MAX ((size_t)100 << 20) /* bytes; the reference reader's bound, about */
-#define DATA_ALIGN 64
+
+/* The data begins at a multiple of this in the file, so that tensors of usual sizes keep the place
+ * in a sector that they have in memory, and O_DIRECT can take them from there. */
+#define DATA_ALIGN 4096
+#define DATA_ALIGN_SMALL 64
+#define DATA_SMALL ((int64_t)1 << 20)
 
 struct ds_tensors {
     json_t *header; /* owns the names */
@@ -81,12 +86,13 @@ static int header_json(json_t *header, const ds_entry *entries, int n, const cha
     return 0;
 }
 
-/* The header's length and text, padded with spaces so that the data begins at a multiple of 64. */
-static int header_text(char **out, int64_t *bytes, const json_t *header, const char *path)
+/* The header's length and text, padded with spaces so that the data begins at a multiple of align. */
+static int header_text(char **out, int64_t *bytes, const json_t *header, size_t align,
+                       const char *path)
 {
     char *text = json_dumps(header, JSON_COMPACT);
     size_t length = text ? strlen(text) : 0;
-    size_t padded = (8 + length + DATA_ALIGN - 1) / DATA_ALIGN * DATA_ALIGN - 8;
+    size_t padded = (8 + length + align - 1) / align * align - 8;
     char *all = malloc(8 + padded);
     int rc = text && all ? 0 : ds_fail(DS_ENOMEM, "out of host memory");
 
@@ -112,24 +118,26 @@ int ds_tensors_create(ds_file **out, const char *path, ds_entry *entries, int n,
 {
     static const char *const none[] = {NULL};
     json_t *header = json_object();
-    int64_t bytes = 0, data;
+    int64_t bytes = 0, data = 0;
     ds_file *f = NULL;
     char *text = NULL;
     int rc = lay_out(entries, n, path);
 
+    if (rc >= 0 && n > 0)
+        data = entries[n - 1].offset + entries[n - 1].bytes;
     if (rc >= 0)
         rc = header_json(header, entries, n, meta ? meta : none, path);
     if (rc >= 0)
-        rc = header_text(&text, &bytes, header, path);
+        rc = header_text(&text, &bytes, header, data < DATA_SMALL ? DATA_ALIGN_SMALL : DATA_ALIGN,
+                         path);
     json_decref(header);
     if (rc < 0)
         return rc;
-    data = n ? entries[n - 1].offset + entries[n - 1].bytes : 0;
     for (int i = 0; i < n; i++)
         entries[i].offset += bytes;
     rc = ds_file_create(&f, path, bytes + data, replace);
     if (rc >= 0)
-        rc = ds_file_append(f, text, bytes);
+        rc = ds_file_append(f, text, bytes, 0);
     free(text);
     if (rc < 0) {
         ds_file_discard(f);

@@ -266,7 +266,8 @@ static dnnl_status_t compile(entry *e, dnnl_primitive_desc_t pd)
  * three GPTs, operands outside the L2 cache:
  * - of a transposed a (gradients of weights) the older kernel, "gemm", is 4 to 14 % faster than
  *   "brg", which comes first; but for large results in f32 and tiny ones in bf16;
- * - in f32 it is also 2 to 8 % faster where b lies by rows (backward), or is wider than deep;
+ * - in f32 it is also 2 to 8 % faster where b lies by rows (backward), or is small and wider than
+ *   deep;
  * - in bf16, with many rows, brg gains 3 to 9 % from a b that is packed for it before, even when
  *   that is done in every call.
  * With AMX none of this has been measured: oneDNN's choice stands. */
@@ -281,7 +282,7 @@ static enum way way_of(const ds_dnnl_key *key)
     if (key->a_dtype == DS_F32) {
         if (key->a_col != 1)
             return m * n < 3 << 19 || key->a_col != m ? GEMM : FIRST;
-        return key->b_col == 1 || k < n ? GEMM : FIRST;
+        return key->b_col == 1 || (k < n && n * k < 1 << 20) ? GEMM : FIRST;
     }
     if (has_amx())
         return FIRST;

@@ -184,8 +184,9 @@ int DS_CPU(sum_rows)(const char *name, ds_tensor *y, int64_t y_step, int64_t y_s
     walk w;
     int rc = DS_CPU(walk_start)(&w, name, 2, (const ds_tensor *[]){y, x}, WALK_ANY);
 
-    if (rc == 0)
-        rc = groups_start(&g, name, index, offset, n, y_size);
+    if (rc < 0 || y->numel == 0)
+        return rc;
+    rc = groups_start(&g, name, index, offset, n, y_size);
     if (rc < 0)
         return rc;
     job.g = &g;

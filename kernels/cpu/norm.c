@@ -1,9 +1,9 @@
 /* norm.c - layer norm and RMS norm over the last dimension, with the residual's sum in the same pass.
  *
- * Rows go through the first-level cache as f32: a row is summed and written down, its variance taken
- * from what was written (in two passes: E[x²] - E[x]² would lose digits), then normalised. Backward
- * takes two rows at a time, to go over the sums for dw and db half as often. Every thread has such sums
- * of its own; they are added up in the threads' order.
+ * A row is read from memory once and stays in the first-level cache for the passes that follow: the
+ * variance takes a pass of its own (E[x²] - E[x]² would lose digits), backward reads its two inputs again
+ * rather than keep what it made of them. Every thread sums dw and db for itself; the sums are
+ * added up in the threads' order.
  */
 #include "kernels/cpu/level.h"
 
@@ -11,8 +11,6 @@
 
 #include "kernels/scratch.h"
 #include "kernels/cpu/simd.h"
-
-#define AT_ONCE 2 /* rows, backward */
 
 /* One call. Rows are of C elements; what depends on a column is f32 by then. */
 typedef struct norm {
@@ -92,23 +90,22 @@ static int set_shape(norm *n, const char *what, const ds_tensor *x)
 
 /* ---- rows */
 
-/* Row r of t, counting through all dimensions but the last. */
-static void *row_of(const ds_tensor *t, int64_t r)
+static __attribute__((noinline)) void *strided_row(const ds_tensor *t, int64_t r)
 {
     int64_t at = 0;
 
-    if (t->dense)
-        return (char *)t->data + r * t->shape[t->ndim - 1] * ds_bytes_of(t->dtype);
     for (int d = t->ndim - 2; d >= 0; r /= t->shape[d--])
         at += r % t->shape[d] * t->stride[d];
     return (char *)t->data + at * ds_bytes_of(t->dtype);
 }
 
-/* Calls `function` with the dtype as a constant, so that inlining leaves no branch in its loop. */
-#define BY_DTYPE(dtype, function, ...)                                                             \
-    ((dtype) == DS_F32    ? function(__VA_ARGS__, DS_F32)                                          \
-     : (dtype) == DS_BF16 ? function(__VA_ARGS__, DS_BF16)                                         \
-                          : function(__VA_ARGS__, DS_F16))
+/* Row r of t, counting through all dimensions but the last. */
+static inline void *row_of(const ds_tensor *t, int64_t r)
+{
+    if (!t->dense)
+        return strided_row(t, r);
+    return (char *)t->data + r * t->shape[t->ndim - 1] * ds_bytes_of(t->dtype);
+}
 
 /* Loops take whole vectors, and what is left of a row in one step more: `left` is the constant
  * VF_LANES in all but that one. */
@@ -124,8 +121,6 @@ VF_FUNC void store(void *y, int64_t i, int64_t left, int dtype, vf v)
     else
         vf_store_part_as(y, i, dtype, v, left);
 }
-
-#define WHOLE(n) ((n) / VF_LANES * VF_LANES)
 
 /* v as a tensor of that dtype would hold it. */
 VF_FUNC vf rounded(vf v, int dtype)
@@ -146,233 +141,217 @@ VF_FUNC vf inside(vf v, int64_t left)
     return vf_load(lanes);
 }
 
-/* ---- forward */
+/* ---- forward. x and sum are of one dtype, delta and y of one. */
 
-VF_FUNC void add_step(float *row, void *sum, const void *x, const void *delta, int64_t i,
-                      int64_t left, int x_dtype, int delta_dtype)
+VF_FUNC vf add_step(const void *x, void *sum, const void *delta, int64_t i,
+                    int64_t left, int x_dtype, int y_dtype)
 {
-    vf v = load(x, i, left, x_dtype) + load(delta, i, left, delta_dtype);
+    vf v = load(x, i, left, x_dtype);
 
+    if (!delta)
+        return v;
+    v += load(delta, i, left, y_dtype);
     store(sum, i, left, x_dtype, v);
-    vf_store(row + i, rounded(v, x_dtype));
+    return rounded(v, x_dtype);
 }
 
-/* row = x + delta, rounded as `sum` holds it. */
-VF_FUNC void add_as(float *row, void *sum, const void *x, const void *delta, int64_t n, int x_dtype,
-                    int delta_dtype)
+VF_FUNC vf square_step(vf s, const void *x, float mean, int64_t i, int64_t left, int x_dtype)
 {
-    int64_t i = 0;
+    vf v = inside(load(x, i, left, x_dtype) - mean, left);
 
-    for (; i < WHOLE(n); i += VF_LANES)
-        add_step(row, sum, x, delta, i, VF_LANES, x_dtype, delta_dtype);
-    if (i < n)
-        add_step(row, sum, x, delta, i, n - i, x_dtype, delta_dtype);
+    return vf_fma(v, v, s);
 }
 
-static void add_f32(float *row, void *sum, const void *x, const void *delta, int64_t n, int dtype)
-{
-    BY_DTYPE(dtype, add_as, row, sum, x, delta, n, DS_F32);
-}
-
-static void add_bf16(float *row, void *sum, const void *x, const void *delta, int64_t n, int dtype)
-{
-    BY_DTYPE(dtype, add_as, row, sum, x, delta, n, DS_BF16);
-}
-
-static void add_f16(float *row, void *sum, const void *x, const void *delta, int64_t n, int dtype)
-{
-    BY_DTYPE(dtype, add_as, row, sum, x, delta, n, DS_F16);
-}
-
-VF_FUNC float sum_of(const float *row, int64_t n)
+/* Mean of x, or of sum = x + delta. Four sums, so that an addition need not wait for the last one. */
+VF_FUNC float mean_as(const void *x, void *sum, const void *delta, int64_t C, int x_dtype,
+                      int y_dtype)
 {
     vf s[4] = {{0}};
     int64_t i = 0;
 
-    for (; i + 4 * VF_LANES <= n; i += 4 * VF_LANES)
+    for (; i + 4 * VF_LANES <= C; i += 4 * VF_LANES)
         for (int k = 0; k < 4; k++)
-            s[k] += vf_load(row + i + k * VF_LANES);
-    for (; i < WHOLE(n); i += VF_LANES)
-        s[0] += vf_load(row + i);
-    if (i < n)
-        s[1] += vf_load_part(row + i, n - i);
-    return vf_sum((s[0] + s[1]) + (s[2] + s[3]));
+            s[k] += add_step(x, sum, delta, i + k * VF_LANES, VF_LANES, x_dtype, y_dtype);
+    for (; i + VF_LANES <= C; i += VF_LANES)
+        s[0] += add_step(x, sum, delta, i, VF_LANES, x_dtype, y_dtype);
+    if (i < C)
+        s[1] += add_step(x, sum, delta, i, C - i, x_dtype, y_dtype);
+    return vf_sum((s[0] + s[1]) + (s[2] + s[3])) * (1 / (float)C);
 }
 
-VF_FUNC float squares_of(const float *row, int64_t n, float mean)
+VF_FUNC float variance_as(const void *x, float mean, int64_t C, int x_dtype)
 {
-    vf s[4] = {{0}}, v;
+    vf s[4] = {{0}};
     int64_t i = 0;
 
-    for (; i + 4 * VF_LANES <= n; i += 4 * VF_LANES)
-        for (int k = 0; k < 4; k++) {
-            v = vf_load(row + i + k * VF_LANES) - mean;
-            s[k] = vf_fma(v, v, s[k]);
-        }
-    for (; i < WHOLE(n); i += VF_LANES) {
-        v = vf_load(row + i) - mean;
-        s[0] = vf_fma(v, v, s[0]);
-    }
-    if (i < n) {
-        v = inside(vf_load_part(row + i, n - i) - mean, n - i);
-        s[1] = vf_fma(v, v, s[1]);
-    }
-    return vf_sum((s[0] + s[1]) + (s[2] + s[3]));
+    for (; i + 4 * VF_LANES <= C; i += 4 * VF_LANES)
+        for (int k = 0; k < 4; k++)
+            s[k] = square_step(s[k], x, mean, i + k * VF_LANES, VF_LANES, x_dtype);
+    for (; i + VF_LANES <= C; i += VF_LANES)
+        s[0] = square_step(s[0], x, mean, i, VF_LANES, x_dtype);
+    if (i < C)
+        s[1] = square_step(s[1], x, mean, i, C - i, x_dtype);
+    return vf_sum((s[0] + s[1]) + (s[2] + s[3])) * (1 / (float)C);
 }
 
-VF_FUNC void normalise_step(void *y, const float *row, const norm *n, vf mean, vf rstd, int64_t i,
-                            int64_t left, int has_b, int dtype)
+VF_FUNC void normalise_step(void *y, const void *x, const float *w, const float *b, vf mean, vf rstd,
+                            int64_t i, int64_t left, int x_dtype, int y_dtype)
 {
-    vf v = (load(row, i, left, DS_F32) - mean) * rstd, w = load(n->w, i, left, DS_F32);
+    vf v = (load(x, i, left, x_dtype) - mean) * rstd, wi = load(w, i, left, DS_F32);
 
-    store(y, i, left, dtype, has_b ? vf_fma(v, w, load(n->b, i, left, DS_F32)) : v * w);
+    store(y, i, left, y_dtype, b ? vf_fma(v, wi, load(b, i, left, DS_F32)) : v * wi);
 }
 
-VF_FUNC void normalise_as(void *y, const float *row, const norm *n, float mean, float rstd,
-                          int dtype)
+VF_FUNC void normalise_as(void *y, const void *x, const float *w, const float *b, float mean,
+                          float rstd, int64_t C, int x_dtype, int y_dtype)
 {
     vf m = vf_set(mean), r = vf_set(rstd);
     int64_t i = 0;
 
-    for (; i < WHOLE(n->C) && n->b; i += VF_LANES)
-        normalise_step(y, row, n, m, r, i, VF_LANES, 1, dtype);
-    for (; i < WHOLE(n->C); i += VF_LANES)
-        normalise_step(y, row, n, m, r, i, VF_LANES, 0, dtype);
-    if (i < n->C)
-        normalise_step(y, row, n, m, r, i, n->C - i, n->b != NULL, dtype);
+    for (; i + VF_LANES <= C; i += VF_LANES)
+        normalise_step(y, x, w, b, m, r, i, VF_LANES, x_dtype, y_dtype);
+    if (i < C)
+        normalise_step(y, x, w, b, m, r, i, C - i, x_dtype, y_dtype);
 }
 
-/* buffer [C, rounded up to vectors] */
-static void forward_row(const norm *n, int64_t r, float *buffer)
+VF_FUNC void forward_as(const norm *n, int64_t r, int x_dtype, int y_dtype)
 {
-    const void *x = row_of(n->x, r);
-    void *y = row_of(n->y, r);
-    const float *row = buffer;
+    void *x = row_of(n->x, r), *y = row_of(n->y, r), *delta = n->delta ? row_of(n->delta, r) : NULL;
     float mean = 0, rstd;
 
-    if (n->delta)
-        (n->x->dtype == DS_F32    ? add_f32
-         : n->x->dtype == DS_BF16 ? add_bf16
-                                  : add_f16)(buffer, row_of(n->sum, r), x, row_of(n->delta, r), n->C,
-                                             n->delta->dtype);
-    else if (n->x->dtype == DS_F32)
-        row = x;
-    else
-        ds_row_load(buffer, x, n->x->dtype, n->C, 1);
+    if (delta) {
+        void *sum = row_of(n->sum, r);
+
+        mean = mean_as(x, sum, delta, n->C, x_dtype, y_dtype);
+        x = sum;
+    } else if (n->mean) {
+        mean = mean_as(x, NULL, NULL, n->C, x_dtype, y_dtype);
+    }
     if (n->mean)
-        ((float *)n->mean->data)[r] = mean = sum_of(row, n->C) / (float)n->C;
-    rstd = 1 / sqrtf(squares_of(row, n->C, mean) / (float)n->C + (float)n->eps);
-    ((float *)n->rstd->data)[r] = rstd;
-    BY_DTYPE(n->y->dtype, normalise_as, y, row, n, mean, rstd);
-}
-
-/* ---- backward */
-
-/* The rows in hand, and what is gathered of each: Σ g and Σ g xh, lane by lane. */
-typedef struct hand {
-    const void *x[AT_ONCE], *dy[AT_ONCE];
-    vf mean[AT_ONCE], rstd[AT_ONCE], sum[AT_ONCE], dot[AT_ONCE];
-} hand;
-
-VF_FUNC void gather_step(hand *of, float *xh, float *g, const norm *n, float *dw, float *db,
-                         int64_t i, int64_t left, int count, int x_dtype, int dy_dtype)
-{
-    vf w = load(n->w, i, left, DS_F32), dwi = vf_load(dw + i), dbi = vf_load(db + i);
-
-    for (int k = 0; k < count; k++) {
-        vf x = load(of->x[k], i, left, x_dtype), d = load(of->dy[k], i, left, dy_dtype);
-        vf h = inside((x - of->mean[k]) * of->rstd[k], left);
-
-        dwi = vf_fma(d, h, dwi);
-        dbi += d;
-        d *= w;
-        of->sum[k] += d;
-        of->dot[k] = vf_fma(d, h, of->dot[k]);
-        vf_store(xh + k * n->apart + i, h);
-        vf_store(g + k * n->apart + i, d);
-    }
-    vf_store(dw + i, dwi);
-    vf_store(db + i, dbi);
-}
-
-/* Of `count` rows: xh = (x - mean) rstd and g = dy w go to buffers [count], `apart` from each other, their
- * sums to dw, db; s, q: Σ g and Σ g xh of each row. */
-VF_FUNC void gather_as(float *xh, float *g, float *s, float *q, const norm *n, float *dw, float *db,
-                       int64_t r, int count, int x_dtype, int dy_dtype)
-{
-    hand of;
-    int64_t i = 0;
-
-    for (int k = 0; k < count; k++) {
-        of.x[k] = row_of(n->x, r + k);
-        of.dy[k] = row_of(n->dy, r + k);
-        of.mean[k] = vf_set(n->mean ? ((float *)n->mean->data)[r + k] : 0);
-        of.rstd[k] = vf_set(((float *)n->rstd->data)[r + k]);
-        of.sum[k] = of.dot[k] = (vf){0};
-    }
-    for (; i < WHOLE(n->C); i += VF_LANES)
-        gather_step(&of, xh, g, n, dw, db, i, VF_LANES, count, x_dtype, dy_dtype);
-    if (i < n->C)
-        gather_step(&of, xh, g, n, dw, db, i, n->C - i, count, x_dtype, dy_dtype);
-    for (int k = 0; k < count; k++) {
-        s[k] = vf_sum(of.sum[k]);
-        q[k] = vf_sum(of.dot[k]);
-    }
-}
-
-/* The two numbers of rows that occur, as constants. */
-VF_FUNC void gather_rows(float *xh, float *g, float *s, float *q, const norm *n, float *dw,
-                         float *db, int64_t r, int count, int x_dtype, int dy_dtype)
-{
-    if (count == AT_ONCE)
-        gather_as(xh, g, s, q, n, dw, db, r, AT_ONCE, x_dtype, dy_dtype);
+        ((float *)n->mean->data)[r] = mean;
     else
-        gather_as(xh, g, s, q, n, dw, db, r, 1, x_dtype, dy_dtype);
+        mean = 0;
+    rstd = 1 / sqrtf(variance_as(x, mean, n->C, x_dtype) + (float)n->eps);
+    ((float *)n->rstd->data)[r] = rstd;
+    if (n->b)
+        normalise_as(y, x, n->w, n->b, mean, rstd, n->C, x_dtype, y_dtype);
+    else
+        normalise_as(y, x, n->w, NULL, mean, rstd, n->C, x_dtype, y_dtype);
 }
 
-#define GATHER(name, x_dtype)                                                                      \
-    static void name(float *xh, float *g, float *s, float *q, const norm *n, float *dw, float *db, \
-                     int64_t r, int count)                                                         \
-    {                                                                                              \
-        BY_DTYPE(n->dy->dtype, gather_rows, xh, g, s, q, n, dw, db, r, count, x_dtype);            \
-    }
-GATHER(gather_f32, DS_F32)
-GATHER(gather_bf16, DS_BF16)
-GATHER(gather_f16, DS_F16)
+/* ---- backward. x, dx and dsum are of one dtype, dy may be of another. */
+
+/* One row's constants, and what is summed over it. */
+typedef struct row {
+    const void *x, *dy, *dsum;
+    void *dx;
+    vf mean, rstd, sum, dot; /* sum: of g, dot: of g xh, lane by lane; then their means */
+} row;
+
+/* xh = (x - mean) rstd and g = dy w, also without w. */
+VF_FUNC void row_step(vf *xh, vf *g, vf *dy, const row *of, const float *w, int64_t i, int64_t left,
+                      int x_dtype, int dy_dtype)
+{
+    *dy = load(of->dy, i, left, dy_dtype);
+    *xh = (load(of->x, i, left, x_dtype) - of->mean) * of->rstd;
+    *g = *dy * load(w, i, left, DS_F32);
+}
+
+VF_FUNC void gather_step(row *of, const float *w, float *dw, float *db, int64_t i, int64_t left,
+                         int x_dtype, int dy_dtype)
+{
+    vf xh, g, dy;
+
+    row_step(&xh, &g, &dy, of, w, i, left, x_dtype, dy_dtype);
+    of->sum += g;
+    of->dot = vf_fma(g, xh, of->dot); /* beyond the row's end g and dy are 0 */
+    vf_store(dw + i, vf_fma(dy, xh, vf_load(dw + i)));
+    if (db)
+        vf_store(db + i, vf_load(db + i) + dy);
+}
 
 /* dx = rstd (g - mean(g) - xh mean(g xh)) + dsum */
-VF_FUNC void input_gradient_as(void *dx, const float *xh, const float *g, const void *dsum,
-                               int64_t n, float rstd, float mean_g, float mean_dot, int dtype)
+VF_FUNC void scatter_step(const row *of, const float *w, int64_t i, int64_t left, int x_dtype,
+                          int dy_dtype)
 {
-    vf scale = vf_set(-rstd * mean_dot), shift = vf_set(-rstd * mean_g), r = vf_set(rstd), v;
+    vf xh, g, dy, dx;
+
+    row_step(&xh, &g, &dy, of, w, i, left, x_dtype, dy_dtype);
+    dx = of->rstd * (g - vf_fma(xh, of->dot, of->sum));
+    store(of->dx, i, left, x_dtype, of->dsum ? dx + load(of->dsum, i, left, x_dtype) : dx);
+}
+
+VF_FUNC void backward_row(row *of, const float *w, float *dw, float *db, int64_t C, int centred,
+                          int x_dtype, int dy_dtype)
+{
+    row now = *of; /* a copy that is nobody else's stays in registers */
     int64_t i = 0;
 
-    for (; i < WHOLE(n); i += VF_LANES) {
-        v = vf_fma(vf_load(xh + i), scale, vf_fma(vf_load(g + i), r, shift));
-        vf_store_as(dx, i, dtype, dsum ? v + vf_load_as(dsum, i, dtype) : v);
-    }
-    if (i < n) {
-        v = vf_fma(vf_load(xh + i), scale, vf_fma(vf_load(g + i), r, shift));
-        vf_store_part_as(dx, i, dtype, dsum ? v + vf_load_part_as(dsum, i, dtype, n - i) : v, n - i);
-    }
+    now.sum = now.dot = (vf){0};
+    for (; i + VF_LANES <= C; i += VF_LANES)
+        gather_step(&now, w, dw, db, i, VF_LANES, x_dtype, dy_dtype);
+    if (i < C)
+        gather_step(&now, w, dw, db, i, C - i, x_dtype, dy_dtype);
+    now.sum = vf_set(centred ? vf_sum(now.sum) * (1 / (float)C) : 0);
+    now.dot = vf_set(vf_sum(now.dot) * (1 / (float)C));
+    for (i = 0; i + VF_LANES <= C; i += VF_LANES)
+        scatter_step(&now, w, i, VF_LANES, x_dtype, dy_dtype);
+    if (i < C)
+        scatter_step(&now, w, i, C - i, x_dtype, dy_dtype);
 }
 
-static void backward_rows(const norm *n, float *buffer, float *dw, float *db, int64_t r, int count)
+/* dw, db: this thread's. */
+VF_FUNC void backward_as(const norm *n, float *dw, float *db, int64_t r, int x_dtype, int dy_dtype)
 {
-    int64_t stride = n->apart;
-    float *xh = buffer, *g = buffer + AT_ONCE * stride, s[AT_ONCE], q[AT_ONCE];
+    row of = {.x = row_of(n->x, r),
+              .dy = row_of(n->dy, r),
+              .dx = row_of(n->dx, r),
+              .dsum = n->dsum ? row_of(n->dsum, r) : NULL,
+              .mean = vf_set(n->mean ? ((float *)n->mean->data)[r] : 0),
+              .rstd = vf_set(((float *)n->rstd->data)[r])};
 
-    (n->x->dtype == DS_F32    ? gather_f32
-     : n->x->dtype == DS_BF16 ? gather_bf16
-                              : gather_f16)(xh, g, s, q, n, dw, db, r, count);
-    for (int k = 0; k < count; k++) {
-        float rstd = ((float *)n->rstd->data)[r + k], mean_g = n->mean ? s[k] / (float)n->C : 0;
-        const void *dsum = n->dsum ? row_of(n->dsum, r + k) : NULL;
-
-        BY_DTYPE(n->dx->dtype, input_gradient_as, row_of(n->dx, r + k), xh + k * stride,
-                 g + k * stride, dsum, n->C, rstd, mean_g, q[k] / (float)n->C);
-    }
+    if (db)
+        backward_row(&of, n->w, dw, db, n->C, n->mean != NULL, x_dtype, dy_dtype);
+    else
+        backward_row(&of, n->w, dw, NULL, n->C, n->mean != NULL, x_dtype, dy_dtype);
 }
+
+/* ---- a function for each pair of dtypes: of x and y, of x and dy */
+
+typedef void forward_rows(const norm *n, int64_t begin, int64_t end);
+typedef void backward_rows(const norm *n, float *dw, float *db, int64_t begin, int64_t end);
+
+#define PAIR(x, y)                                                                                 \
+    static void forward_##x##_##y(const norm *n, int64_t begin, int64_t end)                       \
+    {                                                                                              \
+        for (int64_t r = begin; r < end; r++)                                                      \
+            forward_as(n, r, DS_##x, DS_##y);                                                      \
+    }                                                                                              \
+    static void backward_##x##_##y(const norm *n, float *dw, float *db, int64_t begin, int64_t end) \
+    {                                                                                              \
+        for (int64_t r = begin; r < end; r++)                                                      \
+            backward_as(n, dw, db, r, DS_##x, DS_##y);                                             \
+    }
+PAIR(F32, F32)
+PAIR(F32, BF16)
+PAIR(F32, F16)
+PAIR(BF16, F32)
+PAIR(BF16, BF16)
+PAIR(BF16, F16)
+PAIR(F16, F32)
+PAIR(F16, BF16)
+PAIR(F16, F16)
+
+static forward_rows *const forward_of[3][3] = {
+    [DS_F32] = {forward_F32_F32, forward_F32_BF16, forward_F32_F16},
+    [DS_BF16] = {forward_BF16_F32, forward_BF16_BF16, forward_BF16_F16},
+    [DS_F16] = {forward_F16_F32, forward_F16_BF16, forward_F16_F16},
+};
+static backward_rows *const backward_of[3][3] = {
+    [DS_F32] = {backward_F32_F32, backward_F32_BF16, backward_F32_F16},
+    [DS_BF16] = {backward_BF16_F32, backward_BF16_BF16, backward_BF16_F16},
+    [DS_F16] = {backward_F16_F32, backward_F16_BF16, backward_F16_F16},
+};
 
 /* Columns begin .. end of dw or db: the threads' sums in order; added to what is there, or not. */
 static void store_sums(const ds_tensor *to, float *sums, const norm *n, int64_t begin, int64_t end,
@@ -384,7 +363,7 @@ static void store_sums(const ds_tensor *to, float *sums, const norm *n, int64_t 
         for (int64_t i = begin; i < end; i++)
             sums[i] += sums[t * 2 * n->apart + i];
     if (accumulate) {
-        float *had = sums + 2 * threads * n->apart; /* the first thread's buffer is free by now */
+        float *had = n->dw + 2 * threads * n->apart;
 
         ds_row_load(had + begin, at, to->dtype, end - begin, 1);
         for (int64_t i = begin; i < end; i++)
@@ -484,15 +463,15 @@ int DS_CPU(norm)(ds_tensor *y, ds_tensor *sum, ds_tensor *mean, ds_tensor *rstd,
         (rc = check_statistics(what, &n)) < 0 || (rc = check_vector(what, "w", w, n.C, x)) < 0 ||
         (rc = check_vector(what, "b", b, n.C, x)) < 0)
         return rc;
-    if (!delta != !sum || (sum && sum->dtype != x->dtype))
-        return ds_fail(DS_EINVAL, "%s: sum and delta belong together, and sum is of the input's dtype",
-                       what);
+    if (!delta != !sum || (sum && (sum->dtype != x->dtype || delta->dtype != y->dtype)))
+        return ds_fail(DS_EINVAL, "%s: sum and delta belong together; sum is of the input's dtype, "
+                       "delta of the output's", what);
     if (x->dtype == DS_F64) {
         forward_f64(&n, w, b);
         return 0;
     }
     n.apart = (n.C + VF_LANES - 1) / VF_LANES * VF_LANES + 16;
-    memory = ds_scratch(DS_SCRATCH_SUMS, (size_t)((threads + 2) * n.apart) * sizeof(float));
+    memory = ds_scratch(DS_SCRATCH_SUMS, (size_t)(2 * n.apart) * sizeof(float));
     if (!memory)
         return DS_ENOMEM;
     n.w = column(w, memory, n.C, 1);
@@ -502,25 +481,21 @@ int DS_CPU(norm)(ds_tensor *y, ds_tensor *sum, ds_tensor *mean, ds_tensor *rstd,
         int64_t begin, end;
 
         ds_part(&begin, &end, n.rows, 1);
-        for (int64_t r = begin; r < end; r++)
-            forward_row(&n, r, memory + (2 + omp_get_thread_num()) * n.apart);
+        forward_of[x->dtype][y->dtype](&n, begin, end);
     }
     return 0;
 }
 
-/* Scratch memory: w, then dw and db of each thread, then each thread's rows. */
+/* Scratch memory: w, then dw and db of each thread, then a row. */
 static void backward_part(const norm *n, const ds_tensor *dw, const ds_tensor *db, int threads,
                           int accumulate)
 {
-    int me = omp_get_thread_num();
-    float *mine = n->dw + 2 * me * n->apart, *rows = n->dw + 2 * threads * n->apart;
+    float *mine = n->dw + 2 * omp_get_thread_num() * n->apart;
     int64_t begin, end;
 
     memset(mine, 0, (size_t)(2 * n->apart) * sizeof(float));
     ds_part(&begin, &end, n->rows, 1);
-    for (int64_t r = begin; r < end; r += AT_ONCE)
-        backward_rows(n, rows + me * 2 * AT_ONCE * n->apart, mine, mine + n->apart, r,
-                      end - r < AT_ONCE ? 1 : AT_ONCE);
+    backward_of[n->x->dtype][n->dy->dtype](n, mine, db ? mine + n->apart : NULL, begin, end);
 #pragma omp barrier
     ds_part(&begin, &end, n->C, 16);
     if (dw)
@@ -544,16 +519,17 @@ int DS_CPU(norm_backward)(ds_tensor *dx, ds_tensor *dw, ds_tensor *db, const ds_
         (rc = check_vector(what, "dw", dw, n.C, x)) < 0 ||
         (rc = check_vector(what, "db", db, n.C, x)) < 0)
         return rc;
-    if (dsum && dsum->dtype != dx->dtype)
-        return ds_fail(DS_EINVAL, "%s: dsum is %s, dx %s", what, ds_name_of(dsum->dtype),
-                       ds_name_of(dx->dtype));
+    if (dx->dtype != x->dtype || (dsum && dsum->dtype != x->dtype))
+        return ds_fail(DS_EINVAL, "%s: dx is %s and dsum %s, must be %s as the input", what,
+                       ds_name_of(dx->dtype), dsum ? ds_name_of(dsum->dtype) : "none",
+                       ds_name_of(x->dtype));
     if (x->dtype == DS_F64) {
         backward_f64(&n, w, dw, db, accumulate);
         return 0;
     }
     n.apart = (n.C + VF_LANES - 1) / VF_LANES * VF_LANES + 16;
     memory = ds_scratch(DS_SCRATCH_SUMS,
-                        (size_t)((1 + threads * (2 + 2 * AT_ONCE)) * n.apart) * sizeof(float));
+                        (size_t)((2 + 2 * threads) * n.apart) * sizeof(float));
     if (!memory)
         return DS_ENOMEM;
     n.w = column(w, memory, n.C, 1);

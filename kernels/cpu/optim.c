@@ -10,8 +10,9 @@
 #include <string.h>
 
 #include "kernels/cpu/simd.h"
+#include "kernels/scalar.h"
 
-#define BLOCK 2048 /* elements; 5 rows of them fit the first-level cache */
+#define BLOCK 512 /* elements: few, so that widening and rounding overlap with reading the next */
 
 typedef struct hyper {
     double lr, beta1, beta2, eps, weight_decay, c1, c2, gscale;
@@ -23,14 +24,17 @@ typedef void rule(void *p, void *a, void *b, const void *g, int64_t n, const hyp
 
 #define REAL float
 #define SQRT sqrtf
+#define FMA DS_FMA
 #define NAME(rule) rule##_f32
 #include "kernels/cpu/optim_rules.h"
 #undef REAL
 #undef SQRT
+#undef FMA
 #undef NAME
 
 #define REAL double
 #define SQRT sqrt
+#define FMA(a, b, c) ((a) * (b) + (c))
 #define NAME(rule) rule##_f64
 #include "kernels/cpu/optim_rules.h"
 

@@ -1,6 +1,6 @@
 /* optim_rules.h - the optimizers' arithmetic, once for f32 and once for f64.
  *
- * optim.c includes this with REAL (the type), SQRT and NAME(rule) defined. Each rule is one pass over
+ * optim.c includes this with REAL (the type), SQRT, FMA and NAME(rule) defined. Each rule is one pass over
  * n elements; h holds its constants, g is the gradient as it lies in memory, h->gscale times too big.
  * Plain loops: they are bound by memory, and the compiler's vectors keep up with it.
  */
@@ -18,13 +18,13 @@ static void NAME(adam)(void *restrict pv, void *restrict mv, void *restrict vv,
     const REAL shrink = (REAL)(h->decoupled ? 1 - h->lr * h->weight_decay : 1);
 
     for (int64_t i = 0; i < n; i++) {
-        REAL d = g[i] * gscale + decay * p[i];
-        REAL mi = m[i] + keep1 * (d - m[i]);
-        REAL vi = beta2 * v[i] + keep2 * (d * d);
+        REAL d = FMA(decay, p[i], g[i] * gscale);
+        REAL mi = FMA(keep1, d - m[i], m[i]);
+        REAL vi = FMA(keep2 * d, d, beta2 * v[i]);
 
         m[i] = mi;
         v[i] = vi;
-        p[i] = shrink * p[i] - rate * (mi / (SQRT(vi) * root + eps));
+        p[i] = FMA(-rate, mi / FMA(SQRT(vi), root, eps), shrink * p[i]);
     }
 }
 
@@ -42,17 +42,17 @@ static void NAME(sgd)(void *restrict pv, void *restrict bv, void *restrict unuse
     (void)unused;
     if (!b) {
         for (int64_t i = 0; i < n; i++)
-            p[i] -= lr * (g[i] * gscale + decay * p[i]);
+            p[i] -= lr * FMA(decay, p[i], g[i] * gscale);
         return;
     }
     if (h->first) /* what the buffer holds may be anything, NaN too */
         memset(b, 0, (size_t)n * sizeof *b);
     for (int64_t i = 0; i < n; i++) {
-        REAL d = g[i] * gscale + decay * p[i];
-        REAL bi = momentum * b[i] + damp * d;
+        REAL d = FMA(decay, p[i], g[i] * gscale);
+        REAL bi = FMA(momentum, b[i], damp * d);
 
         b[i] = bi;
-        p[i] -= lr * (of_g * d + of_b * bi);
+        p[i] -= lr * FMA(of_g, d, of_b * bi);
     }
 }
 
@@ -69,12 +69,12 @@ static void NAME(lion)(void *restrict pv, void *restrict mv, void *restrict unus
     (void)unused;
     for (int64_t i = 0; i < n; i++) {
         REAL gi = g[i] * gscale;
-        REAL c = beta1 * m[i] + keep1 * gi;
+        REAL c = FMA(beta1, m[i], keep1 * gi);
         REAL up = c > 0 ? lr : 0, down = c < 0 ? lr : 0;
 
         /* c - c is 0, or NaN: a NaN must show in the weights, not vanish in a comparison. */
         p[i] = shrink * p[i] - (up - down) + (c - c);
-        m[i] = beta2 * m[i] + keep2 * gi;
+        m[i] = FMA(beta2, m[i], keep2 * gi);
     }
 }
 
@@ -88,8 +88,8 @@ static void NAME(adagrad)(void *restrict pv, void *restrict sv, void *restrict u
 
     (void)unused;
     for (int64_t i = 0; i < n; i++) {
-        REAL d = g[i] * gscale + decay * p[i];
-        REAL si = s[i] + d * d;
+        REAL d = FMA(decay, p[i], g[i] * gscale);
+        REAL si = FMA(d, d, s[i]);
 
         s[i] = si;
         p[i] -= lr * d / (SQRT(si) + eps);

@@ -144,10 +144,15 @@ function M.define(name, spec)
   M.ops[name] = op
   M.order[#M.order + 1] = name
   tensor.tags[op.id] = name
-  local chunk = assert(loadstring(generate(op), "=op " .. name))
-  op.call_ = chunk(op, spec.infer, scope, state, memory, op.tables, first_use, tensor.revive,
-    bad_argument, check, Record, setmetatable)
-  return op.call_
+  function op.call_(...) -- the first call makes the function; most scripts use few operations
+    local chunk = assert(loadstring(generate(op), "=op " .. name))
+    op.call_ = chunk(op, spec.infer, scope, state, memory, op.tables, first_use, tensor.revive,
+      bad_argument, check, Record, setmetatable)
+    return op.call_(...)
+  end
+  return function(a, b, c, d, e, f, g, h, i, j, k)
+    return op.call_(a, b, c, d, e, f, g, h, i, j, k)
+  end
 end
 
 -- ---- backward

@@ -1,9 +1,9 @@
 --- What of an engine goes into a checkpoint, and how it comes back.
 --
 -- weights/ holds every parameter and buffer of the model, under the names that the model's
--- `hf_name(name)` gives (Hugging Face's, perhaps transposed) or its own. optim/ holds, by parameter,
--- `fp32/NAME` (the master copy, where the weights are of lower precision) and each piece of optimizer
--- state, `exp_avg/NAME`. Everything else is plain data in state.json.
+-- `hf_name(name)` gives (Hugging Face's, perhaps transposed) or its own. optim/ holds, by
+-- parameter, `fp32/NAME` (the master copy, where the weights are of lower precision) and each piece
+-- of optimizer state, `exp_avg/NAME`. Everything else is plain data in state.json.
 
 local border = require "ds.ffi"
 local scope = require "ds.scope"
@@ -60,7 +60,8 @@ end
 local function plain_state(engine)
   local generator = tensor.generator
   return {
-    global_steps = engine.global_steps, micro_steps = engine.micro_steps, skipped_steps = engine.skipped_steps,
+    global_steps = engine.global_steps, micro_steps = engine.micro_steps,
+    skipped_steps = engine.skipped_steps,
     global_samples = engine.global_samples, loss_scale = engine.loss_scale, dtype = engine.dtype,
     rng = { seed = generator.seed, offset = generator.offset }, world_size = comm.world_size(),
     zero_stage = engine.config.zero_optimization.stage,
@@ -79,9 +80,13 @@ end
 -- @treturn boolean true
 function M.save_checkpoint(engine, dir, tag, client_state, options)
   options = F.options_of("save_checkpoint", options, { save_latest = true })
-  if type(dir) ~= "string" or dir == "" then raise("save_checkpoint: expects a folder, got %s", tostring(dir)) end
-  if engine.backwards > 0 or engine.micro_steps % engine.gas ~= 0 and engine.forced_boundary == nil then
-    raise("save_checkpoint: micro-batch %d of %d: gradients are not saved; save when step() returned true",
+  if type(dir) ~= "string" or dir == "" then
+    raise("save_checkpoint: expects a folder, got %s", tostring(dir))
+  end
+  if engine.backwards > 0 or
+    engine.micro_steps % engine.gas ~= 0 and engine.forced_boundary == nil then
+    raise("save_checkpoint: micro-batch %d of %d: gradients are not saved; " ..
+      "save when step() returned true",
       engine.micro_steps % engine.gas + (engine.backwards > 0 and 1 or 0), engine.gas)
   end
   engine.save_dir, engine.client_state = dir, client_state
@@ -122,8 +127,8 @@ local function same_shape(saved, w, path)
   local _, shape = saved:info("weights", w.name)
   local want = w.transposed and { w.own.shape[2], w.own.shape[1] } or w.own.shape
   if border.shape_string(shape) ~= border.shape_string(want) then
-    raise("load_checkpoint: %s: %s is %s, the model's is %s", path, w.name, border.shape_string(shape),
-      border.shape_string(want))
+    raise("load_checkpoint: %s: %s is %s, the model's is %s", path, w.name,
+      border.shape_string(shape), border.shape_string(want))
   end
 end
 
@@ -157,7 +162,9 @@ local function restore_state(engine, state, options)
     engine.lr_scheduler:load_state_dict(state.scheduler)
   end
   tensor.generator.seed, tensor.generator.offset = state.rng.seed, state.rng.offset
-  if engine.training_dataloader and state.loader then engine.training_dataloader:load_state(state.loader) end
+  if engine.training_dataloader and state.loader then
+    engine.training_dataloader:load_state(state.loader)
+  end
 end
 
 --- Loads what save_checkpoint() wrote; the next step is the one an uninterrupted run would make.
@@ -169,15 +176,20 @@ end
 -- @treturn string|nil the checkpoint's path; nil if there is none yet
 -- @treturn table|nil the client_state
 function M.load_checkpoint(engine, dir, tag, options)
-  options = F.options_of("load_checkpoint", options, { load_module_only = true, load_optimizer_states = true,
-    load_lr_scheduler_states = true, load_module_strict = true })
-  if type(dir) ~= "string" or dir == "" then raise("load_checkpoint: expects a folder, got %s", tostring(dir)) end
+  options = F.options_of("load_checkpoint", options, {
+    load_module_only = true, load_optimizer_states = true, load_lr_scheduler_states = true,
+    load_module_strict = true })
+  if type(dir) ~= "string" or dir == "" then
+    raise("load_checkpoint: expects a folder, got %s", tostring(dir))
+  end
   local saved = ckpt.load(dir, tag)
   engine.save_dir = engine.save_dir or dir
   if not saved then return nil end
   local weights, names, present = model_tensors(engine), {}, {}
   for i, w in ipairs(weights) do names[i] = w.name end
-  if options.load_module_strict ~= false then compare_names(saved.names.weights, names, "model", saved.path) end
+  if options.load_module_strict ~= false then
+    compare_names(saved.names.weights, names, "model", saved.path)
+  end
   for _, name in ipairs(saved.names.weights) do present[name] = true end
   for _, w in ipairs(weights) do
     if present[w.name] then same_shape(saved, w, saved.path) end
@@ -190,7 +202,8 @@ function M.load_checkpoint(engine, dir, tag, options)
     vectors = optimizer_tensors(engine)
     for _, v in ipairs(vectors) do
       if not has[v[1]] and v[1]:sub(1, 5) ~= "fp32/" then
-        raise("load_checkpoint: %s has no %s; load without the optimizer: { load_optimizer_states = false }",
+        raise("load_checkpoint: %s has no %s; load without the optimizer: " ..
+          "{ load_optimizer_states = false }",
           saved.path, v[1])
       end
     end
@@ -200,7 +213,9 @@ function M.load_checkpoint(engine, dir, tag, options)
     for _, e in ipairs(engine.named) do inner[e.parameter] = e.name end
     for _, w in ipairs(weights) do
       local fp32 = inner[w.own] and "fp32/" .. inner[w.own]
-      if present[w.name] then read_weight(engine, saved, w, fp32 and has[fp32] and w.own._flat and fp32 or nil) end
+      if present[w.name] then
+        read_weight(engine, saved, w, fp32 and has[fp32] and w.own._flat and fp32 or nil)
+      end
     end
     for _, v in ipairs(vectors) do
       if has[v[1]] and v[1]:sub(1, 5) ~= "fp32/" then saved:read("optim", v[1], v[2]) end

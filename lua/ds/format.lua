@@ -43,7 +43,8 @@ local function float_format(values)
   if not any then
     text = function(v) return ("%.0f."):format(v) end
   elseif whole then
-    text = (high / low > 1000 or high > 1e8) and scientific or function(v) return ("%.0f."):format(v) end
+    text = (high / low > 1000 or high > 1e8) and scientific or
+      function(v) return ("%.0f."):format(v) end
   elseif high / low > 1000 or high > 1e8 or low < 1e-4 then
     text = scientific
   else
@@ -52,7 +53,8 @@ local function float_format(values)
   return function(v) return special(v) or text(v) end
 end
 
---- The text of a value of t, padded. The width is that of the finite values other than 0, as in PyTorch.
+--- The text of a value of t, padded. The width is that of the finite values other than 0, as in
+-- PyTorch.
 local function formatter(t, values)
   local text
   local real = tensor.floating[t.dtype]
@@ -94,7 +96,9 @@ local function nested(list, dims, text, width, indent, summary)
   if dims == 0 then return text(list) end
   if dims == 1 then return vector(list, text, width, indent, summary) end
   local parts, n = {}, #list
-  local function add(i) parts[#parts + 1] = nested(list[i], dims - 1, text, width, indent + 1, summary) end
+  local function add(i)
+    parts[#parts + 1] = nested(list[i], dims - 1, text, width, indent + 1, summary)
+  end
   if summary and n > 2 * EDGE then
     for i = 1, EDGE do add(i) end
     parts[#parts + 1] = "..."

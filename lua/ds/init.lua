@@ -48,10 +48,6 @@ setmetatable(M, { __index = function(t, key)
   return value
 end })
 
--- Operations are methods of tensors: they must be there before the first tensor is used.
-require "ds.functional"
-require "ds.format"
-
 if border.host.options and border.host.options.seed then tensor.seed(border.host.options.seed) end
 
 return M

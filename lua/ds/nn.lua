@@ -1,7 +1,8 @@
 --- nn: modules, parameters, layers.
 --
--- A module is a Lua table with a class; parameters and children are plain fields, recognised by type,
--- lists of modules are plain arrays. Using one parameter in two places is tying. Nothing is registered.
+-- A module is a Lua table with a class; parameters and children are plain fields, recognised by
+-- type, lists of modules are plain arrays. Using one parameter in two places is tying. Nothing is
+-- registered.
 --
 --     local Block = nn.module "Block"
 --     function Block:init(width) self.fc = nn.Linear(width, width) end
@@ -28,7 +29,9 @@ local created = 0
 -- @tparam[opt] table options { requires_grad = false }: frozen
 function M.Parameter(t, options)
   tensor.need_tensor(t, "Parameter", 1)
-  if not tensor.floating[t.dtype] then raise("Parameter: expects a floating tensor, got %s", t.dtype) end
+  if not tensor.floating[t.dtype] then
+    raise("Parameter: expects a floating tensor, got %s", t.dtype)
+  end
   if t._rec then t = t:detach() end
   created = created + 1
   scope.keep(t)
@@ -72,7 +75,8 @@ M.is_module = is_module
 function M.module(name, parent)
   if type(name) ~= "string" then raise("module: expects a name, got %s", type(name)) end
   local class = { _name = name }
-  local instance = { __index = class, __call = call, __tostring = function(m) return m:describe() end }
+  local instance = {
+    __index = class, __call = call, __tostring = function(m) return m:describe() end }
   classes[instance] = true
   return setmetatable(class, {
     __index = parent or Module,
@@ -84,7 +88,7 @@ function M.module(name, parent)
   })
 end
 
-function Module:init() end
+function Module.init() end
 
 function Module:forward()
   raise("%s has no forward method", self._name)
@@ -94,7 +98,8 @@ end
 local function sorted_keys(t)
   local keys = {}
   for k, v in pairs(t) do
-    if type(v) == "table" and (type(k) == "number" or type(k) == "string" and k:sub(1, 1) ~= "_") then
+    if type(v) == "table" and
+      (type(k) == "number" or type(k) == "string" and k:sub(1, 1) ~= "_") then
       keys[#keys + 1] = k
     end
   end
@@ -129,7 +134,8 @@ local function walk(t, prefix, visit, seen)
   end
 end
 
---- { { name =, parameter = }, … } in order of creation; a tied parameter once, under its first name.
+--- { { name =, parameter = }, … } in order of creation; a tied parameter once, under its first
+-- name.
 function Module:named_parameters()
   local out, seen = {}, {}
   walk(self, "", function(v, name)
@@ -149,7 +155,8 @@ function Module:parameters()
   return out
 end
 
---- { { name =, buffer = }, … }: tensors in fields that are no parameters (running statistics, tables).
+--- { { name =, buffer = }, … }: tensors in fields that are no parameters (running statistics,
+-- tables).
 function Module:named_buffers()
   local out, seen = {}, {}
   walk(self, "", function(v, name)
@@ -179,7 +186,8 @@ function Module:state_dict()
   return out
 end
 
---- Copies values in by name. Missing, unexpected and misshapen names are one error that lists them all.
+--- Copies values in by name. Missing, unexpected and misshapen names are one error that lists them
+-- all.
 -- @tparam table dict tensors by name
 -- @tparam[opt] table options { strict = true }
 function Module:load_state_dict(dict, options)
@@ -193,8 +201,8 @@ function Module:load_state_dict(dict, options)
     if not given then
       if options.strict ~= false then problems[#problems + 1] = "missing " .. name end
     elseif shape_string(given.shape) ~= shape_string(mine[name].shape) then
-      problems[#problems + 1] = ("%s is %s, the model's is %s"):format(name, shape_string(given.shape),
-        shape_string(mine[name].shape))
+      problems[#problems + 1] = ("%s is %s, the model's is %s"):format(name,
+        shape_string(given.shape), shape_string(mine[name].shape))
     end
   end
   if options.strict ~= false then
@@ -272,7 +280,8 @@ function Module:param_groups(weight_decay)
     local group = p:dim() >= 2 and matrices or vectors
     group[#group + 1] = p
   end
-  return { { params = matrices, weight_decay = weight_decay }, { params = vectors, weight_decay = 0 } }
+  return {
+    { params = matrices, weight_decay = weight_decay }, { params = vectors, weight_decay = 0 } }
 end
 
 -- ---- printing
@@ -285,7 +294,7 @@ function M.count_string(n)
 end
 
 --- What stands in the parentheses when the module is printed; classes override it.
-function Module:extra() return "" end
+function Module.extra() return "" end
 
 function Module:describe(indent)
   indent = indent or ""
@@ -312,7 +321,8 @@ end
 --- For error messages: " (in blocks.3.mlp)".
 function border.place()
   local parts = {}
-  for i = depth, 2, -1 do -- upwards as long as each is below the one before: a failed call may lie there yet
+  -- upwards as long as each is below the one before: a failed call may lie there yet
+  for i = depth, 2, -1 do
     local name
     for _, e in ipairs(running[i - 1]:named_modules()) do
       if e.module == running[i] then name = e.name end
@@ -341,7 +351,9 @@ end
 local function fans(t)
   local receptive = 1
   for i = 3, #t.shape do receptive = receptive * t.shape[i] end
-  if #t.shape < 2 then raise("init: a weight needs two dimensions for its fan, got %s", shape_string(t.shape)) end
+  if #t.shape < 2 then
+    raise("init: a weight needs two dimensions for its fan, got %s", shape_string(t.shape))
+  end
   return t.shape[2] * receptive, t.shape[1] * receptive
 end
 
@@ -374,7 +386,9 @@ end)
 
 --- `nn.list(n, function(i) return Block(i) end)`: a plain array of n modules.
 function M.list(n, make)
-  if type(n) ~= "number" or type(make) ~= "function" then raise("list: expects (n, function(i))") end
+  if type(n) ~= "number" or type(make) ~= "function" then
+    raise("list: expects (n, function(i))")
+  end
   local out = {}
   for i = 1, n do out[i] = make(i) end
   return out
@@ -392,7 +406,9 @@ M.Sequential = M.module "Sequential"
 function M.Sequential:init(...)
   for i = 1, select("#", ...) do
     local m = select(i, ...)
-    if not is_module(m) and type(m) ~= "function" then raise("Sequential: argument %d is a %s", i, type(m)) end
+    if not is_module(m) and type(m) ~= "function" then
+      raise("Sequential: argument %d is a %s", i, type(m))
+    end
     self[i] = m
   end
 end
@@ -431,7 +447,9 @@ function M.Embedding:init(n, width)
   self.weight = M.Parameter(M.init.normal_(tensor.empty(n, width), 1))
 end
 function M.Embedding:forward(index) return F.embedding(index, self.weight) end
-function M.Embedding:extra() return ("%d, %d"):format(self.weight.shape[1], self.weight.shape[2]) end
+function M.Embedding:extra()
+  return ("%d, %d"):format(self.weight.shape[1], self.weight.shape[2])
+end
 
 local function norm_layer(name, f, default_eps, with_bias)
   local class = M.module(name)
@@ -443,7 +461,8 @@ local function norm_layer(name, f, default_eps, with_bias)
     self.weight = M.Parameter(tensor.ones(width))
     if with_bias and options.bias ~= false then self.bias = M.Parameter(tensor.zeros(width)) end
   end
-  --- `norm(x)`, or `sum, y = norm(x, delta)`: normalises x + delta, fused, and returns that sum too.
+  --- `norm(x)`, or `sum, y = norm(x, delta)`: normalises x + delta, fused, and returns that sum
+  -- too.
   function class:forward(x, delta) return F[f](x, self.weight, self.bias, self.eps, delta) end
   function class:extra() return ("%d, eps = %g"):format(self.weight.shape[1], self.eps) end
 end
@@ -453,7 +472,9 @@ norm_layer("RMSNorm", "rms_norm", 1e-6, false)
 --- Drops with probability p while training.
 M.Dropout = M.module "Dropout"
 function M.Dropout:init(p)
-  if type(p) ~= "number" or p < 0 or p > 1 then raise("Dropout: p must be between 0 and 1, not %s", tostring(p)) end
+  if type(p) ~= "number" or p < 0 or p > 1 then
+    raise("Dropout: p must be between 0 and 1, not %s", tostring(p))
+  end
   self.p = p
 end
 function M.Dropout:forward(x)
@@ -479,7 +500,9 @@ function M.MultiheadAttention:init(width, n_head, options)
     { n_kv_head = true, bias = true, dropout = true, causal = true })
   size("MultiheadAttention", "the width", width)
   size("MultiheadAttention", "the number of heads", n_head)
-  if width % n_head ~= 0 then raise("MultiheadAttention: width %d is no multiple of %d heads", width, n_head) end
+  if width % n_head ~= 0 then
+    raise("MultiheadAttention: width %d is no multiple of %d heads", width, n_head)
+  end
   self.n_head, self.n_kv_head = n_head, options.n_kv_head or n_head
   if n_head % self.n_kv_head ~= 0 then
     raise("MultiheadAttention: %d heads are no multiple of %d key heads", n_head, self.n_kv_head)

@@ -13,9 +13,11 @@ local raise, shape_string = border.raise, border.shape_string
 local define, needs = autograd.define, autograd.needs
 local new, floating, run = tensor.new, tensor.floating, tensor.run
 local methods, is_tensor = tensor.methods, tensor.is_tensor
-local need_floating, need_bool, same_dtype = shapes.need_floating, shapes.need_bool, shapes.same_dtype
+local need_floating, need_bool = shapes.need_floating, shapes.need_bool
+local same_dtype = shapes.same_dtype
 local common_dtype = shapes.common_dtype
-local equal_shapes, broadcast, sum_to, as = shapes.equal_shapes, shapes.broadcast, shapes.sum_to, shapes.as
+local equal_shapes, broadcast = shapes.equal_shapes, shapes.broadcast
+local sum_to, as = shapes.sum_to, shapes.as
 
 local M = {}
 
@@ -35,7 +37,9 @@ for _, entry in ipairs(border.host.unary) do
   methods[name] = define(name, {
     kernel = name,
     infer = function(x)
-      if not floating[x.dtype] and not (entry.integer and x.dtype ~= "bool") then need_floating(x, name) end
+      if not floating[x.dtype] and not (entry.integer and x.dtype ~= "bool") then
+        need_floating(x, name)
+      end
       return as(x)
     end,
     backward = backward,
@@ -103,8 +107,8 @@ local function two_ways(name, dtype, backward, scalar_backward)
   local both = define(name, {
     inputs = { "a", "b" }, infer = binary_infer(name, dtype), kernel = name, backward = backward })
   local one = define(name .. "_scalar", {
-    inputs = { "x" }, args = { "s", "flip" }, infer = scalar_infer(dtype), kernel = name .. "_scalar",
-    backward = scalar_backward })
+    inputs = { "x" }, args = { "s", "flip" }, infer = scalar_infer(dtype),
+    kernel = name .. "_scalar", backward = scalar_backward })
   local function with_number(x, s, flip)
     if not is_tensor(x) then tensor.need_tensor(x, name, 1) end
     if not floating[x.dtype] and (s % 1 ~= 0 or name == "div" or x.dtype == "bool") and
@@ -158,8 +162,10 @@ for _, name in ipairs(border.host.binary) do
       return x
     end
     tensor.need_tensor(y, name .. "_", 2)
-    if #y.shape > #x.shape or not equal_shapes(broadcast(x.shape, y.shape, name .. "_"), x.shape) then
-      raise("%s_: shape %s does not broadcast to %s", name, shape_string(y.shape), shape_string(x.shape))
+    if #y.shape > #x.shape or
+      not equal_shapes(broadcast(x.shape, y.shape, name .. "_"), x.shape) then
+      raise("%s_: shape %s does not broadcast to %s", name, shape_string(y.shape),
+        shape_string(x.shape))
     end
     if y.dtype ~= x.dtype then y = y:to(x.dtype) end
     if name == "sub" and alpha then name, alpha = "add", -alpha end
@@ -200,7 +206,8 @@ local where = define("where", {
   infer = function(condition, a, b)
     need_bool(condition, "where")
     same_dtype("where", a, b)
-    return new(broadcast(broadcast(a.shape, b.shape, "where"), condition.shape, "where"), a.dtype, a.device)
+    return new(broadcast(broadcast(a.shape, b.shape, "where"), condition.shape, "where"),
+      a.dtype, a.device)
   end,
   backward = function(r, dy)
     local zero = tensor.zeros_like(dy)
@@ -224,7 +231,8 @@ methods.masked_fill = define("masked_fill", {
     need_bool(mask, "masked_fill")
     if type(value) ~= "number" then raise("masked_fill: expects a number, got %s", type(value)) end
     if not equal_shapes(broadcast(x.shape, mask.shape, "masked_fill"), x.shape) then
-      raise("masked_fill: mask %s does not broadcast to %s", shape_string(mask.shape), shape_string(x.shape))
+      raise("masked_fill: mask %s does not broadcast to %s", shape_string(mask.shape),
+        shape_string(x.shape))
     end
     return as(x)
   end,

@@ -1,12 +1,14 @@
 --- Optimizers: rules over flat buffers, and the optimizer object that applies one.
 --
--- A rule sees parameters p, gradients g and its own state as long vectors in fp32, and the settings h
--- of a parameter group. Built-in rules are one fused kernel over the whole vector; rules written in
--- Lua are given blocks of at most 256K elements, so that their temporaries stay in the cache:
+-- A rule sees parameters p, gradients g and its own state as long vectors in fp32, and the settings
+-- h of a parameter group. Built-in rules are one fused kernel over the whole vector; rules written
+-- in Lua are given blocks of at most 256K elements, so that their temporaries stay in the cache:
 --
 --     ds.optimizer("SignSGD", {
 --       granularity = "flat", state = { "m" }, defaults = { lr = 1e-4, momentum = 0.9 },
---       step = function(p, g, s, h) s.m:mul_(h.momentum):add_(g, 1 - h.momentum); p:add_(s.m:sign(), -h.lr) end,
+--       step = function(p, g, s, h)
+--         s.m:mul_(h.momentum):add_(g, 1 - h.momentum); p:add_(s.m:sign(), -h.lr)
+--       end,
 --     })
 --
 -- What a rule runs over is a segment: { p, g, low, state }. The engine makes one a group, over its
@@ -40,16 +42,18 @@ M.canonical = canonical
 --   granularity "flat" (the default)
 --   state       names of the vectors it keeps, zero at first
 --   defaults    settings and their defaults; others are refused
---   step        function(p, g, s, h): changes p and s in place; h has the group's settings and `step`,
---               counted from 1
+--   step        function(p, g, s, h): changes p and s in place; h has the group's settings and
+--               `step`, counted from 1
 function M.register(name, rule)
-  if type(name) ~= "string" or type(rule) ~= "table" or (type(rule.step) ~= "function" and not rule.fused) then
+  if type(name) ~= "string" or type(rule) ~= "table" or
+    (type(rule.step) ~= "function" and not rule.fused) then
     raise("optimizer: expects (name, { state =, defaults =, step = function(p, g, s, h) })")
   end
   if canonical(name) then raise("optimizer '%s' is already registered", name) end
   local granularity = rule.granularity or "flat"
   if granularity ~= "flat" then
-    raise("optimizer '%s': granularity '%s' is not in this version yet; there is \"flat\"", name, tostring(granularity))
+    raise("optimizer '%s': granularity '%s' is not in this version yet; there is \"flat\"", name,
+      tostring(granularity))
   end
   rule.state, rule.defaults, rule.name = rule.state or {}, rule.defaults or {}, name
   rule.defaults.lr = rule.defaults.lr or 1e-3
@@ -68,8 +72,9 @@ local function adam(decoupled_default)
       local b1, b2 = h.betas[1], h.betas[2]
       local c1, c2 = 1, 1
       if h.bias_correction ~= false then c1, c2 = 1 - b1 ^ h.step, 1 - b2 ^ h.step end
-      run("adam", s.p.device, s.p._c, s.state.exp_avg._c, s.state.exp_avg_sq._c, handle(s.low), s.g._c, h.lr, b1, b2,
-        h.eps, h.weight_decay, c1, c2, gscale, (decoupled_default or h.adam_w_mode ~= false) and 1 or 0)
+      run("adam", s.p.device, s.p._c, s.state.exp_avg._c, s.state.exp_avg_sq._c, handle(s.low),
+        s.g._c, h.lr, b1, b2, h.eps, h.weight_decay, c1, c2, gscale,
+        (decoupled_default or h.adam_w_mode ~= false) and 1 or 0)
     end,
   }
 end
@@ -83,8 +88,9 @@ M.register("SGD", {
     if h.nesterov and (h.momentum == 0 or h.dampening ~= 0) then
       raise("SGD: nesterov needs a momentum and no dampening")
     end
-    run("sgd", s.p.device, s.p._c, h.momentum ~= 0 and s.state.momentum_buffer._c or nil, handle(s.low), s.g._c,
-      h.lr, h.momentum, h.dampening, h.weight_decay, h.nesterov and 1 or 0, h.step == 1 and 1 or 0, gscale)
+    run("sgd", s.p.device, s.p._c, h.momentum ~= 0 and s.state.momentum_buffer._c or nil,
+      handle(s.low), s.g._c, h.lr, h.momentum, h.dampening, h.weight_decay,
+      h.nesterov and 1 or 0, h.step == 1 and 1 or 0, gscale)
   end,
 })
 
@@ -92,8 +98,8 @@ M.register("Lion", {
   state = { "exp_avg" },
   defaults = { lr = 1e-4, betas = { 0.9, 0.99 }, weight_decay = 0 },
   fused = function(s, h, gscale)
-    run("lion", s.p.device, s.p._c, s.state.exp_avg._c, handle(s.low), s.g._c, h.lr, h.betas[1], h.betas[2],
-      h.weight_decay, gscale)
+    run("lion", s.p.device, s.p._c, s.state.exp_avg._c, handle(s.low), s.g._c, h.lr,
+      h.betas[1], h.betas[2], h.weight_decay, gscale)
   end,
 })
 
@@ -102,7 +108,8 @@ M.register("Adagrad", {
   defaults = { lr = 1e-2, eps = 1e-10, weight_decay = 0, initial_accumulator_value = 0 },
   initial = { sum = "initial_accumulator_value" },
   fused = function(s, h, gscale)
-    run("adagrad", s.p.device, s.p._c, s.state.sum._c, handle(s.low), s.g._c, h.lr, h.eps, h.weight_decay, gscale)
+    run("adagrad", s.p.device, s.p._c, s.state.sum._c, handle(s.low), s.g._c, h.lr, h.eps,
+      h.weight_decay, gscale)
   end,
 })
 
@@ -141,18 +148,26 @@ end
 --- Settings checked against the rule's, with `base` where nothing is given.
 local function settings_of(rule, given, base)
   local h = {}
-  for key, default in pairs(rule.defaults) do h[key] = copy_setting(base and base[key] ~= nil and base[key] or default) end
-  if base then for key in pairs(rule.defaults) do if base[key] ~= nil then h[key] = copy_setting(base[key]) end end end
+  for key, default in pairs(rule.defaults) do
+    h[key] = copy_setting(base and base[key] ~= nil and base[key] or default)
+  end
+  if base then
+    for key in pairs(rule.defaults) do
+      if base[key] ~= nil then h[key] = copy_setting(base[key]) end
+    end
+  end
   for key, value in pairs(given) do
     if key ~= "params" and key ~= "name" then
       if rule.defaults[key] == nil then
         local names = {}
         for k in pairs(rule.defaults) do names[#names + 1] = k end
         table.sort(names)
-        raise("%s: unknown setting '%s'; there are %s", rule.name, tostring(key), table.concat(names, ", "))
+        raise("%s: unknown setting '%s'; there are %s", rule.name, tostring(key),
+          table.concat(names, ", "))
       end
       if type(value) ~= type(rule.defaults[key]) then
-        raise("%s: %s must be a %s, not %s", rule.name, key, type(rule.defaults[key]), tostring(value))
+        raise("%s: %s must be a %s, not %s", rule.name, key, type(rule.defaults[key]),
+          tostring(value))
       end
       h[key] = copy_setting(value)
     end
@@ -199,15 +214,17 @@ function M.new(name, params, settings)
     raise("%s: expects a table of parameters, got %s", known, type(params))
   end
   local rule = registry[known]
-  return setmetatable({ name = known, rule = rule, param_groups = groups_of(rule, params, settings), steps = 0 },
-    Optimizer)
+  return setmetatable({
+    name = known, rule = rule, param_groups = groups_of(rule, params, settings), steps = 0,
+  }, Optimizer)
 end
 
 local function new_state(rule, group, p)
   local state = {}
   for _, key in ipairs(rule.state) do
     local initial = rule.initial and rule.initial[key]
-    state[key] = tensor.full(p.shape, initial and group[initial] or 0, { dtype = p.dtype, device = p.device }):keep()
+    state[key] = tensor.full(p.shape, initial and group[initial] or 0,
+      { dtype = p.dtype, device = p.device }):keep()
   end
   return state
 end
@@ -286,7 +303,8 @@ function Optimizer:load_state_dict(state)
     raise("the saved optimizer is %s, this one %s", tostring(state.name), self.name)
   end
   if #state.param_groups ~= #self.param_groups then
-    raise("the saved optimizer has %d parameter groups, this one %d", #state.param_groups, #self.param_groups)
+    raise("the saved optimizer has %d parameter groups, this one %d", #state.param_groups,
+      #self.param_groups)
   end
   self.steps = state.steps
   for i, saved in ipairs(state.param_groups) do
@@ -299,8 +317,8 @@ function Optimizer:__tostring()
   for i, group in ipairs(self.param_groups) do
     local n = 0
     for _, p in ipairs(group.params) do n = n + p:numel() end
-    lines[i] = ("  group %d: %d tensors, %d numbers, lr %g, weight decay %g"):format(i, #group.params, n,
-      group.lr, group.weight_decay or 0)
+    lines[i] = ("  group %d: %d tensors, %d numbers, lr %g, weight decay %g"):format(i,
+      #group.params, n, group.lr, group.weight_decay or 0)
   end
   return ("%s {\n%s\n}"):format(self.name, table.concat(lines, "\n"))
 end

@@ -29,15 +29,18 @@ end
 --- Starts a progress line for an engine.
 -- @tparam Engine engine
 -- @tparam number total optimizer steps in all
--- @tparam[opt] table options { every = 100 plain lines come every so many steps, per_sample = 1 units
---   in a sample, as tokens, unit = "samples" }
+-- @tparam[opt] table options { every = 100 plain lines come every so many steps, per_sample = 1
+--   units in a sample, as tokens, unit = "samples" }
 local function new(engine, total, options)
   options = options or {}
   local terminal = C.ds_terminal() == 1 and comm.rank() == 0
-  return setmetatable({ engine = engine, total = total, every = options.every or math.max(1, math.floor(total / 20)),
-    per_sample = options.per_sample or 1, unit = options.unit or (options.per_sample and "tok" or "samples"),
+  return setmetatable({
+    engine = engine, total = total, every = options.every or math.max(1, math.floor(total / 20)),
+    per_sample = options.per_sample or 1,
+    unit = options.unit or (options.per_sample and "tok" or "samples"),
     terminal = terminal, start = C.ds_seconds(), first_step = engine.global_steps, shown = 0,
-    width = 0, last_time = C.ds_seconds(), last_step = engine.global_steps }, Progress)
+    width = 0, last_time = C.ds_seconds(), last_step = engine.global_steps,
+  }, Progress)
 end
 
 function Progress:line()
@@ -48,11 +51,13 @@ function Progress:line()
   local steps = done - self.last_step
   local rate = steps > 0 and steps / span or 0
   local overall = (done - self.first_step) / math.max(1e-9, now - self.start)
-  return ("step %d/%d | loss %s | lr %.2e | norm %s | %s %s/s | %s | ETA %s"):format(done, self.total,
+  return ("step %d/%d | loss %s | lr %.2e | norm %s | %s %s/s | %s | ETA %s"):format(
+    done, self.total,
     e:get_loss() and ("%.4f"):format(e:get_loss()) or "-", self.lr or e:get_lr()[1],
     e:get_global_grad_norm() and ("%.3f"):format(e:get_global_grad_norm()) or "-",
     rate_string(rate * e:train_batch_size() * self.per_sample), self.unit,
-    tensor.bytes_string(tonumber(C.ds_memory_rss())), overall > 0 and duration(left / overall) or "-")
+    tensor.bytes_string(tonumber(C.ds_memory_rss())),
+    overall > 0 and duration(left / overall) or "-")
 end
 
 --- Shows where training is; call it after every optimizer step.
@@ -79,7 +84,8 @@ function Progress:finish()
   local seconds = C.ds_seconds() - self.start
   if comm.rank() == 0 then
     if self.open then io.stderr:write("\n") end
-    io.stderr:write(("%d steps in %s\n"):format(self.engine.global_steps - self.first_step, duration(seconds)))
+    io.stderr:write(("%d steps in %s\n"):format(self.engine.global_steps - self.first_step,
+      duration(seconds)))
   end
   return seconds
 end

@@ -136,7 +136,8 @@ function methods:var(dim, options)
   options = options_of("var", options, { keepdim = true, correction = true })
   local centred = self - self:mean(dim, { keepdim = true })
   local squares = (centred * centred):sum(dim, { keepdim = options.keepdim })
-  return squares * (1 / (numel_of(self.shape) / numel_of(squares.shape) - (options.correction or 1)))
+  local count = numel_of(self.shape) / numel_of(squares.shape)
+  return squares * (1 / (count - (options.correction or 1)))
 end
 function methods:std(dim, options) return self:var(dim, options):sqrt() end
 
@@ -145,7 +146,8 @@ function methods:norm(dim, options) return (self * self):sum(dim, options):sqrt(
 
 function methods:logsumexp(dim, options)
   options = options_of("logsumexp", options, { keepdim = true })
-  local top = scope.grad and self:detach():amax(dim, { keepdim = true }) or self:amax(dim, { keepdim = true })
+  local top = scope.grad and self:detach():amax(dim, { keepdim = true }) or
+    self:amax(dim, { keepdim = true })
   local y = (self - top):exp():sum(dim, { keepdim = true }):log() + top
   if options.keepdim then return y end
   local _, drop = reduced(self, dim, "logsumexp")
@@ -162,9 +164,11 @@ function methods:cumsum(dim) return cumsum(self, dim_of(dim, #self.shape, "cumsu
 --- Sorted values and their 0-based indices; gradients go back to where the values came from.
 local function ordered(name)
   return define(name, {
-    args = { "axis", "flag", "shape" }, outputs = { "values", "indices" }, kernel = name, partial = true,
-    call = { "values", "indices", "x", "axis", "flag" },
-    infer = function(x, _, _, shape) return new(shape, x.dtype, x.device), new(shape, "i64", x.device) end,
+    args = { "axis", "flag", "shape" }, outputs = { "values", "indices" }, kernel = name,
+    partial = true, call = { "values", "indices", "x", "axis", "flag" },
+    infer = function(x, _, _, shape)
+      return new(shape, x.dtype, x.device), new(shape, "i64", x.device)
+    end,
     backward = function(r, dy)
       if not dy then return nil end
       local dx = tensor.zeros_like(r.x)
@@ -179,17 +183,20 @@ local sort, topk = ordered("sort"), ordered("topk")
 function methods:sort(dim, options)
   options = options_of("sort", options, { descending = true })
   tensor.need_tensor(self, "sort", 1)
-  return sort(self, dim_of(dim or -1, #self.shape, "sort") - 1, options.descending and 1 or 0, self.shape)
+  return sort(self, dim_of(dim or -1, #self.shape, "sort") - 1, options.descending and 1 or 0,
+    self.shape)
 end
 function methods:argsort(dim, options) return (select(2, self:sort(dim, options))) end
 
---- The k largest (or smallest: { largest = false }) values along a dimension, sorted, and their indices.
+--- The k largest (or smallest: { largest = false }) values along a dimension, sorted, and their
+-- indices.
 function methods:topk(k, dim, options)
   options = options_of("topk", options, { largest = true })
   tensor.need_tensor(self, "topk", 1)
   dim = dim_of(dim or -1, #self.shape, "topk")
   if type(k) ~= "number" or k < 0 or k > self.shape[dim] then
-    raise("topk: k = %s, dimension %d of %s has %d", tostring(k), dim, shape_string(self.shape), self.shape[dim])
+    raise("topk: k = %s, dimension %d of %s has %d", tostring(k), dim, shape_string(self.shape),
+      self.shape[dim])
   end
   local shape = { unpack(self.shape) }
   shape[dim] = k

@@ -66,11 +66,11 @@ end
 --- Appends a tensor's elements in row-major order.
 local function append(f, t)
   if t.device == "cpu" and t._c.dense == 1 then
-    return C.ds_file_append(f, t._c.data, bytes_of(t))
+    return C.ds_file_append(f, t._c.data, bytes_of(t), 1)
   end
   local copy = tensor.new(t.shape, t.dtype, "cpu")
   tensor.run("copy", t.device, copy._c, t._c)
-  local rc = C.ds_file_append(f, copy._c.data, bytes_of(t))
+  local rc = C.ds_file_append(f, copy._c.data, bytes_of(t), 0)
   scope.release(copy, "after it was written")
   return rc
 end

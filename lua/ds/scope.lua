@@ -1,9 +1,10 @@
 --- Who frees a tensor: the scope it was made in, or the collector.
 --
 -- The collector sees a handle of some bytes and not the megabytes behind it, so it cannot be relied
--- on. While a scope is open, every new tensor is put on its list and released when it closes. Outside
--- any scope a tensor has a finalizer, and C counts such bytes, so that the collector is called in time.
--- One-element tensors always belong to the collector: `losses[#losses + 1] = loss` works anywhere.
+-- on. While a scope is open, every new tensor is put on its list and released when it closes.
+-- Outside any scope a tensor has a finalizer, and C counts such bytes, so that the collector is
+-- called in time. One-element tensors always belong to the collector: `losses[#losses + 1] = loss`
+-- works anywhere.
 
 local ffi = require "ffi"
 local border = require "ds.ffi"

@@ -11,7 +11,8 @@ local M = {}
 --- Raises unless x is floating.
 function M.need_floating(x, what)
   if not floating[x.dtype] then
-    raise("%s: expects a floating tensor, got %s %s; use x:float()", what, x.dtype, shape_string(x.shape))
+    raise("%s: expects a floating tensor, got %s %s; use x:float()", what, x.dtype,
+      shape_string(x.shape))
   end
 end
 

@@ -25,13 +25,26 @@ local methods = {}
 local Tensor = { __index = methods }
 local M = { Tensor = Tensor, methods = methods }
 
--- Fields that are not there are nil; a number is a mistake worth a message.
+-- The operations are loaded when the first of their methods is asked for: a script that only reads a
+-- configuration starts faster. Fields that are not there are nil; a number is a mistake worth a message.
+local loaded = false
 setmetatable(methods, { __index = function(_, key)
   if type(key) == "number" then
     raise("a tensor is not indexed by [%s]; use x:select(1, %s), x:narrow(dim, start, length) or x:item()",
       key, key)
   end
+  if not loaded then
+    loaded = true
+    require "ds.functional"
+    return rawget(methods, key)
+  end
 end })
+for _, event in ipairs { "__add", "__sub", "__mul", "__div", "__pow", "__unm", "__tostring" } do
+  Tensor[event] = function(a, b)
+    require(event == "__tostring" and "ds.format" or "ds.functional")
+    return Tensor[event](a, b)
+  end
+end
 
 local handle = ffi.typeof("ds_tensor")
 local sizes = ffi.typeof("int64_t[8]")

@@ -14,21 +14,24 @@ function M.assert_close(a, b, options)
   local rtol, atol = options.rtol or 1e-5, options.atol or 1e-8
   if type(b) == "number" then b = tensor.full(a.shape, b, { dtype = a.dtype }) end
   if border.shape_string(a.shape) ~= border.shape_string(b.shape) then
-    raise("assert_close: shapes %s and %s differ", border.shape_string(a.shape), border.shape_string(b.shape))
+    raise("assert_close: shapes %s and %s differ", border.shape_string(a.shape),
+      border.shape_string(b.shape))
   end
   local x, y = a:detach():to("f64"):reshape(-1):tolist(), b:detach():to("f64"):reshape(-1):tolist()
   local worst, at = -1, 0
   for i = 1, #x do
     if x[i] ~= y[i] then
       local excess = math.abs(x[i] - y[i]) - (atol + rtol * math.abs(y[i]))
-      if not (excess <= 0) and (excess ~= excess or excess > worst) then
+      local fine = excess <= 0 -- false for NaN
+      if not fine and (excess ~= excess or excess > worst) then
         worst, at = excess, i
         if excess ~= excess then break end
       end
     end
   end
   if at > 0 then
-    raise("assert_close: element %d of %d is %.9g, expected %.9g (rtol %g, atol %g)", at, #x, x[at], y[at], rtol, atol)
+    raise("assert_close: element %d of %d is %.9g, expected %.9g (rtol %g, atol %g)",
+      at, #x, x[at], y[at], rtol, atol)
   end
   return true
 end
@@ -52,7 +55,8 @@ end
 -- Raises with the input, the element and both numbers where they differ.
 -- @tparam function f of tensors, returning one or several
 -- @tparam table inputs tensors; floating ones are checked (converted to f64), others passed on
--- @tparam[opt] table options { eps = 1e-6, rtol = 1e-6, atol = 1e-6, parameters = {…}: checked as well }
+-- @tparam[opt] table options { eps = 1e-6, rtol = 1e-6, atol = 1e-6,
+--   parameters = {…}: checked as well }
 -- @usage ds.testing.gradcheck(function(x) return my_layer(x) end, { ds.randn(2, 3) })
 function M.gradcheck(f, inputs, options)
   options = options or {}
@@ -69,7 +73,9 @@ function M.gradcheck(f, inputs, options)
     end
   end
   for i, p in ipairs(options.parameters or {}) do
-    if p.dtype ~= "f64" then raise("gradcheck: parameter %d is %s; use module:to(\"f64\")", i, p.dtype) end
+    if p.dtype ~= "f64" then
+      raise("gradcheck: parameter %d is %s; use module:to(\"f64\")", i, p.dtype)
+    end
     p.grad = nil
     checked[#checked + 1] = { name = "parameter " .. i, t = p }
   end
@@ -95,8 +101,10 @@ function M.gradcheck(f, inputs, options)
     local analytic = c.t.grad and c.t.grad:to("f64"):reshape(-1):tolist() or {}
     for i, n in ipairs(numeric) do
       local a = analytic[i] or 0
-      if not (math.abs(a - n) <= atol + rtol * math.abs(n)) then
-        raise("gradcheck: %s, element %d: backward gives %.9g, finite differences %.9g", c.name, i, a, n)
+      local fine = math.abs(a - n) <= atol + rtol * math.abs(n) -- false for NaN
+      if not fine then
+        raise("gradcheck: %s, element %d: backward gives %.9g, finite differences %.9g",
+          c.name, i, a, n)
       end
     end
   end

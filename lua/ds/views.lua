@@ -137,12 +137,13 @@ function methods:narrow(dim, start, length)
   dim = dim_of(dim, #self.shape, "narrow")
   local size = self.shape[dim]
   if type(start) ~= "number" or type(length) ~= "number" then
-    raise("narrow: expects (dim, start, length), got (%s, %s, %s)", dim, tostring(start), tostring(length))
+    raise("narrow: expects (dim, start, length), got (%s, %s, %s)", dim, tostring(start),
+      tostring(length))
   end
   if start < 0 then start = start + size + 1 end
   if start < 1 or length < 0 or start + length - 1 > size then
-    raise("narrow: positions %d to %d are not in dimension %d of %s", start, start + length - 1, dim,
-      shape_string(self.shape))
+    raise("narrow: positions %d to %d are not in dimension %d of %s", start, start + length - 1,
+      dim, shape_string(self.shape))
   end
   return narrow(self, dim, start, length)
 end
@@ -160,7 +161,8 @@ function methods:select(dim, index)
   local size = self.shape[dim]
   if type(index) == "number" and index < 0 then index = index + size + 1 end
   if type(index) ~= "number" or index < 1 or index > size or index % 1 ~= 0 then
-    raise("select: position %s is not in dimension %d of %s", tostring(index), dim, shape_string(self.shape))
+    raise("select: position %s is not in dimension %d of %s", tostring(index), dim,
+      shape_string(self.shape))
   end
   return select_(self, dim, index)
 end
@@ -181,7 +183,9 @@ function methods:expand(...)
       raise("expand: %s cannot become %s", shape_string(self.shape), shape_string(shape))
     end
   end
-  if lead < 0 then raise("expand: %s cannot become %s", shape_string(self.shape), shape_string(shape)) end
+  if lead < 0 then
+    raise("expand: %s cannot become %s", shape_string(self.shape), shape_string(shape))
+  end
   return expand(self, shape)
 end
 function methods:expand_as(other) return self:expand(other.shape) end
@@ -235,7 +239,8 @@ function methods:split(size, dim)
   local sum = 0
   for _, s in ipairs(given) do sum = sum + s end
   if sum ~= total then
-    raise("split: sizes sum to %d, dimension %d of %s has %d", sum, dim, shape_string(self.shape), total)
+    raise("split: sizes sum to %d, dimension %d of %s has %d", sum, dim,
+      shape_string(self.shape), total)
   end
   for i, s in ipairs(given) do
     parts[i] = narrow(self, dim, start, s)
@@ -248,7 +253,9 @@ end
 function methods:chunk(n, dim)
   tensor.need_tensor(self, "chunk", 1)
   dim = dim_of(dim or 1, #self.shape, "chunk")
-  if type(n) ~= "number" or n < 1 then raise("chunk: expects the number of parts, got %s", tostring(n)) end
+  if type(n) ~= "number" or n < 1 then
+    raise("chunk: expects the number of parts, got %s", tostring(n))
+  end
   return self:split(math.max(1, math.ceil(self.shape[dim] / n)), dim)
 end
 
@@ -290,10 +297,14 @@ local concatenate = autograd.variadic("cat", {
   end,
 })
 function M.cat(list, dim)
-  if type(list) ~= "table" or is_tensor(list) or #list == 0 then raise("cat: expects a table of tensors") end
+  if type(list) ~= "table" or is_tensor(list) or #list == 0 then
+    raise("cat: expects a table of tensors")
+  end
   local first = tensor.need_tensor(list[1], "cat", 1)
   local dtype = first.dtype
-  for i = 2, #list do dtype = shapes.common_dtype(dtype, tensor.need_tensor(list[i], "cat", i).dtype) end
+  for i = 2, #list do
+    dtype = shapes.common_dtype(dtype, tensor.need_tensor(list[i], "cat", i).dtype)
+  end
   local same = {}
   for i, t in ipairs(list) do same[i] = t:to(dtype) end
   return concatenate(same, dim_of(dim or 1, #first.shape, "cat"))
@@ -301,13 +312,16 @@ end
 
 --- Tensors of one shape along a new dimension.
 function M.stack(list, dim)
-  if type(list) ~= "table" or is_tensor(list) or #list == 0 then raise("stack: expects a table of tensors") end
+  if type(list) ~= "table" or is_tensor(list) or #list == 0 then
+    raise("stack: expects a table of tensors")
+  end
   local first = tensor.need_tensor(list[1], "stack", 1)
   local parts = {}
   for i, t in ipairs(list) do
     tensor.need_tensor(t, "stack", i)
     if not equal_shapes(t.shape, first.shape) then
-      raise("stack: tensor %d is %s, the first is %s", i, shape_string(t.shape), shape_string(first.shape))
+      raise("stack: tensor %d is %s, the first is %s", i, shape_string(t.shape),
+        shape_string(first.shape))
     end
     parts[i] = t:unsqueeze(dim or 1)
   end
@@ -339,7 +353,9 @@ local gather = define("gather", {
   end,
 })
 --- y[i][j] = x[i][index[i][j]] for dim 2; index: 0-based, i64 or i32.
-function methods:gather(dim, index) return gather(self, index, dim_of(dim, #self.shape, "gather") - 1) end
+function methods:gather(dim, index)
+  return gather(self, index, dim_of(dim, #self.shape, "gather") - 1)
+end
 
 for _, name in ipairs { "scatter_add", "scatter" } do
   --- In place: x at the index's positions is added to, or becomes, src.
@@ -361,7 +377,9 @@ local index_select = define("index_select", {
   inputs = { "x", "index" }, args = { "axis" }, kernel = "index_select",
   infer = function(x, index, axis)
     need_index(index, "index_select")
-    if #index.shape ~= 1 then raise("index_select: the index must have 1 dimension, not %d", #index.shape) end
+    if #index.shape ~= 1 then
+      raise("index_select: the index must have 1 dimension, not %d", #index.shape)
+    end
     local shape = { unpack(x.shape) }
     shape[axis + 1] = index.shape[1]
     return new(shape, x.dtype, x.device)
@@ -378,7 +396,8 @@ function methods:index_select(dim, index)
 end
 
 local masked_select = define("masked_select", {
-  inputs = { "x", "mask" }, args = { "count" }, kernel = "masked_select", call = { "y", "x", "mask" },
+  inputs = { "x", "mask" }, args = { "count" }, kernel = "masked_select",
+  call = { "y", "x", "mask" },
   infer = function(x, _, count) return new({ count }, x.dtype, x.device) end,
   backward = function(r, dy)
     local dx = tensor.zeros_like(r.x)
@@ -392,9 +411,12 @@ function methods:masked_select(mask)
   tensor.need_tensor(self, "masked_select", 1)
   tensor.need_tensor(mask, "masked_select", 2)
   need_bool(mask, "masked_select")
-  if self.device == "meta" then raise("masked_select: the size depends on values, which meta has not") end
+  if self.device == "meta" then
+    raise("masked_select: the size depends on values, which meta has not")
+  end
   if not equal_shapes(self.shape, mask.shape) then
-    raise("masked_select: mask %s is not of shape %s", shape_string(mask.shape), shape_string(self.shape))
+    raise("masked_select: mask %s is not of shape %s", shape_string(mask.shape),
+      shape_string(self.shape))
   end
   run("mask_count", self.device, count_cell, mask._c)
   return masked_select(self, mask, tonumber(count_cell[0]))
@@ -411,7 +433,9 @@ local one_hot = define("one_hot", {
   end,
 })
 function methods:one_hot(classes)
-  if type(classes) ~= "number" then raise("one_hot: expects the number of classes, got %s", type(classes)) end
+  if type(classes) ~= "number" then
+    raise("one_hot: expects the number of classes, got %s", type(classes))
+  end
   return one_hot(self, classes)
 end
 

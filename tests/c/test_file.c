@@ -112,7 +112,7 @@ static void test_sizes_and_modes(void **state)
             for (; at < bytes; at += piece, piece = piece * 3 + 1) {
                 if (piece > bytes - at)
                     piece = bytes - at;
-                assert_int_equal(ds_file_append(f, data + at, piece), 0);
+                assert_int_equal(ds_file_append(f, data + at, piece, 1), 0);
             }
             assert_int_equal(ds_file_commit(f, hash), 0);
             ds_hash(want, data, bytes);
@@ -133,14 +133,14 @@ static void test_a_file_that_is_not_finished_leaves_the_old_one(void **state)
     assert_int_equal(ds_file_put(in("f"), "old", 3, 1, NULL), 0);
     for (int way = 0; way < 3; way++) {
         assert_int_equal(ds_file_create(&f, in("f"), 3 * DS_IO_BLOCK, 1), 0);
-        assert_int_equal(ds_file_append(f, data, 2 * DS_IO_BLOCK), 0);
+        assert_int_equal(ds_file_append(f, data, 2 * DS_IO_BLOCK, 1), 0);
         if (way == 0) {
             ds_file_discard(f);
         } else if (way == 1) {
             assert_int_equal(ds_file_commit(f, NULL), DS_EINVAL);
             assert_non_null(strstr(ds_error(), "1048576 were appended"));
         } else {
-            assert_int_equal(ds_file_append(f, data, 2 * DS_IO_BLOCK), DS_EINVAL);
+            assert_int_equal(ds_file_append(f, data, 2 * DS_IO_BLOCK, 1), DS_EINVAL);
             assert_int_equal(ds_file_commit(f, NULL), DS_EINVAL);
         }
         assert_int_equal(count_files(), 1);
@@ -542,9 +542,9 @@ static void test_written_tensors_come_back(void **state)
 
     (void)state;
     assert_int_equal(ds_tensors_create(&f, in("t"), entries, 4, meta, 1), 0);
-    assert_int_equal(ds_file_append(f, wide, sizeof wide), 0);
-    assert_int_equal(ds_file_append(f, w, sizeof w), 0);
-    assert_int_equal(ds_file_append(f, &yes, 1), 0);
+    assert_int_equal(ds_file_append(f, wide, sizeof wide, 1), 0);
+    assert_int_equal(ds_file_append(f, w, sizeof w, 1), 0);
+    assert_int_equal(ds_file_append(f, &yes, 1, 1), 0);
     assert_int_equal(ds_file_commit(f, NULL), 0);
     assert_int_equal(ds_file_open(&f, in("t")), 0);
     assert_int_equal(ds_tensors_parse(&t, f), 0);

@@ -51,7 +51,7 @@ static double gelu(double x)
 
 static double gelu_tanh(double x)
 {
-    return 0.5 * x * (1 + tanh(sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
+    return x / (1 + exp(-2 * sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
 }
 
 static double silu(double x)
@@ -161,7 +161,7 @@ typedef struct shape {
 static shape any_shape(void)
 {
     shape s = {.ndim = (int)between(0, 5)};
-    int64_t left = 3000;
+    int64_t left = 1500;
 
     for (int i = s.ndim - 1; i >= 0; i--) {
         int64_t most = left < 700 ? left : between(0, 2) ? 9 : 700;
@@ -436,7 +436,7 @@ static void not_a_number(void **state)
 /* Rows of the sizes that training has, on several threads. */
 static void large(void **state)
 {
-    static const int64_t shapes[][2] = {{300, 768}, {2000, 65}, {70, 3}, {1, 100000}, {5000, 17}};
+    static const int64_t shapes[][2] = {{60, 768}, {500, 65}, {70, 3}, {1, 40000}, {1000, 17}};
     const ds_ops *ops = kernels();
 
     (void)state;

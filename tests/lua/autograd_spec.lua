@@ -1,4 +1,5 @@
--- The tape as a script sees it: what backward computes, frees and refuses; Functions and checkpoint.
+-- The tape as a script sees it: what backward computes, frees and refuses; Functions and
+-- checkpoint.
 
 local ds = require "ds"
 local F, nn = ds.F, ds.nn
@@ -84,7 +85,10 @@ end)
 describe("Function", function()
   local sign_ste = ds.Function("sign_ste", {
     forward = function(ctx, x) ctx:save(x) return x:sign() end,
-    backward = function(ctx, dy) local x = ctx:saved() return dy * (x:ge(-1) * 1):to(dy.dtype) * x:le(1):to(dy.dtype) end,
+    backward = function(ctx, dy)
+      local x = ctx:saved()
+      return dy * (x:ge(-1) * 1):to(dy.dtype) * x:le(1):to(dy.dtype)
+    end,
   })
   it("has the gradient it was given", function()
     local x = ds.tensor({ -2, -0.5, 0.5, 2 }, { requires_grad = true })
@@ -104,7 +108,10 @@ describe("Function", function()
     ds.testing.gradcheck(function(a, b) return f(a, 3, b) end, { ds.randn(3), ds.randn(3) })
   end)
   it("is held to the shapes of its inputs", function()
-    local f = ds.Function("bad", { forward = function(_, x) return x * 2 end, backward = function(_, dy) return dy:sum() end })
+    local f = ds.Function("bad", {
+      forward = function(_, x) return x * 2 end,
+      backward = function(_, dy) return dy:sum() end,
+    })
     says("backward returned [] for argument 1 of shape [3]", function()
       f(ds.ones(3, { requires_grad = true })):sum():backward()
     end)
@@ -142,7 +149,10 @@ end)
 
 describe("gradcheck", function()
   it("finds a wrong gradient", function()
-    local wrong = ds.Function("wrong", { forward = function(_, x) return x * x end, backward = function(_, dy) return dy end })
+    local wrong = ds.Function("wrong", {
+      forward = function(_, x) return x * x end,
+      backward = function(_, dy) return dy end,
+    })
     says("backward gives", ds.testing.gradcheck, wrong, { ds.randn(3) })
   end)
 end)

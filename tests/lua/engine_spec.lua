@@ -71,7 +71,8 @@ describe("the three verbs", function()
     assert(engine:get_global_grad_norm() > 0)
   end)
   it("accumulate to what one large batch gives", function()
-    local small, large = make { gradient_accumulation_steps = 4 }, make { train_micro_batch_size_per_gpu = 16 }
+    local small = make { gradient_accumulation_steps = 4 }
+    local large = make { train_micro_batch_size_per_gpu = 16 }
     assert.equal(16, small:train_batch_size())
     local parts = batches(4)
     local x, y = {}, {}
@@ -88,7 +89,8 @@ describe("the three verbs", function()
     large:backward(loss)
     large:step()
     close(ds.tensor(weights(small)), ds.tensor(weights(large)), { rtol = 1e-5, atol = 1e-6 })
-    close(ds.tensor(small:get_global_grad_norm()), ds.tensor(large:get_global_grad_norm()), { rtol = 1e-5 })
+    close(ds.tensor(small:get_global_grad_norm()), ds.tensor(large:get_global_grad_norm()),
+      { rtol = 1e-5 })
     close(ds.tensor(small:get_loss()), loss, { rtol = 1e-5 })
   end)
   it("accumulate several forwards before one backward, and several backwards", function()
@@ -147,7 +149,8 @@ end)
 
 describe("bf16", function()
   it("keeps an fp32 master: small updates add up", function()
-    local engine = make { bf16 = { enabled = true }, optimizer = { type = "SGD", params = { lr = 1e-4 } } }
+    local engine = make {
+      bf16 = { enabled = true }, optimizer = { type = "SGD", params = { lr = 1e-4 } } }
     assert.equal("bf16", engine.module.a.weight.dtype)
     assert.equal("f32", engine.module.a.weight.grad.dtype)
     local before = engine.module.a.weight:float():tolist()
@@ -163,8 +166,13 @@ describe("bf16", function()
     for i = 1, 40 do assert(math.abs(fine[i] - coarse[i]) < 0.05 * math.max(1, fine[i])) end
   end)
   it("skips a step whose gradient is not finite, and the schedule with it", function()
-    local engine, _, _, schedule = make { bf16 = { enabled = true }, nan_check = false,
-      scheduler = { type = "WarmupLR", params = { warmup_num_steps = 10, warmup_type = "linear", warmup_max_lr = 0.1 } } }
+    local engine, _, _, schedule = make {
+      bf16 = { enabled = true }, nan_check = false,
+      scheduler = {
+        type = "WarmupLR",
+        params = { warmup_num_steps = 10, warmup_type = "linear", warmup_max_lr = 0.1 },
+      },
+    }
     local b = batches(1)[1]
     train(engine, { b, b, b })
     local lr, w = schedule:get_lr()[1], weights(engine)
@@ -207,8 +215,11 @@ describe("parameters", function()
   end)
   it("in groups have settings of their own", function()
     local model = Net()
-    local engine, optimizer = make({ optimizer = { type = "SGD", params = { lr = 0.1 } } }, { model = model,
-      model_parameters = { { params = model.a:parameters(), lr = 0 }, { params = model.b:parameters() } } })
+    local engine, optimizer = make({ optimizer = { type = "SGD", params = { lr = 0.1 } } }, {
+      model = model,
+      model_parameters = {
+        { params = model.a:parameters(), lr = 0 }, { params = model.b:parameters() } },
+    })
     local a, b = model.a.weight:tolist(), model.b.weight:tolist()
     train(engine, batches(2))
     assert.same(a, model.a.weight:tolist())
@@ -217,9 +228,9 @@ describe("parameters", function()
     assert.equal(2, #optimizer.param_groups)
   end)
   it("of another engine get no gradient unless asked", function()
-    local generator, critic = make(), make()
+    local generator = make()
     local critic_net = nn.Linear(2, 1)
-    critic = ds.initialize { model = critic_net, config = config() }
+    local critic = ds.initialize { model = critic_net, config = config() }
     local x = batches(1)[1][1]
     local fake = generator(x)
     local score = critic(fake)
@@ -343,12 +354,14 @@ describe("initialize", function()
     says("model is missing", ds.initialize, { config = config() })
     says("unknown option 'modle'", ds.initialize, { modle = Net() })
     says("no config", ds.initialize, { model = Net() })
-    says("the model has no parameters", ds.initialize, { model = function() end, config = config() })
+    says("the model has no parameters", ds.initialize,
+      { model = function() end, config = config() })
     says("belongs to another engine", function()
       local m = Net()
       ds.initialize { model = m, config = config() }
       ds.initialize { model = m, config = config() }
     end)
-    says("unknown setting 'learning_rate'", ds.optim.AdamW, Net():parameters(), { learning_rate = 1 })
+    says("unknown setting 'learning_rate'", ds.optim.AdamW, Net():parameters(),
+      { learning_rate = 1 })
   end)
 end)

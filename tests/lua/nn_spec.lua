@@ -28,7 +28,10 @@ describe("a module", function()
   it("lists parameters in order of creation, tied ones once", function()
     local names = {}
     for i, e in ipairs(net:named_parameters()) do names[i] = e.name end
-    assert.same({ "embed.weight", "blocks.0.0.weight", "blocks.0.0.bias", "blocks.1.0.weight", "blocks.1.0.bias" }, names)
+    assert.same({
+      "embed.weight", "blocks.0.0.weight", "blocks.0.0.bias", "blocks.1.0.weight",
+      "blocks.1.0.bias",
+    }, names)
     assert.equal(40 + 2 * 20, net:num_parameters())
   end)
   it("prints its tree with counts", function()
@@ -58,14 +61,16 @@ describe("a module", function()
     local dict = net:state_dict()
     dict["blocks.0.0.bias"], dict.extra = nil, ds.ones(1)
     dict["embed.weight"] = ds.ones(3, 4)
-    says("missing blocks.0.0.bias; embed.weight is [3 x 4], the model's is [10 x 4]; unexpected extra; unexpected head.weight",
+    says("missing blocks.0.0.bias; embed.weight is [3 x 4], the model's is [10 x 4]; " ..
+      "unexpected extra; unexpected head.weight",
       function()
         dict["head.weight"] = ds.ones(1)
         other:load_state_dict(dict)
       end)
   end)
   it("says where in the model an error was", function()
-    says("linear: input [2 x 5] does not match weight [4 x 4] (last dimension must be 4) (in blocks.0.0)", function()
+    says("linear: input [2 x 5] does not match weight [4 x 4] (last dimension must be 4) " ..
+      "(in blocks.0.0)", function()
       local m = Net()
       m.forward = function(self, x) return self.blocks[1](x) end
       m(ds.ones(2, 5))

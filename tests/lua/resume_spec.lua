@@ -39,9 +39,11 @@ end
 teardown(function() os.remove(text_path) end)
 
 local function make(changes)
-  local config = { train_micro_batch_size_per_gpu = 4, gradient_accumulation_steps = 2, steps_per_print = 0,
+  local config = {
+    train_micro_batch_size_per_gpu = 4, gradient_accumulation_steps = 2, steps_per_print = 0,
     optimizer = { type = "AdamW", params = { lr = 0.01, weight_decay = 0.1 } },
-    scheduler = { type = "WarmupCosineLR", params = { warmup_num_steps = 10, total_num_steps = 100 } } }
+    scheduler = {
+      type = "WarmupCosineLR", params = { warmup_num_steps = 10, total_num_steps = 100 } } }
   for k, v in pairs(changes or {}) do config[k] = v end
   ds.seed(17)
   return ds.initialize { model = Net(16), config = config,
@@ -139,8 +141,8 @@ describe("resuming", function()
     train(engine, loader, 1)
     engine:save_checkpoint(dir)
     ds.seed(1)
-    local wide = ds.initialize { model = Net(32), config = { train_batch_size = 4, steps_per_print = 0,
-      optimizer = { type = "AdamW" } } }
+    local wide = ds.initialize { model = Net(32), config = {
+      train_batch_size = 4, steps_per_print = 0, optimizer = { type = "AdamW" } } }
     local before = wide.module.mlp.weight:tolist()
     says("embed.weight is [256 x 16], the model's is [256 x 32]", wide.load_checkpoint, wide, dir)
     assert.same(before, wide.module.mlp.weight:tolist())
@@ -187,7 +189,8 @@ end
     local command = ([[
       '%s' '%s' '%s' '%s' >/dev/null 2>&1 & p=$!
       for i in $(seq 200); do [ -e '%s' ] && break; sleep 0.05; done
-      sleep 0.2; kill -%s $p; wait $p; echo $?]]):format(host.program, script, dir, ready, ready, signal)
+      sleep 0.2; kill -%s $p; wait $p; echo $?]]):format(host.program, script, dir, ready, ready,
+        signal)
     local pipe = assert(io.popen(command))
     local code = tonumber(pipe:read "*a")
     pipe:close()

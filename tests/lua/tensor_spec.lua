@@ -11,7 +11,8 @@ end
 local function says(pattern, f, ...)
   local message = message_of(f, ...)
   assert(message:find(pattern, 1, true), ("expected '%s' in '%s'"):format(pattern, message))
-  assert(message:find("tensor_spec.lua:%d+: "), "the message does not name the user's line: " .. message)
+  assert(message:find("tensor_spec.lua:%d+: "),
+    "the message does not name the user's line: " .. message)
 end
 
 describe("creation", function()
@@ -113,7 +114,9 @@ describe("views", function()
     says("do not broadcast (size 3 against 4)", function() return ds.ones(2, 3) + ds.ones(2, 4) end)
     says("inner sizes 3 and 4 differ", function() return ds.ones(2, 3):matmul(ds.ones(4, 2)) end)
     says("argument 2 must be a tensor, not a table", function() return ds.ones(2, 3):matmul {} end)
-    says("index 5 is out of range", function() return ds.ones(3, 2):index_select(1, ds.tensor({ 5 }, "i64")) end)
+    says("index 5 is out of range", function()
+      return ds.ones(3, 2):index_select(1, ds.tensor({ 5 }, "i64"))
+    end)
   end)
 end)
 
@@ -126,7 +129,8 @@ describe("changing in place", function()
     assert.same({ { 1, 2 }, { 1, 2 } }, x:tolist())
     x:zero_()
     assert.equal(0, x:sum():item())
-    assert.same({ 3, 0, 4 }, ds.zeros(3):scatter_add_(1, ds.tensor({ 0, 2, 0 }, "i64"), ds.tensor { 1, 4, 2 }):tolist())
+    local index, source = ds.tensor({ 0, 2, 0 }, "i64"), ds.tensor { 1, 4, 2 }
+    assert.same({ 3, 0, 4 }, ds.zeros(3):scatter_add_(1, index, source):tolist())
   end)
   it("is refused where a gradient needs the values", function()
     local w = ds.ones(2, { requires_grad = true })
@@ -154,7 +158,8 @@ describe("memory", function()
   it("of a released tensor says who released it and the way out", function()
     local lost
     ds.scope(function() lost = ds.zeros(4, 5) end)
-    says("[4 x 5] was released at the end of its scope; t:keep() or t:detach()", function() return lost + 1 end)
+    says("[4 x 5] was released at the end of its scope; t:keep() or t:detach()",
+      function() return lost + 1 end)
     local kept
     ds.scope(function() kept = ds.zeros(4, 5):keep() end)
     assert.equal(0, kept:sum():item())
