@@ -1,9 +1,9 @@
 /* file.c - one file, streamed out or in by large blocks and hashed on the way.
  *
- * Writing: large tensors go from where they lie to the disk, if O_DIRECT takes their address; all else
- * is copied into aligned blocks. What is written is hashed while the disk works on what came before,
- * on one thread (no helper that would compete with OpenMP's). A file appears under its name when it is
- * whole and on the disk, or not at all.
+ * Writing: large tensors go from where they lie to the disk, if O_DIRECT takes their address; all
+ * else is copied into aligned blocks. What is written is hashed while the disk works on what came
+ * before, on one thread (no helper that would compete with OpenMP's). A file appears under its name
+ * when it is whole and on the disk, or not at all.
  *
  * Reading: once through for the hash, which leaves the file in the page cache, then tensor by
  * tensor from there. Measured against one pass into memory of our own: touching that memory for the
@@ -197,8 +197,8 @@ int ds_file_create(ds_file **out, const char *path, int64_t bytes, int replace)
     return 0;
 }
 
-/* Hashes the next `bytes` of the file and starts writing them, with `padding` zeros behind them that
- * commit cuts off; then waits for the next slot. */
+/* Hashes the next `bytes` of the file and starts writing them, with `padding` zeros behind them
+ * that commit cuts off; then waits for the next slot. */
 static int issue(ds_file *f, const void *data, int64_t bytes, int64_t padding)
 {
     int rc;

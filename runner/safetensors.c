@@ -86,7 +86,8 @@ static int header_json(json_t *header, const ds_entry *entries, int n, const cha
     return 0;
 }
 
-/* The header's length and text, padded with spaces so that the data begins at a multiple of align. */
+/* The header's length and text, padded with spaces so that the data begins at a multiple of align.
+ */
 static int header_text(char **out, int64_t *bytes, const json_t *header, size_t align,
                        const char *path)
 {

@@ -281,7 +281,7 @@ static enum way way_of(const ds_dnnl_key *key)
         return FIRST;
     if (key->a_dtype == DS_F32) {
         if (key->a_col != 1)
-            return m * n < 3 << 19 || key->a_col != m ? GEMM : FIRST;
+            return m * n < 3 << 19 ? GEMM : FIRST;
         return key->b_col == 1 || (k < n && n * k < 1 << 20) ? GEMM : FIRST;
     }
     if (has_amx())

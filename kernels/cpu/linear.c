@@ -14,99 +14,118 @@
 
 #define CHUNK 512 /* elements activated at a time: they stay in the L1 cache */
 
-/* ---- activations and their derivatives, each from one exp
+/* ---- activations and their derivatives, each from one power
  *
- * Arguments are bounded to where e^x is a normal number, which also makes the limits right: an
- * activation of -inf is 0, of inf inf, of NaN NaN. */
+ * Arguments are bounded to where that power is a normal number, which also makes the limits right: an
+ * activation of -inf is 0, of inf inf, of NaN NaN. All polynomials are fitted for the least relative
+ * error on their range. `fine`, a constant: the digits of f32 (and f16); else those of bf16, whose
+ * rounding, 2e-3, hides an error of 2e-4. */
 
 typedef struct both {
     vf y, slope;
 } both;
 
-/* e^x for -87 <= x <= 0: as vf_exp, without the ends of the range. */
-VF_FUNC vf exp_low(vf x)
+/* 2^x for -126 <= x <= 0: 2^n p(x - n), p of degree 5 or 3 with error 7.5e-8 or 7.5e-5. */
+VF_FUNC vf power(vf x, int fine)
 {
-    const float round = 0x1.8p23f; /* adding it leaves the nearest integer in the low bits */
-    vf t = vf_fma(x, vf_set(1.44269504f), vf_set(round));
-    vf n = t - round;
-    vf r = vf_fma(n, vf_set(-0x1.62e4p-1f), x), p;
+    vf t = x + 0x1.8p23f; /* leaves the nearest integer in the low bits */
+    vf f = x - (t - 0x1.8p23f), p;
 
-    r = vf_fma(n, vf_set(-0x1.7f7d1cp-20f), r);
-    p = vf_fma(r, vf_set(0.00139506029742f), vf_set(0.00836895350227f));
-    p = vf_fma(p, r, vf_set(0.0416662041279f));
-    p = vf_fma(p, r, vf_set(0.166665183061f));
-    p = vf_fma(p, r, vf_set(0.50000000957f));
-    p = vf_fma(p * r, r, r) + 1.0f;
+    if (fine) {
+        p = vf_fma(f, vf_set(0.001327640869f), vf_set(0.009675540835f));
+        p = vf_fma(p, f, vf_set(0.05550713469f));
+        p = vf_fma(p, f, vf_set(0.2402211974f));
+        p = vf_fma(p, f, vf_set(0.6931469669f));
+        p = vf_fma(p, f, vf_set(1.000000072f));
+    } else {
+        p = vf_fma(f, vf_set(0.05517166457f), vf_set(0.2426111219f));
+        p = vf_fma(p, f, vf_set(0.6932609863f));
+        p = vf_fma(p, f, vf_set(0.9999280736f));
+    }
     return (vf)((vi)p + ((vi)t << 23));
 }
 
 /* 1 / x of a normal number. */
-VF_FUNC vf reciprocal(vf x)
+VF_FUNC vf reciprocal(vf x, int fine)
 {
 #if VF_LANES == 16
     vf t = _mm512_rcp14_ps(x);
 
-    return t * vf_fma(-x, t, vf_set(2.0f)); /* a step of Newton: 14 bits become 28 */
+    return fine ? t * vf_fma(-x, t, vf_set(2.0f)) : t; /* a step of Newton: 14 bits become 28 */
 #else
+    (void)fine;
     return 1.0f / x;
 #endif
 }
 
 /* 1 / (1 + e^-x), |x| <= 87 */
-VF_FUNC vf sigmoid(vf x)
+VF_FUNC vf sigmoid(vf x, int fine)
 {
-    vf e = exp_low(vf_min(x, -x)), d = reciprocal(1.0f + e);
+    vf e = power(vf_max(x, -x) * -1.44269504f, fine), d = reciprocal(1.0f + e, fine);
 
     return vf_select(x < 0.0f, e * d, d);
 }
 
-/* x Φ(x). Φ(-a) = e^(-a²/2) t P(t), t = 1 / (1 + 0.3 a); P is fitted for the least relative error,
- * 1.5e-7, on a in [0, 14]. */
-VF_FUNC both gelu(vf x)
+/* Φ(-a) / e^(-a²/2) = t p(t), t = 1 / (1 + c a), for 0 <= a <= 13; error 1.5e-7 or 3.5e-5. */
+VF_FUNC vf tail_ratio(vf a, int fine)
 {
-    vf up = vf_max(vf_set(-13.0f), x), c = vf_min(vf_set(13.0f), up), a = vf_max(c, -c);
-    vf e = exp_low(-0.5f * c * c), t = reciprocal(vf_fma(a, vf_set(0.3f), vf_set(1.0f)));
-    vf p = vf_fma(t, vf_set(0.03567486578f), vf_set(-0.1572034429f));
-    vf tail, below;
+    vf t = reciprocal(vf_fma(a, vf_set(fine ? 0.3f : 0.37f), vf_set(1.0f)), fine), p;
 
-    p = vf_fma(p, t, vf_set(0.2063540859f));
-    p = vf_fma(p, t, vf_set(-0.05368413701f));
-    p = vf_fma(p, t, vf_set(0.1285618649f));
-    p = vf_fma(p, t, vf_set(0.09991342673f));
-    p = vf_fma(p, t, vf_set(0.1207539454f));
-    p = vf_fma(p, t, vf_set(0.1196292983f));
-    tail = p * t * e;
-    below = vf_select(c < 0.0f, tail, 1.0f - tail);
+    if (fine) {
+        p = vf_fma(t, vf_set(0.03567486578f), vf_set(-0.1572034429f));
+        p = vf_fma(p, t, vf_set(0.2063540859f));
+        p = vf_fma(p, t, vf_set(-0.05368413701f));
+        p = vf_fma(p, t, vf_set(0.1285618649f));
+        p = vf_fma(p, t, vf_set(0.09991342673f));
+        p = vf_fma(p, t, vf_set(0.1207539454f));
+        p = vf_fma(p, t, vf_set(0.1196292983f));
+    } else {
+        p = vf_fma(t, vf_set(-0.09035711341f), vf_set(0.2099436636f));
+        p = vf_fma(p, t, vf_set(0.07613094822f));
+        p = vf_fma(p, t, vf_set(0.157378619f));
+        p = vf_fma(p, t, vf_set(0.1469194644f));
+    }
+    return p * t;
+}
+
+/* x Φ(x) */
+VF_FUNC both gelu(vf x, int fine)
+{
+    vf up = vf_max(vf_set(-13.0f), x), c = vf_min(vf_set(13.0f), up);
+    vf e = power(c * c * -0.72134752f, fine); /* e^(-c²/2) */
+    vf tail = e * tail_ratio(vf_max(c, -c), fine);
+    vf below = vf_select(c < 0.0f, tail, 1.0f - tail);
+
     return (both){up * below, vf_fma(c * 0.398942280f, e, below)};
 }
 
 /* ½ x (1 + tanh u) = x σ(2u), u = √(2/π) (x + 0.044715 x³) */
-VF_FUNC both gelu_tanh(vf x)
+VF_FUNC both gelu_tanh(vf x, int fine)
 {
     const float twice = 1.5957691216f, cubic = 0.044715f;
     vf up = vf_max(vf_set(-9.9f), x), c = vf_min(vf_set(9.9f), up), z = cubic * c * c;
-    vf s = sigmoid(twice * c * (1.0f + z));
+    vf s = sigmoid(twice * c * (1.0f + z), fine);
 
     return (both){up * s, vf_fma(c * s * (1.0f - s) * twice, vf_fma(z, vf_set(3.0f), vf_set(1.0f)), s)};
 }
 
-VF_FUNC both relu(vf x)
+VF_FUNC both relu(vf x, int fine)
 {
-    vi positive = x > 0.0f;
-
-    return (both){vf_max(vf_set(0.0f), x), vf_select(positive, vf_set(1.0f), vf_set(0.0f))};
+    (void)fine;
+    return (both){vf_max(vf_set(0.0f), x), vf_select(x > 0.0f, vf_set(1.0f), vf_set(0.0f))};
 }
 
-VF_FUNC both silu(vf x)
+VF_FUNC both silu(vf x, int fine)
 {
-    vf up = vf_max(vf_set(-87.0f), x), c = vf_min(vf_set(87.0f), up), s = sigmoid(c);
+    vf up = vf_max(vf_set(-87.0f), x), c = vf_min(vf_set(87.0f), up), s = sigmoid(c, fine);
 
     return (both){up * s, s * vf_fma(c, 1.0f - s, vf_set(1.0f))};
 }
 
 /* A result that is only biased, where the product could not do it (bias of another dtype). */
-VF_FUNC both none(vf x)
+VF_FUNC both none(vf x, int fine)
 {
+    (void)fine;
     return (both){x, vf_set(1.0f)};
 }
 
@@ -118,14 +137,15 @@ VF_FUNC both none(vf x)
         int64_t i = 0;                                                                             \
                                                                                                    \
         for (; i + VF_LANES <= n; i += VF_LANES) {                                                 \
-            both v = name(vf_load_as(y, i, dtype) + vf_load(bias + i));                            \
+            both v = name(vf_load_as(y, i, dtype) + vf_load(bias + i), dtype != DS_BF16);          \
                                                                                                    \
             vf_store_as(y, i, dtype, v.y);                                                         \
             if (slope)                                                                             \
                 vf_store_as(slope, i, dtype, v.slope);                                             \
         }                                                                                          \
         if (i < n) {                                                                               \
-            both v = name(vf_load_part_as(y, i, dtype, n - i) + vf_load_part(bias + i, n - i));    \
+            both v = name(vf_load_part_as(y, i, dtype, n - i) + vf_load_part(bias + i, n - i),     \
+                          dtype != DS_BF16);                                                       \
                                                                                                    \
             vf_store_part_as(y, i, dtype, v.y, n - i);                                             \
             if (slope)                                                                             \
@@ -319,64 +339,44 @@ int DS_CPU(linear)(ds_tensor *y, ds_tensor *slope, const ds_tensor *x, const ds_
 
 #define FLUSH 64 /* rows summed before their sum is added to the total: keeps the sums' digits */
 
-typedef struct rows {
-    char *dh;
-    const char *dy, *slope; /* slope NULL: dh is not written */
-    int64_t dh_row, dy_row, slope_row; /* bytes from one row to the next */
-} rows;
-
-/* dh = dy slope of one vector, or its first n elements; what is to be summed. */
-VF_FUNC vf backward_vector(const rows *x, int r, int64_t i, int dtype, int64_t n)
-{
-    const char *dy = x->dy + r * x->dy_row, *slope = x->slope + r * x->slope_row;
-    vf d = n < VF_LANES ? vf_load_part_as(dy, i, dtype, n) : vf_load_as(dy, i, dtype);
-
-    if (!x->slope)
-        return d;
-    d *= n < VF_LANES ? vf_load_part_as(slope, i, dtype, n) : vf_load_as(slope, i, dtype);
-    if (n < VF_LANES)
-        vf_store_part_as(x->dh + r * x->dh_row, i, dtype, d, n);
-    else
-        vf_store_as(x->dh + r * x->dh_row, i, dtype, d);
-    return d;
-}
-
-/* `count` rows, 1 or 4: sum += dh. Several at a time, so that sum is not read and written for each. */
-VF_FUNC void backward_rows(const rows *x, int count, float *sum, int64_t cols, int dtype)
+/* dh = dy slope, and sum += dh; one row. slope NULL: dh is dy and not written. */
+VF_FUNC void backward_row(char *dh, const char *dy, const char *slope, float *sum, int64_t cols,
+                          int dtype)
 {
     int64_t i = 0;
 
     for (; i + VF_LANES <= cols; i += VF_LANES) {
-        vf s = backward_vector(x, 0, i, dtype, VF_LANES);
+        vf d = vf_load_as(dy, i, dtype);
 
-        for (int r = 1; r < count; r++)
-            s += backward_vector(x, r, i, dtype, VF_LANES);
-        vf_store(sum + i, vf_load(sum + i) + s);
+        if (slope) {
+            d *= vf_load_as(slope, i, dtype);
+            vf_store_as(dh, i, dtype, d);
+        }
+        vf_store(sum + i, vf_load(sum + i) + d);
     }
     if (i < cols) {
-        vf s = backward_vector(x, 0, i, dtype, cols - i);
+        int64_t n = cols - i;
+        vf d = vf_load_part_as(dy, i, dtype, n);
 
-        for (int r = 1; r < count; r++)
-            s += backward_vector(x, r, i, dtype, cols - i);
-        vf_store_part(sum + i, vf_load_part(sum + i, cols - i) + s, cols - i);
+        if (slope) {
+            d *= vf_load_part_as(slope, i, dtype, n);
+            vf_store_part_as(dh, i, dtype, d, n);
+        }
+        vf_store_part(sum + i, vf_load_part(sum + i, n) + d, n);
     }
 }
 
-#define BACKWARD(name, count, dtype)                                                               \
-    static void name(const rows *x, float *sum, int64_t cols)                                      \
+#define BACKWARD(name, dtype)                                                                      \
+    static void name(char *dh, const char *dy, const char *slope, float *sum, int64_t cols)        \
     {                                                                                              \
-        backward_rows(x, count, sum, cols, dtype);                                                 \
+        backward_row(dh, dy, slope, sum, cols, dtype);                                             \
     }
-BACKWARD(one_f32, 1, DS_F32)
-BACKWARD(one_bf16, 1, DS_BF16)
-BACKWARD(one_f16, 1, DS_F16)
-BACKWARD(four_f32, 4, DS_F32)
-BACKWARD(four_bf16, 4, DS_BF16)
-BACKWARD(four_f16, 4, DS_F16)
+BACKWARD(backward_f32, DS_F32)
+BACKWARD(backward_bf16, DS_BF16)
+BACKWARD(backward_f16, DS_F16)
 
-static void (*const one_row[3])(const rows *x, float *sum, int64_t cols) = {one_f32, one_bf16, one_f16};
-static void (*const four_rows[3])(const rows *x, float *sum, int64_t cols) = {four_f32, four_bf16,
-                                                                              four_f16};
+static void (*const backward[3])(char *dh, const char *dy, const char *slope, float *sum,
+                                 int64_t cols) = {backward_f32, backward_bf16, backward_f16};
 
 static void add_and_clear(float *restrict total, float *restrict sum, int64_t n)
 {
@@ -386,27 +386,20 @@ static void add_and_clear(float *restrict total, float *restrict sum, int64_t n)
     }
 }
 
-static void advance(rows *x, int64_t n)
-{
-    x->dy += n * x->dy_row;
-    if (x->slope) {
-        x->slope += n * x->slope_row;
-        x->dh += n * x->dh_row;
-    }
-}
-
 /* One thread's part. total [cols], sum [cols]. */
-static void backward_part(rows x, int64_t begin, int64_t end, int64_t cols, int dtype, float *total,
-                          float *sum)
+static void backward_part(ds_matrix dh, ds_matrix dy, ds_matrix slope, int64_t begin, int64_t end,
+                          int64_t cols, float *total, float *sum)
 {
+    int64_t bytes = ds_bytes_of(dy.dtype);
+
     memset(total, 0, (size_t)cols * sizeof *total);
     memset(sum, 0, (size_t)cols * sizeof *sum);
-    advance(&x, begin);
-    for (int64_t r = begin, step; r < end; r += step) {
-        step = end - r >= 4 ? 4 : 1;
-        (step == 4 ? four_rows : one_row)[dtype](&x, sum, cols);
-        advance(&x, step);
-        if ((r - begin) % FLUSH == FLUSH - 4)
+    for (int64_t r = begin; r < end; r++) {
+        char *to = slope.data ? dh.data + r * dh.row * bytes : NULL;
+        const char *factor = slope.data ? slope.data + r * slope.row * bytes : NULL;
+
+        backward[dy.dtype](to, dy.data + r * dy.row * bytes, factor, sum, cols);
+        if ((r - begin) % FLUSH == FLUSH - 1)
             add_and_clear(total, sum, cols);
     }
     add_and_clear(total, sum, cols);
@@ -458,9 +451,8 @@ static int check_backward(const ds_tensor *dh, const ds_tensor *db, const ds_ten
 int DS_CPU(linear_backward_bias)(ds_tensor *dh, ds_tensor *db, const ds_tensor *dy,
                                  const ds_tensor *slope, int accumulate)
 {
-    int64_t cols = dy->ndim ? dy->shape[dy->ndim - 1] : 1, bytes = ds_bytes_of(dy->dtype), m, same;
+    int64_t cols = dy->ndim ? dy->shape[dy->ndim - 1] : 1, m, same;
     ds_matrix to = {0}, from, factor = {0};
-    rows part;
     float *sums, *row;
     int threads, rc = check_backward(dh, db, dy, slope, cols);
 
@@ -472,7 +464,6 @@ int DS_CPU(linear_backward_bias)(ds_tensor *dh, ds_tensor *db, const ds_tensor *
         backward_f64(db, to, from, factor, m, cols, accumulate);
         return 0;
     }
-    part = (rows){to.data, from.data, factor.data, to.row * bytes, from.row * bytes, factor.row * bytes};
     threads = ds_threads(m * cols);
     sums = ds_scratch(DS_SCRATCH_SUMS, (size_t)((2 * threads + 1) * cols) * sizeof *sums);
     if (!sums)
@@ -483,7 +474,7 @@ int DS_CPU(linear_backward_bias)(ds_tensor *dh, ds_tensor *db, const ds_tensor *
         int64_t begin, end;
 
         ds_part(&begin, &end, m, 1);
-        backward_part(part, begin, end, cols, dy->dtype, mine, mine + cols);
+        backward_part(to, from, factor, begin, end, cols, mine, mine + cols);
     }
     if (!db)
         return 0;

@@ -1,7 +1,7 @@
 /* optim_rules.h - the optimizers' arithmetic, once for f32 and once for f64.
  *
  * optim.c includes this with REAL (the type), SQRT, FMA and NAME(rule) defined. Each rule is one pass over
- * n elements; h holds its constants, g is the gradient as it lies in memory, h->gscale times too big.
+ * n elements; h holds its constants, g is the gradient as it lies in memory, to be multiplied by gscale.
  * Plain loops: they are bound by memory, and the compiler's vectors keep up with it.
  */
 

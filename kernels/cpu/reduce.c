@@ -15,7 +15,7 @@
 
 #define LANES 128
 #define COLUMNS 512       /* outputs in one block */
-#define BLOCK_ROWS 128    /* rows of columns, and rows of lanes, that are summed in f32 */
+#define BLOCK_ROWS 32     /* rows of columns, and rows of lanes, that are summed in f32 */
 #define PIECE 16384       /* elements that are worth a piece of their own */
 #define PIECES 64         /* blocks times pieces, about */
 

@@ -254,7 +254,7 @@ static void merge_sort(item *a, item *b, int64_t n)
             int64_t left = i, right = middle;
 
             for (int64_t k = i; k < end; k++) {
-                int take_right = left == middle || (right < end && a[right].key < a[left].key);
+                int take_right = left == middle || (right < end && before(&a[right], &a[left]));
 
                 b[k] = take_right ? a[right++] : a[left++];
             }

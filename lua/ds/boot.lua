@@ -14,8 +14,8 @@ local verbose = os.getenv "DS_TRACE" == "1"
 -- ---- strict globals
 
 --- An environment for the user's own chunks. It looks through to _G, but a global has to be there
--- before it is read or written by its bare name: `_G.name = value` makes one. Libraries that a script
--- loads from elsewhere keep plain Lua's rules.
+-- before it is read or written by its bare name: `_G.name = value` makes one. Libraries that a
+-- script loads from elsewhere keep plain Lua's rules.
 -- @tparam[opt] function missing `missing(name)` may give a value for a name that is not there
 -- @tparam[opt] boolean assign a bare assignment makes a global
 local function environment(missing, assign)
@@ -131,7 +131,8 @@ function host.trace(level)
   return trim(debug.traceback("", (level or 1) + 1))
 end
 
---- The message handler of everything the host runs: message, with a user's line first, and traceback.
+--- The message handler of everything the host runs: a message with a user's line first, and the
+-- traceback.
 function M.handler(message)
   if message == nil then return nil end
   local text = message

@@ -45,8 +45,9 @@ local function levels()
 end
 
 local function threads()
-  return ("%d (of %s processors this process may use; OMP_NUM_THREADS is %s)"):format(C.ds_threads(),
-    output_of("nproc", "%d+") or "?", os.getenv "OMP_NUM_THREADS" or "not set")
+  local allowed = output_of("env -u OMP_NUM_THREADS nproc", "%d+") or "?" -- nproc reads it too
+  return ("%d (of %s processors this process may use; OMP_NUM_THREADS is %s)"):format(
+    C.ds_threads(), allowed, os.getenv "OMP_NUM_THREADS" or "not set")
 end
 
 local function waiting()

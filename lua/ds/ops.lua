@@ -129,6 +129,10 @@ local function two_ways(name, dtype, backward, scalar_backward)
         local wide = common_dtype(a.dtype, b.dtype)
         a, b = a:to(wide), b:to(wide)
       end
+      if a.dtype == "bool" and not dtype then -- truth: both for a product, either for a sum
+        if name ~= "mul" and name ~= "add" then raise("%s: not for bool; use x:float()", name) end
+        return methods[name == "mul" and "logical_and" or "logical_or"](a, b)
+      end
       if name == "div" and not floating[a.dtype] then
         a, b = a:to(tensor.default_dtype), b:to(tensor.default_dtype)
       end
@@ -139,12 +143,10 @@ local function two_ways(name, dtype, backward, scalar_backward)
   return method
 end
 
-local mirrored = { eq = "eq", ne = "ne", lt = "gt", le = "ge", gt = "lt", ge = "le" }
 for _, name in ipairs(border.host.binary) do
   two_ways(name, nil, gradients[name], scalar_gradients[name])
 end
 for _, name in ipairs(border.host.compare) do
-  assert(mirrored[name])
   two_ways(name, "bool")
 end
 

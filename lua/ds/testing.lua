@@ -3,6 +3,7 @@
 local border = require "ds.ffi"
 local scope = require "ds.scope"
 local tensor = require "ds.tensor"
+local nn = require "ds.nn"
 
 local raise = border.raise
 local M = {}
@@ -51,15 +52,7 @@ local function objective(f, inputs, weights)
   return total
 end
 
---- Compares the gradients that backward computes with central differences, in f64.
--- Raises with the input, the element and both numbers where they differ.
--- @tparam function f of tensors, returning one or several
--- @tparam table inputs tensors; floating ones are checked (converted to f64), others passed on
--- @tparam[opt] table options { eps = 1e-6, rtol = 1e-6, atol = 1e-6,
---   parameters = {…}: checked as well }
--- @usage ds.testing.gradcheck(function(x) return my_layer(x) end, { ds.randn(2, 3) })
-function M.gradcheck(f, inputs, options)
-  options = options or {}
+local function check(f, inputs, options)
   local eps, rtol, atol = options.eps or 1e-6, options.rtol or 1e-6, options.atol or 1e-6
   local generator = tensor.generator
   local seed, offset = generator.seed, generator.offset
@@ -108,6 +101,33 @@ function M.gradcheck(f, inputs, options)
       end
     end
   end
+  return true
+end
+
+--- Compares the gradients that backward computes with central differences, in f64.
+-- Raises with the input, the element and both numbers where they differ.
+-- @tparam function|Module f of tensors, returning one or several; of a module the parameters are
+-- checked as well (it is in f64 meanwhile)
+-- @tparam table inputs tensors; floating ones are checked (converted to f64), others passed on
+-- @tparam[opt] table options { eps = 1e-6, rtol = 1e-6, atol = 1e-6,
+--   parameters = {…}: checked as well }
+-- @usage ds.testing.gradcheck(function(x) return my_layer(x) end, { ds.randn(2, 3) })
+function M.gradcheck(f, inputs, options)
+  options = options or {}
+  if not nn.is_module(f) then return check(f, inputs, options) end
+  local parameters, dtypes = f:parameters(), {}
+  for i, p in ipairs(parameters) do dtypes[i] = p.dtype end
+  f:to("f64")
+  options.parameters = options.parameters or parameters
+  local ok, message = pcall(check, f, inputs, options)
+  f:zero_grad()
+  for i, p in ipairs(parameters) do
+    local grad = p.requires_grad
+    p.requires_grad = false
+    tensor.repoint(p, p:to(dtypes[i]))
+    p.requires_grad = grad
+  end
+  if not ok then error(message, 0) end
   return true
 end
 

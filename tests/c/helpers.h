@@ -16,6 +16,7 @@
 #include <string.h>
 
 #include <cmocka.h>
+#include <omp.h>
 
 #include "kernels/backend.h"
 #include "kernels/dtype.h"

@@ -87,7 +87,7 @@ describe("Function", function()
     forward = function(ctx, x) ctx:save(x) return x:sign() end,
     backward = function(ctx, dy)
       local x = ctx:saved()
-      return dy * (x:ge(-1) * 1):to(dy.dtype) * x:le(1):to(dy.dtype)
+      return dy * (x:ge(-1) * x:le(1))
     end,
   })
   it("has the gradient it was given", function()
@@ -148,6 +148,12 @@ describe("checkpoint", function()
 end)
 
 describe("gradcheck", function()
+  it("takes modules, in f64 meanwhile", function()
+    local m = nn.Sequential(nn.Linear(3, 4, { activation = "silu" }), nn.LayerNorm(4))
+    assert.is_true(ds.testing.gradcheck(m, { ds.randn(2, 3) }))
+    assert.equal("f32", m[1].weight.dtype)
+    assert.is_true(m[1].weight.requires_grad)
+  end)
   it("finds a wrong gradient", function()
     local wrong = ds.Function("wrong", {
       forward = function(_, x) return x * x end,

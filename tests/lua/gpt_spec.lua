@@ -113,6 +113,7 @@ describe("the nano GPT against PyTorch", function()
       config = {
         train_micro_batch_size_per_gpu = c.batch,
         gradient_clipping = golden.clip,
+        steps_per_print = 0,
         optimizer = { type = "AdamW", params = { lr = golden.lr, eps = golden.eps,
           betas = { unpack(golden.betas) }, weight_decay = golden.weight_decay } },
       },

@@ -1,0 +1,330 @@
+/* test_optim.c - optimizers against their formulas in double, on every CPU level of this machine. */
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include "kernels/backend.h"
+#include "kernels/dtype.h"
+#include "tests/c/levels.h"
+
+#define MOST 5000
+#define STEPS 3
+
+static const ds_ops *ops;
+
+/* Weights, two states, gradients and the low precision copy; and what they should be. */
+typedef struct setting {
+    int64_t n;
+    int dtype, g_dtype, low_dtype; /* low_dtype -1: none */
+    double gscale, weight_decay;
+    ds_tensor p, a, b, low, g;
+    double p_d[MOST], a_d[MOST], b_d[MOST];
+} setting;
+
+static uint64_t state = 1;
+
+static double uniform(double low, double high)
+{
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return low + (high - low) * ((double)(state >> 11) * 0x1p-53);
+}
+
+static double get(const ds_tensor *t, int64_t i)
+{
+    if (t->dtype == DS_F32)
+        return ((float *)t->data)[i];
+    if (t->dtype == DS_F64)
+        return ((double *)t->data)[i];
+    return t->dtype == DS_BF16 ? ds_bf16_to_f32(((uint16_t *)t->data)[i])
+                               : ds_f16_to_f32(((uint16_t *)t->data)[i]);
+}
+
+static void put(ds_tensor *t, int64_t i, double x)
+{
+    if (t->dtype == DS_F32)
+        ((float *)t->data)[i] = (float)x;
+    else if (t->dtype == DS_F64)
+        ((double *)t->data)[i] = x;
+    else
+        ((uint16_t *)t->data)[i] =
+            t->dtype == DS_BF16 ? ds_f32_to_bf16((float)x) : ds_f32_to_f16((float)x);
+}
+
+static ds_tensor vector(int dtype, int64_t n)
+{
+    ds_tensor t = {.data = malloc((size_t)(n * 8)), .numel = n, .shape = {n}, .stride = {1},
+                   .ndim = 1, .dtype = dtype, .dense = 1};
+
+    assert_non_null(t.data);
+    for (int64_t i = 0; i < n; i++)
+        put(&t, i, 0);
+    return t;
+}
+
+static setting *make(int64_t n, int dtype, int g_dtype, int low_dtype, double gscale,
+                     double weight_decay)
+{
+    setting *s = calloc(1, sizeof *s);
+
+    assert_non_null(s);
+    *s = (setting){.n = n, .dtype = dtype, .g_dtype = g_dtype, .low_dtype = low_dtype,
+                   .gscale = gscale, .weight_decay = weight_decay};
+    s->p = vector(dtype, n);
+    s->a = vector(dtype, n);
+    s->b = vector(dtype, n);
+    s->g = vector(g_dtype, n);
+    s->low = vector(low_dtype < 0 ? DS_BF16 : low_dtype, n);
+    for (int64_t i = 0; i < n; i++) {
+        put(&s->p, i, uniform(-2, 2));
+        s->p_d[i] = get(&s->p, i);
+    }
+    return s;
+}
+
+static void drop(setting *s)
+{
+    ds_tensor *all[] = {&s->p, &s->a, &s->b, &s->g, &s->low};
+
+    for (int i = 0; i < 5; i++)
+        free(all[i]->data);
+    free(s);
+}
+
+static ds_tensor *low_of(setting *s)
+{
+    return s->low_dtype < 0 ? NULL : &s->low;
+}
+
+/* New gradients; a few are 0. */
+static void differentiate(setting *s)
+{
+    for (int64_t i = 0; i < s->n; i++)
+        put(&s->g, i, i % 7 == 3 ? 0 : uniform(-1, 1) / s->gscale);
+}
+
+static void near(const ds_tensor *t, const double *want, const char *name, const char *rule)
+{
+    double tolerance = t->dtype == DS_F64 ? 1e-13 : 2e-6;
+
+    for (int64_t i = 0; i < t->numel; i++)
+        if (!(fabs(get(t, i) - want[i]) <= tolerance * (1e-3 + fabs(want[i]) + fabs(want[0]))))
+            fail_msg("%s: %s[%d] of %d is %.9g, not %.9g", rule, name, (int)i, (int)t->numel,
+                     get(t, i), want[i]);
+}
+
+/* What has the same bits: the copy is the rounded weights. */
+static void check(setting *s, const char *rule)
+{
+    near(&s->p, s->p_d, "p", rule);
+    near(&s->a, s->a_d, "first state", rule);
+    near(&s->b, s->b_d, "second state", rule);
+    for (int64_t i = 0; i < s->n && s->low_dtype >= 0; i++) {
+        float p = (float)get(&s->p, i);
+        uint16_t want = s->low_dtype == DS_BF16 ? ds_f32_to_bf16(p) : ds_f32_to_f16(p);
+
+        assert_int_equal(((uint16_t *)s->low.data)[i], want);
+    }
+}
+
+static void step_ok(int rc)
+{
+    if (rc != 0)
+        fail_msg("%s", ds_error());
+}
+
+/* ---- the rules; formulas as in PyTorch's documentation of torch.optim */
+
+static void adam_steps(setting *s, int decoupled)
+{
+    const double lr = 1e-2, beta1 = 0.9, beta2 = 0.99, eps = 1e-8, wd = s->weight_decay;
+
+    for (int t = 1; t <= STEPS; t++) {
+        double c1 = 1 - pow(beta1, t), c2 = 1 - pow(beta2, t);
+
+        differentiate(s);
+        step_ok(ops->adam(&s->p, &s->a, &s->b, low_of(s), &s->g, lr, beta1, beta2, eps, wd, c1, c2,
+                          s->gscale, decoupled));
+        for (int64_t i = 0; i < s->n; i++) {
+            double g = get(&s->g, i) * s->gscale;
+
+            if (decoupled)
+                s->p_d[i] -= lr * wd * s->p_d[i];
+            else
+                g += wd * s->p_d[i];
+            s->a_d[i] = beta1 * s->a_d[i] + (1 - beta1) * g;
+            s->b_d[i] = beta2 * s->b_d[i] + (1 - beta2) * g * g;
+            s->p_d[i] -= lr / c1 * s->a_d[i] / (sqrt(s->b_d[i]) / sqrt(c2) + eps);
+        }
+    }
+    check(s, decoupled ? "adamw" : "adam");
+}
+
+static void sgd_steps(setting *s, double momentum, int nesterov)
+{
+    const double lr = 0.1, damp = nesterov ? 0 : 0.3, wd = s->weight_decay;
+
+    for (int64_t i = 0; i < s->n; i++) /* the first step shall not look at it */
+        put(&s->a, i, momentum ? NAN : 0);
+    for (int t = 0; t < STEPS; t++) {
+        differentiate(s);
+        step_ok(ops->sgd(&s->p, momentum ? &s->a : NULL, low_of(s), &s->g, lr, momentum, damp, wd,
+                         nesterov, t == 0, s->gscale));
+        for (int64_t i = 0; i < s->n; i++) {
+            double d = get(&s->g, i) * s->gscale + wd * s->p_d[i];
+
+            if (momentum) {
+                s->a_d[i] = t == 0 ? d : momentum * s->a_d[i] + (1 - damp) * d;
+                d = nesterov ? d + momentum * s->a_d[i] : s->a_d[i];
+            }
+            s->p_d[i] -= lr * d;
+        }
+    }
+    check(s, "sgd");
+}
+
+static void lion_steps(setting *s)
+{
+    const double lr = 1e-2, beta1 = 0.9, beta2 = 0.99;
+
+    for (int t = 0; t < STEPS; t++) {
+        differentiate(s);
+        step_ok(ops->lion(&s->p, &s->a, low_of(s), &s->g, lr, beta1, beta2, s->weight_decay,
+                          s->gscale));
+        for (int64_t i = 0; i < s->n; i++) {
+            double g = get(&s->g, i) * s->gscale, c = beta1 * s->a_d[i] + (1 - beta1) * g;
+
+            s->p_d[i] = s->p_d[i] * (1 - lr * s->weight_decay) - lr * ((c > 0) - (c < 0));
+            s->a_d[i] = beta2 * s->a_d[i] + (1 - beta2) * g;
+        }
+    }
+    check(s, "lion");
+}
+
+static void adagrad_steps(setting *s)
+{
+    const double lr = 1e-2, eps = 1e-10;
+
+    for (int t = 0; t < STEPS; t++) {
+        differentiate(s);
+        step_ok(ops->adagrad(&s->p, &s->a, low_of(s), &s->g, lr, eps, s->weight_decay, s->gscale));
+        for (int64_t i = 0; i < s->n; i++) {
+            double d = get(&s->g, i) * s->gscale + s->weight_decay * s->p_d[i];
+
+            s->a_d[i] += d * d;
+            if (d != 0)
+                s->p_d[i] -= lr * d / (sqrt(s->a_d[i]) + eps);
+        }
+    }
+    check(s, "adagrad");
+}
+
+/* ---- tests */
+
+static void rules_match_their_formulas(void **unused)
+{
+    static const int64_t sizes[] = {1, 5, 511, 513, MOST};
+
+    (void)unused;
+    for (int rule = 0; rule < 7; rule++)
+        for (int size = 0; size < 5; size++)
+            for (int kind = 0; kind < 4; kind++) {
+                int g_dtype = kind == 3 ? DS_F64 : kind; /* f32, bf16, f16 */
+                int low = kind == 3 ? -1 : kind == 0 ? DS_BF16 : kind == 1 ? DS_F16 : -1;
+                setting *s = make(sizes[size], kind == 3 ? DS_F64 : DS_F32, g_dtype, low,
+                                  kind % 2 ? 1 : 0.125, size % 2 ? 0.1 : 0);
+
+                if (rule < 2)
+                    adam_steps(s, rule);
+                else if (rule < 5)
+                    sgd_steps(s, rule == 2 ? 0 : 0.9, rule == 4);
+                else if (rule == 5)
+                    lion_steps(s);
+                else
+                    adagrad_steps(s);
+                drop(s);
+            }
+}
+
+static void empty_buffers_are_fine(void **unused)
+{
+    setting *s = make(0, DS_F32, DS_F32, DS_BF16, 1, 0);
+
+    (void)unused;
+    adam_steps(s, 1);
+    lion_steps(s);
+    drop(s);
+}
+
+/* A gradient that overflowed must not leave finite weights behind. */
+static void nan_gradients_show(void **unused)
+{
+    (void)unused;
+    for (int rule = 0; rule < 4; rule++) {
+        setting *s = make(20, DS_F32, DS_F32, -1, 1, 0);
+
+        put(&s->g, 13, NAN);
+        if (rule == 0)
+            ops->adam(&s->p, &s->a, &s->b, NULL, &s->g, 0.1, 0.9, 0.99, 1e-8, 0, 0.1, 0.01, 1, 1);
+        else if (rule == 1)
+            ops->sgd(&s->p, NULL, NULL, &s->g, 0.1, 0, 0, 0, 0, 1, 1);
+        else if (rule == 2)
+            ops->lion(&s->p, &s->a, NULL, &s->g, 0.1, 0.9, 0.99, 0, 1);
+        else
+            ops->adagrad(&s->p, &s->a, NULL, &s->g, 0.1, 1e-10, 0, 1);
+        assert_true(isnan(get(&s->p, 13)));
+        assert_false(isnan(get(&s->p, 12)));
+        drop(s);
+    }
+}
+
+static void refused(int rc, const char *words)
+{
+    assert_int_equal(rc, DS_EINVAL);
+    if (!strstr(ds_error(), words))
+        fail_msg("\"%s\" does not say \"%s\"", ds_error(), words);
+}
+
+static void wrong_calls_are_refused(void **unused)
+{
+    setting *s = make(20, DS_F32, DS_F32, DS_BF16, 1, 0);
+
+    (void)unused;
+    s->a.numel = 19;
+    refused(ops->lion(&s->p, &s->a, NULL, &s->g, 0.1, 0.9, 0.99, 0, 1), "19 elements");
+    s->a.numel = 20;
+    s->g.dense = 0;
+    refused(ops->lion(&s->p, &s->a, NULL, &s->g, 0.1, 0.9, 0.99, 0, 1), "not dense");
+    s->g.dense = 1;
+    s->p.dtype = DS_BF16;
+    refused(ops->lion(&s->p, &s->a, NULL, &s->g, 0.1, 0.9, 0.99, 0, 1), "bf16");
+    s->p.dtype = DS_F32;
+    s->low.dtype = DS_F32;
+    refused(ops->lion(&s->p, &s->a, &s->low, &s->g, 0.1, 0.9, 0.99, 0, 1), "f32 copy");
+    s->low.dtype = DS_BF16;
+    refused(ops->sgd(&s->p, NULL, NULL, &s->g, 0.1, 0.9, 0, 0, 0, 1, 1), "momentum buffer");
+    drop(s);
+}
+
+int main(int argc, char **argv)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(rules_match_their_formulas),
+        cmocka_unit_test(empty_buffers_are_fine),
+        cmocka_unit_test(nan_gradients_show),
+        cmocka_unit_test(wrong_calls_are_refused),
+    };
+    int status = each_level(argv);
+
+    (void)argc;
+    if (status >= 0)
+        return status;
+    ops = &ds_cpu_backend(NULL)->ops;
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
