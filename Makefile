@@ -3,7 +3,7 @@
 # Kernels for the CPU are compiled once for every level of the instruction set and chosen when
 # dsrun starts; nothing is built for the machine it is built on. Objects are linked directly, not
 # through an archive: the kernel tables refer to them weakly, and weak references pull nothing out
-# of an archive. A change of compiler or flags rebuilds what it concerns (the .flags stamp).
+# of an archive. A change of compiler or flags rebuilds what it concerns (the .flags stamps).
 
 BUILD  ?= build
 PREFIX ?= /usr/local
@@ -20,14 +20,16 @@ endif
 # ---- flags
 
 packages := luajit jansson libxxhash
-WARNINGS := -Wall -Wextra -Wpedantic $(if $(WERROR),-Werror)
+WARNINGS := -Wall -Wextra -Wpedantic
+STRICT   := $(if $(WERROR),-Werror)
 SANITIZE ?=
 CFLAGS   ?= -O2 -g
-BASE     := -std=c11 -D_GNU_SOURCE -I. -fopenmp $(WARNINGS) \
-            $(if $(SANITIZE),-fsanitize=$(SANITIZE) -fno-sanitize-recover=undefined -fno-omit-frame-pointer) \
+CHECKED  := $(if $(SANITIZE),-fsanitize=$(SANITIZE) -fno-sanitize-recover=undefined \
+            -fno-omit-frame-pointer)
+BASE     := -std=c11 -D_GNU_SOURCE -I. -fopenmp $(WARNINGS) $(CHECKED) \
             $(shell pkg-config --cflags $(packages) 2>/dev/null)
-KERNEL   := -O3 -fno-math-errno -fno-trapping-math
-LINK     := -fopenmp -Wl,-E -Wl,--as-needed -Wl,-O1 $(if $(SANITIZE),-fsanitize=$(SANITIZE)) $(LDFLAGS)
+KERNEL   := $(if $(SANITIZE),-O1,-O3) -fno-math-errno -fno-trapping-math
+LINK     := -fopenmp -Wl,-E -Wl,--as-needed -Wl,-O1 $(CHECKED) $(LDFLAGS)
 LDLIBS   := $(shell pkg-config --libs $(packages) 2>/dev/null) -ldnnl -luring -ldl -lm -lpthread
 
 # ---- levels of the CPU's instruction set
@@ -44,15 +46,17 @@ march_portable :=
 
 # ---- what is built
 
-once    := $(filter-out $(SKIP),$(wildcard kernels/*.c runner/*.c) $(wildcard kernels/cpu/level.c kernels/cpu/dnnl.c))
-leveled := $(filter-out $(SKIP) kernels/cpu/level.c kernels/cpu/dnnl.c,$(wildcard kernels/cpu/*.c))
+single  := kernels/cpu/level.c kernels/cpu/dnnl.c
+once    := $(wildcard kernels/*.c runner/*.c $(single))
+leveled := $(filter-out $(single),$(wildcard kernels/cpu/*.c))
 objects := $(once:%.c=$(BUILD)/%.o) \
            $(foreach level,$(LEVELS),$(leveled:%.c=$(BUILD)/%.$(level).o))
 library := $(filter-out $(BUILD)/runner/main.o,$(objects))
 tests   := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/c/test_*.c))
 fuzzers := $(patsubst tests/fuzz/%.c,%,$(wildcard tests/fuzz/*.c))
 
-.PHONY: all setup demo test soak bench bench-peers lint format asan fuzz install clean help c-tests fuzzers FORCE
+.PHONY: all setup demo test soak bench bench-peers lint format asan fuzz install clean help \
+        c-tests fuzzers FORCE
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -73,18 +77,18 @@ $(BUILD)/tests/fuzz/%: $(BUILD)/tests/fuzz/%.o $(library) $(BUILD)/link.flags
 
 $(BUILD)/%.o: %.c $(BUILD)/once.flags
 	@mkdir -p $(@D)
-	$(CC) $(BASE) $(CFLAGS) $(flags_$*) -MMD -MP -c -o $@ $<
+	$(CC) $(BASE) $(STRICT) $(CFLAGS) $(flags_$*) -MMD -MP -c -o $@ $<
 
 # The kernels in kernels/cpu, once a level: softmax.c -> softmax.v3.o.
 define level_rule
 $(BUILD)/kernels/cpu/%.$(1).o: kernels/cpu/%.c $(BUILD)/kernel.flags
 	@mkdir -p $$(@D)
-	$$(CC) $$(BASE) $$(CFLAGS) $$(KERNEL) $$(march_$(1)) -DDS_LEVEL=$(1) -MMD -MP -c -o $$@ $$<
+	$$(CC) $$(BASE) $$(STRICT) $$(CFLAGS) $$(KERNEL) $$(march_$(1)) -DDS_LEVEL=$(1) -MMD -MP -c -o $$@ $$<
 endef
 $(foreach level,$(LEVELS),$(eval $(call level_rule,$(level))))
 
 # The commit is told to one file only, so that committing does not rebuild the rest.
-commit := $(shell git describe --always --dirty --abbrev=10 2>/dev/null || echo unknown)
+commit := $(shell GIT_OPTIONAL_LOCKS=0 git describe --always --dirty --abbrev=10 2>/dev/null || echo unknown)
 flags_runner/version := -DDS_VERSION='"$(VERSION)"' -DDS_COMMIT='"$(commit)"'
 $(BUILD)/runner/version.o: $(BUILD)/version.flags
 
@@ -93,11 +97,13 @@ text_once    := $(CC) $(BASE) $(CFLAGS) $(shell $(CC) --version 2>/dev/null | he
 text_kernel  := $(text_once) $(KERNEL) $(march_v4bf16) $(LEVELS)
 text_link    := $(CC) $(LINK) $(LDLIBS) $(objects)
 text_version := $(VERSION) $(commit)
+missing      := $(if $(shell pkg-config --exists $(packages) 2>/dev/null && echo no),,yes)
 $(BUILD)/%.flags: FORCE
+	@$(if $(missing),echo 'packages are missing: run make setup' >&2; exit 1)
 	@mkdir -p $(@D)
 	@echo '$(text_$*)' | cmp -s - $@ || echo '$(text_$*)' > $@
 
--include $(shell find $(BUILD) -name '*.d' 2>/dev/null)
+-include $(objects:.o=.d) $(tests:=.d) $(fuzzers:%=$(BUILD)/tests/fuzz/%.d)
 
 # ---- targets
 

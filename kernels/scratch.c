@@ -45,7 +45,8 @@ void *ds_scratch(int slot, size_t bytes)
         munmap(s->base, s->mapped);
     *s = (struct block){0};
     size = (bytes + bytes / 8 + colour + HUGE_PAGE - 1) & ~(HUGE_PAGE - 1);
-    s->base = mmap(NULL, size + HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    s->base =
+        mmap(NULL, size + HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (s->base == MAP_FAILED) {
         s->base = NULL;
         ds_fail(DS_ENOMEM, "no memory for %zu bytes of a kernel's scratch", bytes);

@@ -1,6 +1,7 @@
 /* scratch.h - memory for a CPU kernel's own use until it returns.
  *
- * One block a slot and thread, which only grows: made afresh in every call it would cost page faults.
+ * One block a slot and thread, which only grows: made afresh in every call it would cost page
+ * faults.
  * A kernel that calls another must know which slots that one uses.
  */
 #ifndef DS_SCRATCH_H

@@ -5,27 +5,30 @@
  * before, on one thread (no helper that would compete with OpenMP's). A file appears under its name
  * when it is whole and on the disk, or not at all.
  *
- * Reading: once through for the hash, which leaves the file in the page cache, then tensor by
- * tensor from there. Measured against one pass into memory of our own: touching that memory for the
- * first time costs more than copying out of the cache, and it could fail where a cache only
- * shrinks.
+ * Reading: once through for the hash, in a window of memory that is the page cache itself, and then
+ * tensor by tensor from that cache. Measured against one pass into memory of our own: touching such
+ * memory for the first time costs more than copying out of the cache, and it could fail where a
+ * cache only shrinks.
  */
 #include "runner/file.h"
 
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #define XXH_INLINE_ALL
 #include <xxhash.h>
 
-#define SMALL ((int64_t)64 << 10)     /* up to that, a queue is not worth its set-up */
-#define READ_BLOCK ((int64_t)1 << 20) /* stays in the cache between copy and hash */
-#define IN_PLACE ((int64_t)4 << 20)   /* at most this much in one write from a tensor's memory */
+#define SMALL ((int64_t)64 << 10) /* up to that, a queue is not worth its set-up */
+#define WINDOW ((int64_t)8 << 20) /* of a file that is hashed */
+#define TWO_READERS ((int64_t)2 << 20)
+#define IN_PLACE ((int64_t)4 << 20) /* at most this much in one write from a tensor's memory */
 
 struct ds_file {
     char *path;      /* as the caller named it */
@@ -367,17 +370,44 @@ fail:
     return rc;
 }
 
+/* Hashes a window of the file without copying it. 0: not here; then nothing was hashed. Populating
+ * first turns what would be a fatal signal, a page that can't be read, into an error. */
+static int hash_window(ds_file *f, int64_t at, int64_t bytes)
+{
+#ifdef MADV_POPULATE_READ
+    void *p = mmap(NULL, (size_t)bytes, PROT_READ, MAP_SHARED, f->fd, at);
+    int done = 0;
+
+    if (p == MAP_FAILED)
+        return 0;
+    if (madvise(p, (size_t)bytes, MADV_POPULATE_READ) == 0) {
+        XXH3_64bits_update(f->hash, p, (size_t)bytes);
+        done = 1;
+    }
+    munmap(p, (size_t)bytes);
+    return done;
+#else
+    (void)f, (void)at, (void)bytes;
+    return 0;
+#endif
+}
+
 int ds_file_hash(ds_file *f, char *hash)
 {
-    int64_t block = f->bytes < READ_BLOCK ? f->bytes : READ_BLOCK, n;
-    char *buffer = malloc((size_t)block + 1);
-    int rc = buffer ? 0 : ds_fail(DS_ENOMEM, "out of host memory");
+    char *buffer = NULL;
+    int64_t n;
+    int rc = 0;
 
     posix_fadvise(f->fd, 0, 0, POSIX_FADV_SEQUENTIAL);
     XXH3_64bits_reset(f->hash);
     for (int64_t at = 0; at < f->bytes && rc >= 0; at += n) {
-        n = f->bytes - at < block ? f->bytes - at : block;
-        rc = ds_file_read(f, buffer, n, at);
+        n = f->bytes - at < WINDOW ? f->bytes - at : WINDOW;
+        if (n > SMALL && hash_window(f, at, n))
+            continue;
+        if (!buffer && !(buffer = malloc((size_t)(f->bytes < WINDOW ? f->bytes : WINDOW))))
+            rc = ds_fail(DS_ENOMEM, "out of host memory");
+        if (rc >= 0)
+            rc = ds_file_read(f, buffer, n, at);
         if (rc >= 0)
             XXH3_64bits_update(f->hash, buffer, (size_t)n);
     }
@@ -388,24 +418,54 @@ int ds_file_hash(ds_file *f, char *hash)
     return rc;
 }
 
+struct piece {
+    char *data;
+    int64_t bytes, at;
+    int fd;
+    int rc; /* 0, -errno, or -ENODATA where the file has become shorter */
+};
+
+static void *read_piece(void *argument)
+{
+    struct piece *p = argument;
+
+    for (int64_t moved = 0; moved < p->bytes && !p->rc;) {
+        ssize_t n = pread(p->fd, p->data + moved, (size_t)(p->bytes - moved), p->at + moved);
+
+        if (n > 0)
+            moved += n;
+        else if (n == 0 || errno != EINTR)
+            p->rc = n == 0 ? -ENODATA : -errno;
+    }
+    return NULL;
+}
+
 int ds_file_read(ds_file *f, void *data, int64_t bytes, int64_t at)
 {
-    int64_t moved = 0;
+    struct piece all = {.data = data, .bytes = bytes, .at = at, .fd = f->fd}, rest = all;
+    pthread_t helper;
+    int helped = 0;
 
     if (bytes < 0 || at < 0 || at > f->bytes || bytes > f->bytes - at)
         return ds_fail(DS_ERANGE, "'%s' has %lld bytes, not %lld from byte %lld on", f->path,
                        (long long)f->bytes, (long long)bytes, (long long)at);
-    while (moved < bytes) {
-        ssize_t n = pread(f->fd, (char *)data + moved, (size_t)(bytes - moved), at + moved);
+    /* Copying out of the page cache keeps a core busy: a second one takes half of it. */
+    if (bytes >= TWO_READERS) {
+        int64_t half = bytes / 2 / DS_IO_ALIGN * DS_IO_ALIGN;
 
-        if (n > 0)
-            moved += n;
-        else if (n == 0)
-            return ds_fail(DS_ECORRUPT, "'%s' became shorter while it was read", f->path);
-        else if (errno != EINTR)
-            return ds_fail_io(-errno, "read", f->path);
+        rest = (struct piece){
+            .data = all.data + half, .bytes = bytes - half, .at = at + half, .fd = f->fd};
+        helped = pthread_create(&helper, NULL, read_piece, &rest) == 0;
+        all.bytes = helped ? half : bytes;
     }
-    return 0;
+    read_piece(&all);
+    if (helped) {
+        pthread_join(helper, NULL);
+        all.rc = all.rc ? all.rc : rest.rc;
+    }
+    if (all.rc == -ENODATA)
+        return ds_fail(DS_ECORRUPT, "'%s' became shorter while it was read", f->path);
+    return all.rc < 0 ? ds_fail_io(all.rc, "read", f->path) : 0;
 }
 
 void ds_hash(char *out, const void *data, int64_t bytes)

@@ -54,8 +54,16 @@ int attention_check(attention *a, const char *what, const ds_tensor *q, const ds
 {
     int rc;
 
-    *a = (attention){.q = q, .k = k, .v = v, .mask = mask, .lse = lse, .causal = causal,
-                     .scale = scale, .p = p, .seed = seed, .offset = offset};
+    *a = (attention){.q = q,
+                     .k = k,
+                     .v = v,
+                     .mask = mask,
+                     .lse = lse,
+                     .causal = causal,
+                     .scale = scale,
+                     .p = p,
+                     .seed = seed,
+                     .offset = offset};
     if (!ds_is_float(q->dtype))
         return ds_fail(DS_EINVAL, "%s: the query is %s, must be f32, bf16, f16 or f64", what,
                        ds_name_of(q->dtype));
@@ -69,11 +77,12 @@ int attention_check(attention *a, const char *what, const ds_tensor *q, const ds
     a->S = k->shape[1];
     a->G = k->shape[2];
     if (k->dtype != q->dtype || k->shape[0] != a->batches || k->shape[3] != a->D)
-        return ds_fail(DS_EINVAL, "%s: key %s [%lld x %lld x %lld x %lld] does not match query %s "
-                       "[%lld x %lld x %lld x %lld]", what, ds_name_of(k->dtype),
-                       (long long)k->shape[0], (long long)a->S, (long long)a->G,
-                       (long long)k->shape[3], ds_name_of(q->dtype), (long long)a->batches,
-                       (long long)a->T, (long long)a->H, (long long)a->D);
+        return ds_fail(DS_EINVAL,
+                       "%s: key %s [%lld x %lld x %lld x %lld] does not match query %s "
+                       "[%lld x %lld x %lld x %lld]",
+                       what, ds_name_of(k->dtype), (long long)k->shape[0], (long long)a->S,
+                       (long long)a->G, (long long)k->shape[3], ds_name_of(q->dtype),
+                       (long long)a->batches, (long long)a->T, (long long)a->H, (long long)a->D);
     if (k->stride[3] != 1 && a->D > 1)
         return ds_fail(DS_EINVAL, "%s: the last dimension of the key is not dense (stride %lld)",
                        what, (long long)k->stride[3]);
@@ -121,8 +130,8 @@ void attention_prepare(float *s, const attention *a, const block *b, int64_t i, 
         s[j] = s[j] * scale + added[j];
 }
 
-/* n <= STRIP. Whole Philox blocks are made; by lane, so that the compiler's vectors hold one lane each
- * of several blocks. */
+/* n <= STRIP. Whole Philox blocks are made; by lane, so that the compiler's vectors hold one
+ * lane each of several blocks. */
 static void keep_strip(float *keep, const attention *a, uint64_t element, int64_t n)
 {
     uint32_t lane[4][STRIP / 4 + 1];
@@ -176,9 +185,14 @@ typedef struct work {
 static int64_t carve(work *w, float *memory, const attention *a)
 {
     int64_t in_unit = a->pairs ? 2 : 1;
-    const int64_t sizes[] = {a->keys * a->depth, a->wide * a->keys / in_unit, BLOCK * a->depth,
-                             BLOCK * STRIP_LD,   BLOCK * a->wide,             STRIP,
-                             BLOCK,              BLOCK};
+    const int64_t sizes[] = {a->keys * a->depth,
+                             a->wide * a->keys / in_unit,
+                             BLOCK * a->depth,
+                             BLOCK * STRIP_LD,
+                             BLOCK * a->wide,
+                             STRIP,
+                             BLOCK,
+                             BLOCK};
     float **to[] = {&w->k, &w->v, &w->q, &w->s, &w->o, &w->keep, &w->m, &w->l};
 
     return attention_carve(to, memory, sizes, 8);

@@ -1,12 +1,13 @@
 /* attention.h - what forward and backward share: blocks, their products, masks and dropout.
  *
- * No T x S matrix is ever in memory. A block of query rows meets a strip of keys at a time; scores,
- * weights and their gradients of block x strip live in the first- and second-level cache, and the
- * softmax is kept online (Milakov & Gimelshein 2018; Dao et al. 2022).
+ * No T x S matrix is ever in memory. A block of query rows meets a strip of keys at a time;
+ * scores, weights and their gradients of block x strip live in the first- and second-level
+ * cache, and the softmax is kept online (Milakov & Gimelshein 2018; Dao et al. 2022).
  *
- * A unit of work is one (batch, kv head). Its rows are the queries of all the H / G heads that share
- * the kv head: row r is position r / ratio of head g ratio + r % ratio, so that the keys that causality
- * shows never become fewer from one row to the next, and dk, dv are sums over rows.
+ * A unit of work is one (batch, kv head). Its rows are the queries of all the H / G heads that
+ * share the kv head: row r is position r / ratio of head g ratio + r % ratio, so that the keys
+ * that causality shows never become fewer from one row to the next, and dk, dv are sums over
+ * rows.
  */
 #ifndef DS_CPU_ATTENTION_H
 #define DS_CPU_ATTENTION_H
@@ -15,9 +16,9 @@
 
 #include <math.h>
 
-#define BLOCK 64                 /* query rows; a multiple of VF_LANES */
-#define STRIP 256                /* keys; a multiple of VF_LANES */
-#define STRIP_LD (STRIP + 16)    /* floats from row to row: not a power of two, for the cache's sets */
+#define BLOCK 64              /* query rows; a multiple of VF_LANES */
+#define STRIP 256             /* keys; a multiple of VF_LANES */
+#define STRIP_LD (STRIP + 16) /* floats from row to row: not a power of two, for the cache's sets */
 #define LOG2E 1.4426950408889634
 
 /* A call, checked. */
@@ -42,7 +43,8 @@ typedef struct block {
     int64_t batch, group; /* kv head */
     int64_t first, n;
     int64_t tiles;
-    int64_t seen[BLOCK]; /* how many keys causality shows; never falls; rows beyond n: as the last */
+    /* How many keys causality shows to each row; never falls. Rows beyond n: as the last. */
+    int64_t seen[BLOCK];
 } block;
 
 /* attention.c; `what` begins messages. rc < 0: not a call that makes sense. */
@@ -53,8 +55,8 @@ int attention_check(attention *a, const char *what, const ds_tensor *q, const ds
 #define attention_same DS_CPU(attention_same)
 int attention_same(const char *what, const ds_tensor *x, const char *name, const ds_tensor *like);
 
-/* attention_few.c: no more rows than this, as when a model generates: keys and values are read once, as
- * they lie. */
+/* attention_few.c: no more rows than this, as when a model generates: keys and values are read
+ * once, as they lie. */
 #define ATTENTION_FEW 4
 #define attention_few DS_CPU(attention_few)
 int attention_few(ds_tensor *y, const attention *a);
@@ -116,9 +118,10 @@ static inline void block_set(block *b, const attention *a, int64_t batch, int64_
     }
 }
 
-/* Cuts memory into n pieces of sizes[] floats, each from a cache line of its own on; returns how many
- * floats that takes. memory NULL: only counts. */
-static inline int64_t attention_carve(float **const to[], float *memory, const int64_t *sizes, int n)
+/* Cuts memory into n pieces of sizes[] floats, each from a cache line of its own on; returns how
+ * many floats that takes. memory NULL: only counts. */
+static inline int64_t attention_carve(float **const to[], float *memory, const int64_t *sizes,
+                                      int n)
 {
     int64_t used = 0;
 
@@ -149,8 +152,8 @@ static inline int64_t tile_full(const block *b, int64_t tile, int64_t key)
     return seen_from(b->seen[tile * TILE_ROWS], key) / VF_LANES * VF_LANES;
 }
 
-/* How far a row of a strip goes: keys it sees, keys that its whole tile sees, and the end of what it
- * shares with its tile. Loops end where the tile's do, so that their ends are foreseen. */
+/* How far a row of a strip goes: keys it sees, keys that its whole tile sees, and the end of
+ * what it shares with its tile. Loops end where the tile's do, so that their ends are foreseen. */
 typedef struct reach {
     int64_t seen, full, end;
 } reach;
@@ -167,9 +170,9 @@ VF_FUNC reach reach_of(const block *b, int64_t i, int64_t key)
 
 /* ---- what comes next
  *
- * Packing reads with large strides, which the processor does not foresee: a third of the time went into
- * waiting. So the rows of the unit that follows are fetched to the second-level cache one by one,
- * while the present one is worked on. */
+ * Packing reads with large strides, which the processor does not foresee: a sixth of the time
+ * would go into waiting. So the rows of the unit that follows are fetched to the second-level
+ * cache one by one, while the present one is worked on. */
 
 #define UNITS_AHEAD 4 /* or more parts a thread, so that none waits long for another at the end */
 
@@ -212,8 +215,8 @@ VF_FUNC void soon_fetch(const soon *s, int64_t r)
     }
 }
 
-/* Whether scores need a pass of their own before the softmax: a mask, or a scale that would turn the
- * order of scores round. */
+/* Whether scores need a pass of their own before the softmax: a mask, or a scale that would turn
+ * the order of scores round. */
 static inline int is_prepared(const attention *a)
 {
     return a->mask || a->scale <= 0;
@@ -271,8 +274,8 @@ VF_FUNC vf highest(const float *s, reach n)
     return top;
 }
 
-/* Scores to weights 2^(score scale - shift), 0 where the row doesn't see; returns their sum, lane by
- * lane. What dropout takes still counts in it. */
+/* Scores to weights 2^(score scale - shift), 0 where the row doesn't see; returns their sum,
+ * lane by lane. What dropout takes still counts in it. */
 VF_FUNC vf weigh(float *s, reach n, float scale, float shift, const float *keep, int pairs)
 {
     const int dtype = pairs ? DS_BF16 : DS_F32;

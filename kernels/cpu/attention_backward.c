@@ -2,9 +2,10 @@
  *
  * With s = scale q kᵀ, w = exp(s - lse), and dw = dy vᵀ:
  *     dv = wᵀ dy,  ds = w (dw - delta),  dq = scale ds k,  dk = scale dsᵀ q
- * where delta is dy y summed over a row (Dao et al. 2022, section B.2). Under dropout, w in dv and dw in
- * ds are multiplied by what was kept. A unit sums its own dk, dv; where there are fewer units than threads,
- * several threads share one, each with sums of its own that are added in order at the end.
+ * where delta is dy y summed over a row (Dao et al. 2022, section B.2). Under dropout, w in dv
+ * and dw in ds are multiplied by what was kept. A unit sums its own dk, dv; where there are
+ * fewer units than threads, several threads share one, each with sums of its own that are added
+ * in order at the end.
  */
 #include "kernels/cpu/attention.h"
 
@@ -12,9 +13,9 @@
 
 /* A thread's own memory. */
 typedef struct work {
-    float *k_columns, *v_columns; /* [keys / lanes][depth][lanes] */
-    float *k_rows;                /* [wide / lanes][keys in units][lanes] */
-    float *dk, *dv;               /* [keys][wide] */
+    float *k_columns, *v_columns;  /* [keys / lanes][depth][lanes] */
+    float *k_rows;                 /* [wide / lanes][keys in units][lanes] */
+    float *dk, *dv;                /* [keys][wide] */
     float *q_columns, *dy_columns; /* [BLOCK / lanes][depth][lanes] */
     float *q_rows, *dy_rows;       /* [wide / lanes][BLOCK in units][lanes] */
     float *s;                      /* [BLOCK][STRIP_LD]: scores, then weights */
@@ -29,14 +30,24 @@ static int64_t carve(work *w, float *memory, const attention *a)
 {
     int64_t in_unit = a->pairs ? 2 : 1, columns = a->keys * a->depth, sums = a->keys * a->wide;
     int64_t pairs = a->pairs ? BLOCK / 2 * STRIP_LD : 0;
-    const int64_t sizes[] = {columns,           columns,           sums / in_unit,
-                             sums,              sums,              BLOCK * a->depth,
-                             BLOCK * a->depth,  BLOCK * a->wide,   BLOCK * a->wide,
-                             BLOCK * STRIP_LD,  BLOCK * STRIP_LD,  pairs,
-                             pairs,             BLOCK * a->wide,   2 * STRIP};
-    float **to[] = {&w->k_columns, &w->v_columns, &w->k_rows,   &w->dk,     &w->dv,
-                    &w->q_columns, &w->dy_columns, &w->q_rows,  &w->dy_rows, &w->s,
-                    &w->ds,        &w->w_pairs,    &w->ds_pairs, &w->dq,     &w->keep};
+    const int64_t sizes[] = {columns,
+                             columns,
+                             sums / in_unit,
+                             sums,
+                             sums,
+                             BLOCK * a->depth,
+                             BLOCK * a->depth,
+                             BLOCK * a->wide,
+                             BLOCK * a->wide,
+                             BLOCK * STRIP_LD,
+                             BLOCK * STRIP_LD,
+                             pairs,
+                             pairs,
+                             BLOCK * a->wide,
+                             2 * STRIP};
+    float **to[] = {&w->k_columns, &w->v_columns,  &w->k_rows,   &w->dk,      &w->dv,
+                    &w->q_columns, &w->dy_columns, &w->q_rows,   &w->dy_rows, &w->s,
+                    &w->ds,        &w->w_pairs,    &w->ds_pairs, &w->dq,      &w->keep};
 
     return attention_carve(to, memory, sizes, 15);
 }
@@ -180,8 +191,8 @@ static float dot(const void *x, const void *y, int64_t D, int dtype)
 }
 
 /* What a row needs of the forward pass; rows beyond b->n, whose q and dy are 0, add nothing. */
-static void row_constants(float *lse, float *delta, const gradient *g, const rows *dy, const rows *y,
-                          const block *b)
+static void row_constants(float *lse, float *delta, const gradient *g, const rows *dy,
+                          const rows *y, const block *b)
 {
     for (int64_t i = 0; i < b->tiles * TILE_ROWS; i++) {
         lse[i] = delta[i] = 0;
@@ -223,13 +234,13 @@ VF_FUNC void backward_block(work *w, const gradient *g, const rows *q, const row
         product_weighted(w->dq, w->ds, w->k_rows, b, key, a->wide, height, pairs);
     }
     for (int64_t i = 0; i < b->n; i++)
-        store_row(row_at(dq, b->first + i), w->dq + i * a->wide, a->D, dq->dtype,
-                  (float)a->scale);
+        store_row(row_at(dq, b->first + i), w->dq + i * a->wide, a->D, dq->dtype, (float)a->scale);
 }
 
 /* ---- units */
 
-/* Keys begin .. end of a unit, dk and dv added up over `parts` sums `apart` floats from each other. */
+/* Keys begin .. end of a unit, dk and dv added up over `parts` sums `apart` floats from each
+ * other. */
 static void store_unit(const gradient *g, float *dk, float *dv, int64_t unit, int64_t begin,
                        int64_t end, int64_t parts, int64_t apart)
 {

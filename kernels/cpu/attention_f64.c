@@ -6,7 +6,8 @@
 
 #include "kernels/scratch.h"
 
-/* One query: its keys' weights after the softmax, what dropout kept, and their gradients. [S] each */
+/* One query: its keys' weights after the softmax, what dropout kept, and their gradients. [S]
+ * each */
 typedef struct query {
     int64_t batch, head, t, seen;
     double *weight, *grad, *mask, *keep;
@@ -80,8 +81,8 @@ static void find_weights(query *u, const attention *a)
 static void forward_query(ds_tensor *y, query *u, const attention *a)
 {
     double *out = at(y, u->batch, u->t, u->head);
-    int64_t at_lse = u->batch * a->lse->stride[0] + u->head * a->lse->stride[1] +
-                     u->t * a->lse->stride[2];
+    int64_t at_lse =
+        u->batch * a->lse->stride[0] + u->head * a->lse->stride[1] + u->t * a->lse->stride[2];
 
     find_weights(u, a);
     memset(out, 0, (size_t)a->D * sizeof *out);

@@ -1,7 +1,8 @@
 /* attention_few.c - attention of a few queries to many keys, as when a model generates.
  *
- * Bound by reading keys and values, so nothing is packed. Where there are fewer (batch, kv head) units
- * than threads, several threads share a unit's keys; what each found is put together in order.
+ * Bound by reading keys and values, so nothing is packed. Where there are fewer (batch, kv head)
+ * units than threads, several threads share a unit's keys; what each found is put together in
+ * order.
  */
 #include "kernels/cpu/attention.h"
 
@@ -19,8 +20,8 @@ typedef struct found {
 
 static int64_t carve(found *f, float *memory, const attention *a)
 {
-    const int64_t sizes[] = {ATTENTION_FEW, ATTENTION_FEW, ATTENTION_FEW * a->wide,
-                             ATTENTION_FEW * a->wide, STRIP, STRIP};
+    const int64_t sizes[] = {ATTENTION_FEW,           ATTENTION_FEW, ATTENTION_FEW * a->wide,
+                             ATTENTION_FEW * a->wide, STRIP,         STRIP};
     float **to[] = {&f->m, &f->l, &f->o, &f->q, &f->s, &f->keep};
 
     return attention_carve(to, memory, sizes, 6);
@@ -184,7 +185,8 @@ int attention_few(ds_tensor *y, const attention *a)
 {
     int64_t units = a->batches * a->G, strips = (a->S + STRIP - 1) / STRIP;
     int threads = ds_threads(units * a->row_count * a->S * a->D / 4);
-    int64_t parts = units >= threads || strips < 2 ? 1 : min64(strips, (threads + units - 1) / units);
+    int64_t parts =
+        units >= threads || strips < 2 ? 1 : min64(strips, (threads + units - 1) / units);
     found none;
     int64_t floats = carve(&none, NULL, a);
     float *memory = ds_scratch(DS_SCRATCH_A, (size_t)(units * parts * floats) * sizeof(float));

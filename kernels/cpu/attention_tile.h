@@ -4,8 +4,8 @@
  * C += A B. Operands are packed first, which also takes care of strides, dtypes and odd sizes:
  *     columns: [rows / lanes][depth][lanes], B of q kᵀ, and A of it: k-major
  *     rows:    [width / lanes][rows][lanes], B of a product that sums over rows
- * Depth is counted in units of 4 bytes: an f32, or, in the `pairs` form, two bf16 that lie one after
- * the other along the depth, as vdpbf16ps wants them: twice the products an instruction.
+ * Depth is counted in units of 4 bytes: an f32, or, in the `pairs` form, two bf16 that lie one
+ * after the other along the depth, as vdpbf16ps wants them: twice the products an instruction.
  */
 #ifndef DS_CPU_ATTENTION_TILE_H
 #define DS_CPU_ATTENTION_TILE_H
@@ -211,8 +211,8 @@ static inline void pack_columns(float *out, const rows *x, int64_t first, int64_
         pack_columns_as(out, x, first, n, D, DS_F16, 0);
 }
 
-VF_FUNC void pack_rows_as(float *out, const rows *x, int64_t first, int64_t n, int64_t D,
-                          int dtype, int pairs)
+VF_FUNC void pack_rows_as(float *out, const rows *x, int64_t first, int64_t n, int64_t D, int dtype,
+                          int pairs)
 {
     int64_t height = round_up(n, VF_LANES) / (pairs ? 2 : 1), panel = height * VF_LANES;
 
@@ -248,7 +248,8 @@ VF_FUNC void pack_rows_as(float *out, const rows *x, int64_t first, int64_t n, i
     }
 }
 
-/* out [D / lanes][n in units][lanes], n rounded up to whole vectors; rows and columns beyond are 0. */
+/* out [D / lanes][n in units][lanes], n rounded up to whole vectors; rows and columns beyond are
+ * 0. */
 static inline void pack_rows(float *out, const rows *x, int64_t first, int64_t n, int64_t D,
                              int pairs)
 {

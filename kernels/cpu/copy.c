@@ -44,20 +44,42 @@ static void convert_run(const walk *w, char *y, int64_t to, const char *x, int64
     }
 }
 
+/* `rows` rows of n elements. A call of memcpy for each would cost as much as a short row. */
+static void copy_rows(const walk *w, char *y, const char *x, int64_t rows, int64_t n)
+{
+    int last = w->ndim - 1, above = last > 0 ? last - 1 : 0;
+    int64_t size = w->op[0].size, to = w->op[0].stride[last], from = w->op[1].stride[last];
+    int64_t down = w->op[0].stride[above] * size, along = w->op[1].stride[above] * w->op[1].size;
+    int same = w->op[0].dtype == w->op[1].dtype;
+    int64_t bytes = same && to == 1 && from == 1 ? n * size : 0;
+
+    for (int64_t r = 0; r < rows; r++, y += down, x += along) {
+        if (bytes > 0 && bytes <= 1024 && bytes % 64 == 0)
+            for (int64_t i = 0; i < bytes; i += 64)
+                memcpy(y + i, x + i, 64);
+        else if (same)
+            DS_CPU(row_move)(y, to, x, from, size, n);
+        else
+            convert_run(w, y, to, x, from, n);
+    }
+}
+
 static void copy_part(const walk *w, int64_t begin, int64_t end)
 {
-    int64_t to = w->op[0].stride[w->ndim - 1], from = w->op[1].stride[w->ndim - 1], n;
-    int same = w->op[0].dtype == w->op[1].dtype;
+    int last = w->ndim - 1;
+    int64_t row = w->shape[last];
     cursor c;
 
     cursor_start(&c, w, begin);
-    for (; begin < end; begin += n) {
-        n = cursor_rest(&c, w) < end - begin ? cursor_rest(&c, w) : end - begin;
-        if (same)
-            DS_CPU(row_move)(cursor_at(&c, w, 0), to, cursor_at(&c, w, 1), from, w->op[0].size, n);
-        else
-            convert_run(w, cursor_at(&c, w, 0), to, cursor_at(&c, w, 1), from, n);
-        cursor_advance(&c, w, n);
+    while (begin < end) {
+        int64_t n = cursor_rest(&c, w) < end - begin ? cursor_rest(&c, w) : end - begin;
+        int64_t rows = n < row || last == 0 ? 1 : (end - begin) / row;
+        int64_t left = last == 0 ? 1 : w->shape[last - 1] - c.index[last - 1];
+
+        rows = rows < left ? rows : left;
+        copy_rows(w, cursor_at(&c, w, 0), cursor_at(&c, w, 1), rows, n);
+        begin += rows * n;
+        cursor_advance(&c, w, rows * n);
     }
 }
 
@@ -108,12 +130,13 @@ static void transpose_4x4(uint32_t *y, int64_t ys, const uint32_t *x, int64_t xs
 }
 
 /* One tile: `rows` rows of y, each `columns` elements long; rows of y are `ys` elements apart,
- * columns of y (rows of x) `xs`. */
+ * columns of y (rows of x) `xs`. Lines of x are read whole, then lines of y are written, a few rows
+ * at a time. */
 #define TILE(type, side, block, transpose_block)                                                   \
     static void tile_##type(void *out, int64_t ys, const void *in, int64_t xs, int64_t rows,       \
                             int64_t columns)                                                       \
     {                                                                                              \
-        _Alignas(64) type a[side][side], b[side][side];                                            \
+        _Alignas(64) type a[side][side];                                                           \
         type *y = out;                                                                             \
         const type *x = in;                                                                        \
                                                                                                    \
@@ -125,11 +148,9 @@ static void transpose_4x4(uint32_t *y, int64_t ys, const uint32_t *x, int64_t xs
         }                                                                                          \
         for (int64_t j = 0; j < side; j++)                                                         \
             memcpy(a[j], x + j * xs, sizeof a[j]);                                                 \
-        for (int i = 0; i < side; i += block)                                                      \
-            for (int j = 0; j < side; j += block)                                                  \
-                transpose_block(&b[i][j], side, &a[j][i], side);                                   \
-        for (int64_t i = 0; i < side; i++)                                                         \
-            memcpy(y + i * ys, b[i], sizeof b[i]);                                                 \
+        for (int64_t i = 0; i < side; i += block)                                                  \
+            for (int64_t j = 0; j < side; j += block)                                              \
+                transpose_block(y + i * ys + j, ys, &a[j][i], side);                               \
     }
 
 static void transpose_u8(uint8_t *y, int64_t ys, const uint8_t *x, int64_t xs)
@@ -164,7 +185,10 @@ static int column_dim(const walk *w)
     return -1;
 }
 
-/* Tiles over dimensions `dim` (rows of y) and the last, for all positions in the other ones. */
+/* Tiles over dimensions `dim` (rows of y) and the last, for all positions in the other ones. They come
+ * in groups of GROUP down the rows: so a row of x is read on over a few lines. */
+#define GROUP 4
+
 static void copy_tiles(const walk *whole, int dim, int threads)
 {
     static void (*const tile[])(void *, int64_t, const void *, int64_t, int64_t, int64_t) = {
@@ -172,7 +196,7 @@ static void copy_tiles(const walk *whole, int dim, int threads)
     int last = whole->ndim - 1;
     int64_t side = TILE_BYTES / whole->op[0].size, size = whole->op[0].size;
     int64_t rows = whole->shape[dim], columns = whole->shape[last];
-    int64_t down = (rows + side - 1) / side, across = (columns + side - 1) / side;
+    int64_t down = (rows + GROUP * side - 1) / (GROUP * side), across = (columns + side - 1) / side;
     int64_t ys = whole->op[0].stride[dim], xs = whole->op[1].stride[last];
     walk w = *whole;
 
@@ -185,13 +209,15 @@ static void copy_tiles(const walk *whole, int dim, int threads)
 
         ds_part(&begin, &end, whole->numel / (rows * columns) * down * across, 1);
         for (int64_t t = begin; t < end; t++) {
-            int64_t i = t / across % down * side, j = t % across * side;
+            int64_t top = t / across % down * side * GROUP, j = t % across * side;
 
             if (t == begin || t % (down * across) == 0)
                 cursor_start(&c, &w, t / (down * across));
-            tile[size](cursor_at(&c, &w, 0) + (i * ys + j) * size, ys,
-                       cursor_at(&c, &w, 1) + (i + j * xs) * size, xs,
-                       rows - i < side ? rows - i : side, columns - j < side ? columns - j : side);
+            for (int64_t i = top; i < rows && i < top + GROUP * side; i += side)
+                tile[size](cursor_at(&c, &w, 0) + (i * ys + j) * size, ys,
+                           cursor_at(&c, &w, 1) + (i + j * xs) * size, xs,
+                           rows - i < side ? rows - i : side,
+                           columns - j < side ? columns - j : side);
         }
     }
 }

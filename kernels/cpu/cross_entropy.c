@@ -1,9 +1,9 @@
 /* cross_entropy.c - the output projection and its mean cross-entropy in one, with gradients.
  *
  * With a vocabulary of 50 000 the logits are the largest tensor of a language model and are needed
- * for a moment only. So rows are taken in chunks: logits into scratch, loss and gradient of each row in
- * one visit (each exp is computed once), then the two products that use the gradient while it is
- * still in the cache.
+ * for a moment only. So rows are taken in chunks: logits into scratch, loss and gradient of each
+ * row in one visit (each exp is computed once), then the two products that use the gradient
+ * while it is still in the cache.
  */
 #include <math.h>
 
@@ -34,10 +34,11 @@ static int count_targets(int64_t *count, const ds_tensor *target, int64_t ignore
         if (t == ignore)
             continue;
         if (t < 0 || t >= classes)
-            return ds_fail(DS_ERANGE,
-                           "linear_cross_entropy: target %lld in row %lld is not a class: there are %lld, "
-                           "and %lld is ignored",
-                           (long long)t, (long long)i, (long long)classes, (long long)ignore);
+            return ds_fail(
+                DS_ERANGE,
+                "linear_cross_entropy: target %lld in row %lld is not a class: there are %lld, "
+                "and %lld is ignored",
+                (long long)t, (long long)i, (long long)classes, (long long)ignore);
         ++*count;
     }
     return 0;
@@ -118,7 +119,8 @@ static double visit_row_any(char *row, float *powers, int64_t target, int64_t pa
     return visit_row(row, powers, target, padded, scale, DS_F16);
 }
 
-static double visit_row_f64(double *row, int gradient, int64_t target, int64_t classes, double scale)
+static double visit_row_f64(double *row, int gradient, int64_t target, int64_t classes,
+                            double scale)
 {
     double max = -INFINITY, sum = 0, at_target = row[target];
 
@@ -144,7 +146,7 @@ typedef struct task {
     char *logits; /* scratch: [rows, stride], of which `padded` columns are used */
     int64_t rows, stride, padded, classes, width;
     int64_t ignore;
-    double scale; /* of the gradient: seed / rows that count */
+    double scale;   /* of the gradient: seed / rows that count */
     double *losses; /* [N] */
     int gradient, accumulate, dtype;
 } task;
@@ -170,7 +172,8 @@ static double visit(const task *t, int64_t i, char *row, float *powers)
         return visit_row_f64((double *)row, t->gradient, target, t->classes, t->scale);
     if (t->padded > t->classes)
         fill_low(row + t->classes * bytes, t->padded - t->classes, t->dtype);
-    return visit_row_any(row, t->gradient ? powers : NULL, target, t->padded, (float)t->scale, t->dtype);
+    return visit_row_any(row, t->gradient ? powers : NULL, target, t->padded, (float)t->scale,
+                         t->dtype);
 }
 
 static int visit_chunk(const task *t, int64_t first, int64_t rows)
@@ -196,8 +199,8 @@ static int visit_chunk(const task *t, int64_t first, int64_t rows)
 /* Rows `first` and on of x [N, K]. */
 static ds_matrix rows_from(const ds_tensor *x, int64_t first)
 {
-    return ds_matrix_of((char *)x->data + first * x->stride[0] * ds_bytes_of(x->dtype), x->stride[0],
-                        x->stride[1], x->dtype);
+    return ds_matrix_of((char *)x->data + first * x->stride[0] * ds_bytes_of(x->dtype),
+                        x->stride[0], x->stride[1], x->dtype);
 }
 
 static int run_chunk(const task *t, int64_t first, int64_t rows)
@@ -239,8 +242,9 @@ static int check(const task *t, const ds_tensor *scratch)
         return ds_fail(DS_EINVAL, "linear_cross_entropy wants x [N x K], w [V x K] and target [N]");
     if (!ds_is_float(x->dtype) || w->dtype != x->dtype || scratch->dtype != x->dtype ||
         t->loss->dtype != (x->dtype == DS_F64 ? DS_F64 : DS_F32) || t->loss->numel != 1)
-        return ds_fail(DS_EINVAL, "linear_cross_entropy wants w and scratch in the dtype of x, %s, and "
-                                  "one loss in f32 (f64 for f64)",
+        return ds_fail(DS_EINVAL,
+                       "linear_cross_entropy wants w and scratch in the dtype of x, %s, and "
+                       "one loss in f32 (f64 for f64)",
                        ds_name_of(x->dtype));
     if (target->dtype != DS_I64 && target->dtype != DS_I32 && target->dtype != DS_U8)
         return ds_fail(DS_EINVAL, "linear_cross_entropy wants targets of i64, i32 or u8, not %s",

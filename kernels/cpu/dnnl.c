@@ -1,8 +1,9 @@
 /* dnnl.c - cached oneDNN primitives.
  *
- * oneDNN 2.x (Debian 12, Ubuntu 22.04) and 3.x differ in how descriptors are made; the few functions
- * under "versions" hide that. Everything is shared and guarded by one lock, because a primitive's
- * memory handles are set for each call: one product runs at a time, on all threads of the pool.
+ * oneDNN 2.x (Debian 12, Ubuntu 22.04) and 3.x differ in how descriptors are made; the few
+ * functions under "versions" hide that. Everything is shared and guarded by one lock, because a
+ * primitive's memory handles are set for each call: one product runs at a time, on all threads of
+ * the pool.
  */
 #include "kernels/cpu/dnnl.h"
 
@@ -24,8 +25,8 @@ typedef struct entry {
     ds_dnnl_key key;
     struct entry *next; /* in the bucket */
     uint64_t hash;
-    uint64_t used;               /* tick of the last use */
-    dnnl_primitive_t primitive;  /* NULL: there is no fast kernel */
+    uint64_t used;                  /* tick of the last use */
+    dnnl_primitive_t primitive;     /* NULL: there is no fast kernel */
     dnnl_memory_t memory[MAX_ARGS]; /* in the order of args */
     dnnl_exec_arg_t args[MAX_ARGS];
     int nargs;
@@ -33,7 +34,7 @@ typedef struct entry {
     dnnl_memory_t plain;   /* b before that */
     size_t packed;         /* bytes of b after it */
     size_t scratch;        /* bytes */
-    char name[48];  /* oneDNN's name of the kernel */
+    char name[48];         /* oneDNN's name of the kernel */
 } entry;
 
 static struct {
@@ -58,7 +59,10 @@ typedef const_dnnl_memory_desc_t const_desc;
 typedef dnnl_memory_desc_t desc; /* a plain struct */
 typedef const dnnl_memory_desc_t *const_desc;
 #define REF(d) (&(d))
-#define DESC_NONE {0}
+#define DESC_NONE                                                                                  \
+    {                                                                                              \
+        0                                                                                          \
+    }
 #endif
 
 static dnnl_status_t desc_make(desc *out, int ndim, const dnnl_dims_t shape, dnnl_data_type_t dtype,
@@ -107,7 +111,8 @@ static dnnl_status_t matmul_describe(dnnl_primitive_desc_t *out, desc *a, desc *
     dnnl_status_t status;
 #if DNNL_VERSION_MAJOR >= 3
     *out = NULL;
-    status = dnnl_matmul_primitive_desc_create(out, cache.engine, *a, *b, bias ? *bias : NULL, *c, attr);
+    status =
+        dnnl_matmul_primitive_desc_create(out, cache.engine, *a, *b, bias ? *bias : NULL, *c, attr);
     while (!status && kind && strncmp(name_of(*out), kind, length) != 0)
         status = dnnl_primitive_desc_next_impl(*out);
 #else
@@ -183,8 +188,9 @@ static int has_amx(void)
 static const uint8_t dtypes[DS_DTYPES] = {[DS_F32] = dnnl_f32, [DS_BF16] = dnnl_bf16};
 
 /* One operand's descriptor: batch dimensions first. A repeated batch has size 1 for oneDNN. */
-static dnnl_status_t operand(desc *out, const ds_dnnl_key *key, int dtype, const int64_t *batch_stride,
-                             int64_t rows, int64_t cols, int64_t row, int64_t col)
+static dnnl_status_t operand(desc *out, const ds_dnnl_key *key, int dtype,
+                             const int64_t *batch_stride, int64_t rows, int64_t cols, int64_t row,
+                             int64_t col)
 {
     dnnl_dims_t shape = {0}, stride = {0};
     int n = key->batches;
@@ -232,9 +238,8 @@ static int is_fast(const entry *e)
 static dnnl_status_t bind(entry *e, int arg, dnnl_primitive_desc_t pd, dnnl_query_t what, int index,
                           int dnnl_arg)
 {
-    dnnl_status_t status =
-        dnnl_memory_create(&e->memory[arg], dnnl_primitive_desc_query_md(pd, what, index),
-                           cache.engine, NULL);
+    dnnl_status_t status = dnnl_memory_create(
+        &e->memory[arg], dnnl_primitive_desc_query_md(pd, what, index), cache.engine, NULL);
 
     e->args[arg] = (dnnl_exec_arg_t){dnnl_arg, e->memory[arg]};
     e->nargs = arg + 1;
@@ -248,8 +253,8 @@ static dnnl_status_t compile(entry *e, dnnl_primitive_desc_t pd)
     snprintf(e->name, sizeof e->name, "%s", name_of(pd));
     if (!is_fast(e))
         return dnnl_unimplemented;
-    e->scratch = dnnl_memory_desc_get_size(
-        dnnl_primitive_desc_query_md(pd, dnnl_query_scratchpad_md, 0));
+    e->scratch =
+        dnnl_memory_desc_get_size(dnnl_primitive_desc_query_md(pd, dnnl_query_scratchpad_md, 0));
     status = bind(e, ARG_A, pd, dnnl_query_src_md, 0, DNNL_ARG_SRC);
     if (!status)
         status = bind(e, ARG_B, pd, dnnl_query_weights_md, 0, DNNL_ARG_WEIGHTS);
@@ -305,9 +310,11 @@ static dnnl_status_t describe_operands(descs *d, const ds_dnnl_key *key)
     int last = key->batches + 1;
     dnnl_status_t status;
 
-    status = operand(&d->a, key, key->a_dtype, key->a_batch, key->m, key->k, key->a_row, key->a_col);
+    status =
+        operand(&d->a, key, key->a_dtype, key->a_batch, key->m, key->k, key->a_row, key->a_col);
     if (!status)
-        status = operand(&d->b, key, key->b_dtype, key->b_batch, key->k, key->n, key->b_row, key->b_col);
+        status =
+            operand(&d->b, key, key->b_dtype, key->b_batch, key->k, key->n, key->b_row, key->b_col);
     if (!status)
         status = operand(&d->c, key, key->c_dtype, key->c_batch, key->m, key->n, key->c_row, 1);
     if (!status)
@@ -510,7 +517,8 @@ static int execute(void *c, const void *a, const void *b, const void *bias, entr
     if (!status)
         status = dnnl_primitive_execute(e->primitive, cache.stream, e->nargs, e->args);
     if (status)
-        return ds_fail(DS_EINVAL, "oneDNN's %s failed with status %d on [%lld x %lld] x [%lld x %lld]",
+        return ds_fail(DS_EINVAL,
+                       "oneDNN's %s failed with status %d on [%lld x %lld] x [%lld x %lld]",
                        e->name, (int)status, (long long)e->key.m, (long long)e->key.k,
                        (long long)e->key.k, (long long)e->key.n);
     return 0;

@@ -39,8 +39,9 @@ int ds_dnnl_has_bf16(void);
 /* oneDNN's name of the kernel behind a key ("brg:avx512_core"), NULL where there is no fast one. */
 const char *ds_dnnl_kernel(const ds_dnnl_key *key);
 
-/* Keeps oneDNN to the instructions of a level of this project: "v2", "v3", "v4", "v4bf16" ("x86-64-v4"
- * and so on will do). Only before the first product; DS_EINVAL later, and for an unknown name. */
+/* Keeps oneDNN to the instructions of a level of this project: "v2", "v3", "v4", "v4bf16"
+ * ("x86-64-v4" and so on will do). Only before the first product; DS_EINVAL later, and for an
+ * unknown name. */
 int ds_dnnl_limit(const char *level);
 
 /* Primitives kept: when there are more, the one used longest ago goes. Counters for tests. */

@@ -1,12 +1,10 @@
 /* linear.c - the linear layer: a product, then bias and activation in one pass over its result.
  *
- * The pass computes the activation and its derivative from one exp, and keeps the derivative, so that
- * backward is one multiplication: cheaper than keeping the activation's input and, on the shapes of a
- * transformer, than having oneDNN apply it (8 to 14 % of the product). Without an activation the bias
- * is oneDNN's; with one it is added here, where it costs nothing.
+ * The pass computes the activation and its derivative from one power, and keeps the derivative, so
+ * that backward is one multiplication: cheaper than keeping the activation's input and, on the
+ * shapes of a transformer, than having oneDNN apply it (8 to 14 % of the product). Without an
+ * activation the bias is oneDNN's; with one it is added here, where it costs nothing.
  */
-#include <math.h>
-
 #include "kernels/cpu/matmul.h"
 #include "kernels/cpu/simd.h"
 #include "kernels/scalar.h"
@@ -16,10 +14,10 @@
 
 /* ---- activations and their derivatives, each from one power
  *
- * Arguments are bounded to where that power is a normal number, which also makes the limits right: an
- * activation of -inf is 0, of inf inf, of NaN NaN. All polynomials are fitted for the least relative
- * error on their range. `fine`, a constant: the digits of f32 (and f16); else those of bf16, whose
- * rounding, 2e-3, hides an error of 2e-4. */
+ * Arguments are bounded to where that power is a normal number, which also makes the limits
+ * right: an activation of -inf is 0, of inf inf, of NaN NaN. All polynomials are fitted for the
+ * least relative error on their range. `fine`, a constant: the digits of f32 (and f16); else
+ * those of bf16, whose rounding, 2e-3, hides an error of 2e-4. */
 
 typedef struct both {
     vf y, slope;
@@ -106,7 +104,8 @@ VF_FUNC both gelu_tanh(vf x, int fine)
     vf up = vf_max(vf_set(-9.9f), x), c = vf_min(vf_set(9.9f), up), z = cubic * c * c;
     vf s = sigmoid(twice * c * (1.0f + z), fine);
 
-    return (both){up * s, vf_fma(c * s * (1.0f - s) * twice, vf_fma(z, vf_set(3.0f), vf_set(1.0f)), s)};
+    return (both){up * s,
+                  vf_fma(c * s * (1.0f - s) * twice, vf_fma(z, vf_set(3.0f), vf_set(1.0f)), s)};
 }
 
 VF_FUNC both relu(vf x, int fine)
@@ -203,8 +202,8 @@ static const struct {
 /* ---- the pass over y [rows, cols] ---- */
 
 typedef struct pass {
-    char *y, *slope; /* slope: dense, or NULL */
-    const void *bias; /* [cols] f32 (f64 for f64), or NULL */
+    char *y, *slope;            /* slope: dense, or NULL */
+    const void *bias;           /* [cols] f32 (f64 for f64), or NULL */
     int64_t rows, cols, stride; /* of y */
     int dtype, activation;
 } pass;
@@ -218,7 +217,8 @@ static void activate(const pass *p, int64_t row, int64_t col, int64_t n)
     char *slope = p->slope ? p->slope + (row * p->cols + col) * bytes : NULL;
 
     if (p->dtype == DS_F64)
-        activations[p->activation].f64(y, slope, p->bias ? (const double *)p->bias + col : zeros, n);
+        activations[p->activation].f64(y, slope, p->bias ? (const double *)p->bias + col : zeros,
+                                       n);
     else
         activations[p->activation].low[p->dtype](
             y, slope, p->bias ? (const float *)p->bias + col : (const float *)zeros, n);
@@ -271,14 +271,15 @@ static int check_linear(const ds_tensor *y, const ds_tensor *slope, const ds_ten
 
     if (w->ndim != 2 || x->ndim < 1 || y->ndim < 1 || x->shape[x->ndim - 1] != k ||
         y->shape[y->ndim - 1] != n || (b && b->numel != n))
-        return ds_fail(DS_EINVAL, "linear wants x [.. x %lld], y [.. x %lld] and b [%lld] for w [%lld x %lld]",
+        return ds_fail(DS_EINVAL,
+                       "linear wants x [.. x %lld], y [.. x %lld] and b [%lld] for w [%lld x %lld]",
                        (long long)k, (long long)n, (long long)n, (long long)n, (long long)k);
     if (!ds_is_float(x->dtype) || w->dtype != x->dtype || y->dtype != x->dtype)
         return ds_fail(DS_EINVAL, "linear cannot make %s of %s and %s", ds_name_of(y->dtype),
                        ds_name_of(x->dtype), ds_name_of(w->dtype));
     if (activation < 0 || activation >= ACTIVATION_COUNT || (slope && !activation))
-        return ds_fail(DS_EINVAL, "linear has no %s %d", slope ? "slope with activation" : "activation",
-                       activation);
+        return ds_fail(DS_EINVAL, "linear has no %s %d",
+                       slope ? "slope with activation" : "activation", activation);
     if (y->stride[y->ndim - 1] != 1 && y->numel > 1 && n > 1)
         return ds_fail(DS_EINVAL, "linear writes rows without gaps, not a stride of %lld",
                        (long long)y->stride[y->ndim - 1]);
@@ -431,15 +432,18 @@ static void backward_f64(ds_tensor *db, ds_matrix dh, ds_matrix dy, ds_matrix sl
 static int check_backward(const ds_tensor *dh, const ds_tensor *db, const ds_tensor *dy,
                           const ds_tensor *slope, int64_t cols)
 {
-    if (!ds_is_float(dy->dtype) || (slope && (!dh || dh->dtype != dy->dtype || slope->dtype != dy->dtype)))
+    if (!ds_is_float(dy->dtype) ||
+        (slope && (!dh || dh->dtype != dy->dtype || slope->dtype != dy->dtype)))
         return ds_fail(DS_EINVAL, "linear_backward_bias wants dh and slope in the dtype of dy, %s",
                        ds_name_of(dy->dtype));
     if (slope && (dh->numel != dy->numel || slope->numel != dy->numel))
-        return ds_fail(DS_EINVAL, "linear_backward_bias got %lld, %lld and %lld elements in dh, dy, slope",
+        return ds_fail(DS_EINVAL,
+                       "linear_backward_bias got %lld, %lld and %lld elements in dh, dy, slope",
                        (long long)dh->numel, (long long)dy->numel, (long long)slope->numel);
     if (db && (db->numel != cols || !db->dense || !ds_is_float(db->dtype) ||
                (dy->dtype == DS_F64) != (db->dtype == DS_F64)))
-        return ds_fail(DS_EINVAL, "linear_backward_bias wants db dense with %lld elements, not %lld %s",
+        return ds_fail(DS_EINVAL,
+                       "linear_backward_bias wants db dense with %lld elements, not %lld %s",
                        (long long)cols, (long long)db->numel, ds_name_of(db->dtype));
     if ((dy->shape[dy->ndim - 1] > 1 && dy->stride[dy->ndim - 1] != 1) ||
         (slope && cols > 1 &&

@@ -19,8 +19,8 @@
 
 /* ---- putting a product in order ---- */
 
-/* A stride along a dimension of size 1 means nothing: give it the value that makes the matrix dense,
- * so that oneDNN sees a layout it knows and equal shapes make equal keys. */
+/* A stride along a dimension of size 1 means nothing: give it the value that makes the matrix
+ * dense, so that oneDNN sees a layout it knows and equal shapes make equal keys. */
 static void tidy_matrix(ds_matrix *x, int64_t rows, int64_t cols)
 {
     if (rows == 1 && cols == 1) {
@@ -206,7 +206,8 @@ static void convert_row(void *dst, int dst_dtype, const void *src, int dtype, in
         for (int64_t i = 0; i < n; i += CHUNK) {
             int64_t part = n - i < CHUNK ? n - i : CHUNK;
 
-            ds_row_load(chunk, (const char *)src + i * stride * ds_bytes_of(dtype), dtype, part, stride);
+            ds_row_load(chunk, (const char *)src + i * stride * ds_bytes_of(dtype), dtype, part,
+                        stride);
             ds_row_store((char *)dst + i * ds_bytes_of(dst_dtype), chunk, dst_dtype, part, 1);
         }
     }
@@ -221,9 +222,9 @@ static void dense_batches(ds_matrix *x, const ds_product *p, int64_t elements)
     }
 }
 
-/* Copies x [batch.., rows, cols] into the scratch of `slot` as dtype, and makes x that copy: dense, f64
- * by rows, others in the order of the smaller stride; each batch written out unless all of them
- * repeat one matrix. */
+/* Copies x [batch.., rows, cols] into the scratch of `slot` as dtype, and makes x that copy:
+ * dense, f64 by rows, others in the order of the smaller stride; each batch written out unless
+ * all of them repeat one matrix. */
 static int pack(ds_matrix *x, const ds_product *p, int64_t rows, int64_t cols, int dtype, int slot)
 {
     int by_column = dtype != DS_F64 && x->row < x->col;
@@ -348,7 +349,8 @@ static int loops(const ds_product *p)
     int threads = ds_threads(lines * n * k / 4);
     double *sums;
 
-    if (pack(&a, p, p->m, k, DS_F64, DS_SCRATCH_A) < 0 || pack(&b, p, k, n, DS_F64, DS_SCRATCH_B) < 0)
+    if (pack(&a, p, p->m, k, DS_F64, DS_SCRATCH_A) < 0 ||
+        pack(&b, p, k, n, DS_F64, DS_SCRATCH_B) < 0)
         return DS_ENOMEM;
     sums = ds_scratch(DS_SCRATCH_SUMS, (size_t)(threads * 3 * n) * sizeof *sums);
     if (!sums)
@@ -433,8 +435,8 @@ static int64_t most_elements(const ds_product *p)
     return (most > mn ? most : mn) * batch_count(p);
 }
 
-/* In two along the longest dimension; along k only where y keeps the sums in full. DS_ENOSYS: there is
- * nothing to split. */
+/* In two along the longest dimension; along k only where y keeps the sums in full. DS_ENOSYS:
+ * there is nothing to split. */
 static int halves(const ds_product *p)
 {
     int sums_in_y = p->y.dtype == DS_F32 || p->y.dtype == DS_F64;
@@ -499,15 +501,16 @@ static int check(const ds_tensor *y, const ds_tensor *a, const ds_tensor *b)
     int n = y->ndim;
 
     if (a->ndim < 2 || b->ndim < 2 || n < 2 || a->ndim > n || b->ndim > n)
-        return ds_fail(DS_EINVAL, "matmul wants matrices, not %d and %d dimensions into %d", a->ndim,
-                       b->ndim, n);
+        return ds_fail(DS_EINVAL, "matmul wants matrices, not %d and %d dimensions into %d",
+                       a->ndim, b->ndim, n);
     if (a->dtype != b->dtype || !ds_is_float(a->dtype) ||
         (y->dtype != a->dtype && (y->dtype != DS_F32 || a->dtype == DS_F64)))
         return ds_fail(DS_EINVAL, "matmul cannot make %s of %s and %s", ds_name_of(y->dtype),
                        ds_name_of(a->dtype), ds_name_of(b->dtype));
-    if (a->shape[a->ndim - 1] != b->shape[b->ndim - 2] || y->shape[n - 2] != a->shape[a->ndim - 2] ||
-        y->shape[n - 1] != b->shape[b->ndim - 1])
-        return ds_fail(DS_EINVAL, "matmul cannot make [%lld x %lld] of [%lld x %lld] and [%lld x %lld]",
+    if (a->shape[a->ndim - 1] != b->shape[b->ndim - 2] ||
+        y->shape[n - 2] != a->shape[a->ndim - 2] || y->shape[n - 1] != b->shape[b->ndim - 1])
+        return ds_fail(DS_EINVAL,
+                       "matmul cannot make [%lld x %lld] of [%lld x %lld] and [%lld x %lld]",
                        (long long)y->shape[n - 2], (long long)y->shape[n - 1],
                        (long long)a->shape[a->ndim - 2], (long long)a->shape[a->ndim - 1],
                        (long long)b->shape[b->ndim - 2], (long long)b->shape[b->ndim - 1]);
@@ -524,7 +527,8 @@ static int as_matrix(ds_matrix *out, const ds_tensor *x, const ds_tensor *y)
         int64_t size = x->shape[d - first];
 
         if (size != y->shape[d] && size != 1)
-            return ds_fail(DS_EINVAL, "matmul cannot broadcast batch dimension %d from %lld to %lld", d,
+            return ds_fail(DS_EINVAL,
+                           "matmul cannot broadcast batch dimension %d from %lld to %lld", d,
                            (long long)size, (long long)y->shape[d]);
         out->batch[d] = size == 1 ? 0 : x->stride[d - first];
     }

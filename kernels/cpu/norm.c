@@ -1,9 +1,10 @@
-/* norm.c - layer norm and RMS norm over the last dimension, with the residual's sum in the same pass.
+/* norm.c - layer norm and RMS norm over the last dimension, with the residual's sum in the same
+ * pass.
  *
- * A row is read from memory once and stays in the first-level cache for the passes that follow: the
- * variance takes a pass of its own (E[x²] - E[x]² would lose digits), backward reads its two inputs again
- * rather than keep what it made of them. Every thread sums dw and db for itself; the sums are
- * added up in the threads' order.
+ * A row is read from memory once and stays in the first-level cache for the passes that follow:
+ * the variance takes a pass of its own (E[x²] - E[x]² would lose digits), backward reads its two
+ * inputs again rather than keep what it made of them. Every thread sums dw and db for itself;
+ * the sums are added up in the threads' order.
  */
 #include "kernels/cpu/level.h"
 
@@ -18,7 +19,7 @@ typedef struct norm {
     const ds_tensor *y, *sum, *dx;          /* outputs */
     const ds_tensor *mean, *rstd;           /* mean NULL: RMS norm */
     const float *w, *b;                     /* [C]; b may be NULL */
-    float *dw, *db;                         /* sums of each thread, `apart` floats from each other */
+    float *dw, *db; /* sums of each thread, `apart` floats from each other */
     int64_t rows, C, apart;
     double eps;
 } norm;
@@ -36,12 +37,15 @@ static int check_rows(const char *what, const char *name, const ds_tensor *t, co
                        ds_name_of(t->dtype), ds_name_of(x->dtype));
     if (t->ndim != x->ndim || t->numel != x->numel ||
         memcmp(t->shape, x->shape, (size_t)x->ndim * sizeof *x->shape) != 0)
-        return ds_fail(DS_EINVAL, "%s: %s has %lld elements in %d dimensions, must have the "
-                       "input's shape (%lld in %d)", what, name, (long long)t->numel, t->ndim,
-                       (long long)x->numel, x->ndim);
+        return ds_fail(DS_EINVAL,
+                       "%s: %s has %lld elements in %d dimensions, must have the "
+                       "input's shape (%lld in %d)",
+                       what, name, (long long)t->numel, t->ndim, (long long)x->numel, x->ndim);
     if (t->stride[last] != 1 && t->shape[last] > 1)
-        return ds_fail(DS_EINVAL, "%s: the last dimension of %s is not dense (stride %lld; call "
-                       "contiguous() first)", what, name, (long long)t->stride[last]);
+        return ds_fail(DS_EINVAL,
+                       "%s: the last dimension of %s is not dense (stride %lld; call "
+                       "contiguous() first)",
+                       what, name, (long long)t->stride[last]);
     return 0;
 }
 
@@ -143,8 +147,8 @@ VF_FUNC vf inside(vf v, int64_t left)
 
 /* ---- forward. x and sum are of one dtype, delta and y of one. */
 
-VF_FUNC vf add_step(const void *x, void *sum, const void *delta, int64_t i,
-                    int64_t left, int x_dtype, int y_dtype)
+VF_FUNC vf add_step(const void *x, void *sum, const void *delta, int64_t i, int64_t left,
+                    int x_dtype, int y_dtype)
 {
     vf v = load(x, i, left, x_dtype);
 
@@ -162,7 +166,8 @@ VF_FUNC vf square_step(vf s, const void *x, float mean, int64_t i, int64_t left,
     return vf_fma(v, v, s);
 }
 
-/* Mean of x, or of sum = x + delta. Four sums, so that an addition need not wait for the last one. */
+/* Mean of x, or of sum = x + delta. Four sums, so that an addition need not wait for the last
+ * one. */
 VF_FUNC float mean_as(const void *x, void *sum, const void *delta, int64_t C, int x_dtype,
                       int y_dtype)
 {
@@ -194,8 +199,8 @@ VF_FUNC float variance_as(const void *x, float mean, int64_t C, int x_dtype)
     return vf_sum((s[0] + s[1]) + (s[2] + s[3])) * (1 / (float)C);
 }
 
-VF_FUNC void normalise_step(void *y, const void *x, const float *w, const float *b, vf mean, vf rstd,
-                            int64_t i, int64_t left, int x_dtype, int y_dtype)
+VF_FUNC void normalise_step(void *y, const void *x, const float *w, const float *b, vf mean,
+                            vf rstd, int64_t i, int64_t left, int x_dtype, int y_dtype)
 {
     vf v = (load(x, i, left, x_dtype) - mean) * rstd, wi = load(w, i, left, DS_F32);
 
@@ -327,7 +332,8 @@ typedef void backward_rows(const norm *n, float *dw, float *db, int64_t begin, i
         for (int64_t r = begin; r < end; r++)                                                      \
             forward_as(n, r, DS_##x, DS_##y);                                                      \
     }                                                                                              \
-    static void backward_##x##_##y(const norm *n, float *dw, float *db, int64_t begin, int64_t end) \
+    static void backward_##x##_##y(const norm *n, float *dw, float *db, int64_t begin,             \
+                                   int64_t end)                                                    \
     {                                                                                              \
         for (int64_t r = begin; r < end; r++)                                                      \
             backward_as(n, dw, db, r, DS_##x, DS_##y);                                             \
@@ -459,13 +465,16 @@ int DS_CPU(norm)(ds_tensor *y, ds_tensor *sum, ds_tensor *mean, ds_tensor *rstd,
     float *memory;
 
     if (rc < 0 || (rc = check_rows(what, "the output", y, x)) < 0 ||
-        (rc = check_rows(what, "sum", sum, x)) < 0 || (rc = check_rows(what, "delta", delta, x)) < 0 ||
-        (rc = check_statistics(what, &n)) < 0 || (rc = check_vector(what, "w", w, n.C, x)) < 0 ||
+        (rc = check_rows(what, "sum", sum, x)) < 0 ||
+        (rc = check_rows(what, "delta", delta, x)) < 0 || (rc = check_statistics(what, &n)) < 0 ||
+        (rc = check_vector(what, "w", w, n.C, x)) < 0 ||
         (rc = check_vector(what, "b", b, n.C, x)) < 0)
         return rc;
     if (!delta != !sum || (sum && (sum->dtype != x->dtype || delta->dtype != y->dtype)))
-        return ds_fail(DS_EINVAL, "%s: sum and delta belong together; sum is of the input's dtype, "
-                       "delta of the output's", what);
+        return ds_fail(DS_EINVAL,
+                       "%s: sum and delta belong together; sum is of the input's dtype, "
+                       "delta of the output's",
+                       what);
     if (x->dtype == DS_F64) {
         forward_f64(&n, w, b);
         return 0;
@@ -513,9 +522,9 @@ int DS_CPU(norm_backward)(ds_tensor *dx, ds_tensor *dw, ds_tensor *db, const ds_
     int threads = ds_threads(x->numel), rc = set_shape(&n, what, x);
     float *memory;
 
-    if (rc < 0 || (rc = check_rows(what, "dx", dx, x)) < 0 || (rc = check_rows(what, "dy", dy, x)) < 0 ||
-        (rc = check_rows(what, "dsum", dsum, x)) < 0 || (rc = check_statistics(what, &n)) < 0 ||
-        (rc = check_vector(what, "w", w, n.C, x)) < 0 ||
+    if (rc < 0 || (rc = check_rows(what, "dx", dx, x)) < 0 ||
+        (rc = check_rows(what, "dy", dy, x)) < 0 || (rc = check_rows(what, "dsum", dsum, x)) < 0 ||
+        (rc = check_statistics(what, &n)) < 0 || (rc = check_vector(what, "w", w, n.C, x)) < 0 ||
         (rc = check_vector(what, "dw", dw, n.C, x)) < 0 ||
         (rc = check_vector(what, "db", db, n.C, x)) < 0)
         return rc;
@@ -528,8 +537,7 @@ int DS_CPU(norm_backward)(ds_tensor *dx, ds_tensor *dw, ds_tensor *db, const ds_
         return 0;
     }
     n.apart = (n.C + VF_LANES - 1) / VF_LANES * VF_LANES + 16;
-    memory = ds_scratch(DS_SCRATCH_SUMS,
-                        (size_t)((2 + 2 * threads) * n.apart) * sizeof(float));
+    memory = ds_scratch(DS_SCRATCH_SUMS, (size_t)((2 + 2 * threads) * n.apart) * sizeof(float));
     if (!memory)
         return DS_ENOMEM;
     n.w = column(w, memory, n.C, 1);

@@ -156,11 +156,8 @@ int DS_CPU(sgd)(ds_tensor *p, ds_tensor *momentum_buffer, ds_tensor *low, const 
 int DS_CPU(lion)(ds_tensor *p, ds_tensor *m, ds_tensor *low, const ds_tensor *g, double lr,
                  double beta1, double beta2, double weight_decay, double gscale)
 {
-    hyper h = {.lr = lr,
-               .beta1 = beta1,
-               .beta2 = beta2,
-               .weight_decay = weight_decay,
-               .gscale = gscale};
+    hyper h = {
+        .lr = lr, .beta1 = beta1, .beta2 = beta2, .weight_decay = weight_decay, .gscale = gscale};
 
     return run("lion", lion_f32, lion_f64, p, m, NULL, low, g, &h);
 }

@@ -1,8 +1,9 @@
 /* optim_rules.h - the optimizers' arithmetic, once for f32 and once for f64.
  *
- * optim.c includes this with REAL (the type), SQRT, FMA and NAME(rule) defined. Each rule is one pass over
- * n elements; h holds its constants, g is the gradient as it lies in memory, to be multiplied by gscale.
- * Plain loops: they are bound by memory, and the compiler's vectors keep up with it.
+ * optim.c includes this with REAL (the type), SQRT, FMA and NAME(rule) defined. Each rule is one
+ * pass over n elements; h holds its constants, g is the gradient as it lies in memory, to be
+ * multiplied by gscale. Plain loops: they are bound by memory, and the compiler's vectors keep
+ * up with it.
  */
 
 static void NAME(adam)(void *restrict pv, void *restrict mv, void *restrict vv,
@@ -28,7 +29,8 @@ static void NAME(adam)(void *restrict pv, void *restrict mv, void *restrict vv,
     }
 }
 
-/* As torch.optim.SGD: the first step takes the gradient undamped, the rate multiplies the whole velocity. */
+/* As torch.optim.SGD: the first step takes the gradient undamped, the rate multiplies the whole
+ * velocity. */
 static void NAME(sgd)(void *restrict pv, void *restrict bv, void *restrict unused,
                       const void *restrict gv, int64_t n, const hyper *h)
 {

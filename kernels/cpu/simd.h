@@ -142,11 +142,15 @@ VF_FUNC vh vh_load(const uint16_t *p)
 
 VF_FUNC vh vh_load_part(const uint16_t *p, int64_t n)
 {
+#if VF_LANES == 16
+    return (vh)_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p);
+#else
     uint16_t lanes[VF_LANES] = {0};
 
     for (int64_t i = 0; i < n; i++)
         lanes[i] = p[i];
     return vh_load(lanes);
+#endif
 }
 
 VF_FUNC void vh_store(uint16_t *p, vh h)
@@ -156,11 +160,15 @@ VF_FUNC void vh_store(uint16_t *p, vh h)
 
 VF_FUNC void vh_store_part(uint16_t *p, vh h, int64_t n)
 {
+#if VF_LANES == 16
+    _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), (__m256i)h);
+#else
     uint16_t lanes[VF_LANES];
 
     vh_store(lanes, h);
     for (int64_t i = 0; i < n; i++)
         p[i] = lanes[i];
+#endif
 }
 
 VF_FUNC vf vf_load_bf16(const uint16_t *p)

@@ -120,35 +120,57 @@ int DS_CPU(argmin)(ds_tensor *y, const ds_tensor *x, int dim)
     return extreme("argmin", y, x, dim, ~0ull);
 }
 
-/* ---- cumsum: in f64 (i64 for integers), `width` lines side by side */
+/* ---- cumsum: in f64 (i64 for integers) */
 
+typedef union row {
+    float f32[CHUNK];
+    double f64[CHUNK];
+    int64_t i64[CHUNK];
+} row;
+
+static void row_load(row *r, const char *x, int dtype, int64_t n, int64_t stride)
+{
+    if (!ds_is_float(dtype))
+        ds_row_load_i64(r->i64, x, dtype, n, stride);
+    else if (dtype == DS_F64)
+        ds_row_load_f64(r->f64, x, dtype, n, stride);
+    else
+        ds_row_load(r->f32, x, dtype, n, stride);
+}
+
+static void row_store(const row *r, char *y, int dtype, int from, int64_t n, int64_t stride)
+{
+    if (!ds_is_float(from))
+        ds_row_store_i64(y, r->i64, dtype, n, stride);
+    else if (from == DS_F64)
+        ds_row_store_f64(y, r->f64, dtype, n, stride);
+    else
+        ds_row_store(y, r->f32, dtype, n, stride);
+}
+
+/* `width` lines side by side. */
 static void cumsum_lines(const walk *w, const cursor *c, int64_t width, int64_t count,
                          int64_t y_step, int64_t x_step, int reverse)
 {
-    int last = w->ndim - 1, real = ds_is_float(w->op[1].dtype);
-    int64_t ys = w->op[0].stride[last], xs = w->op[1].stride[last];
-    union {
-        double real[CHUNK];
-        int64_t integer[CHUNK];
-    } sum, row;
+    int last = w->ndim - 1, dtype = w->op[1].dtype;
+    row sum, r;
 
     memset(&sum, 0, sizeof sum);
     for (int64_t i = 0; i < count; i++) {
         int64_t at = reverse ? count - 1 - i : i;
-        char *y = cursor_at(c, w, 0) + at * y_step * w->op[0].size;
-        const char *x = cursor_at(c, w, 1) + at * x_step * w->op[1].size;
 
-        if (real) {
-            ds_row_load_f64(row.real, x, w->op[1].dtype, width, xs);
-            for (int64_t j = 0; j < width; j++)
-                sum.real[j] += row.real[j];
-            ds_row_store_f64(y, sum.real, w->op[0].dtype, width, ys);
-        } else {
-            ds_row_load_i64(row.integer, x, w->op[1].dtype, width, xs);
-            for (int64_t j = 0; j < width; j++)
-                sum.integer[j] = (int64_t)((uint64_t)sum.integer[j] + (uint64_t)row.integer[j]);
-            ds_row_store_i64(y, sum.integer, w->op[0].dtype, width, ys);
+        row_load(&r, cursor_at(c, w, 1) + at * x_step * w->op[1].size, dtype, width,
+                 w->op[1].stride[last]);
+        for (int64_t j = 0; j < width; j++) {
+            if (!ds_is_float(dtype))
+                r.i64[j] = sum.i64[j] = (int64_t)((uint64_t)sum.i64[j] + (uint64_t)r.i64[j]);
+            else if (dtype == DS_F64)
+                r.f64[j] = sum.f64[j] += r.f64[j];
+            else
+                r.f32[j] = (float)(sum.f64[j] += (double)r.f32[j]);
         }
+        row_store(&r, cursor_at(c, w, 0) + at * y_step * w->op[0].size, w->op[0].dtype, dtype,
+                  width, w->op[0].stride[last]);
     }
 }
 
@@ -156,35 +178,29 @@ static void cumsum_lines(const walk *w, const cursor *c, int64_t width, int64_t 
 static void cumsum_line(const walk *w, const cursor *c, int64_t count, int64_t y_step,
                         int64_t x_step, int reverse)
 {
-    int real = ds_is_float(w->op[1].dtype);
-    double sum = 0, row[CHUNK];
-    uint64_t total = 0, *integers = (uint64_t *)row;
+    int dtype = w->op[1].dtype;
+    uint64_t total = 0;
+    double sum = 0;
+    row r;
 
     for (int64_t i = 0, n; i < count; i += n) {
         int64_t at;
-        char *y;
-        const char *x;
 
         n = count - i < CHUNK ? count - i : CHUNK;
         at = reverse ? count - i - n : i;
-        y = cursor_at(c, w, 0) + at * y_step * w->op[0].size;
-        x = cursor_at(c, w, 1) + at * x_step * w->op[1].size;
-        if (real)
-            ds_row_load_f64(row, x, w->op[1].dtype, n, x_step);
-        else
-            ds_row_load_i64((int64_t *)row, x, w->op[1].dtype, n, x_step);
+        row_load(&r, cursor_at(c, w, 1) + at * x_step * w->op[1].size, dtype, n, x_step);
         for (int64_t j = 0; j < n; j++) {
             int64_t k = reverse ? n - 1 - j : j;
 
-            if (real)
-                row[k] = sum += row[k];
+            if (!ds_is_float(dtype))
+                r.i64[k] = (int64_t)(total += (uint64_t)r.i64[k]);
+            else if (dtype == DS_F64)
+                r.f64[k] = sum += r.f64[k];
             else
-                integers[k] = total += integers[k];
+                r.f32[k] = (float)(sum += (double)r.f32[k]);
         }
-        if (real)
-            ds_row_store_f64(y, row, w->op[0].dtype, n, y_step);
-        else
-            ds_row_store_i64(y, (int64_t *)row, w->op[0].dtype, n, y_step);
+        row_store(&r, cursor_at(c, w, 0) + at * y_step * w->op[0].size, w->op[0].dtype, dtype, n,
+                  y_step);
     }
 }
 

@@ -5,6 +5,7 @@
 #include <stdio.h>
 
 #define LONG_ROW 128 /* rows from this length on are visited one by one, shorter ones are collected */
+#define SHORT_ROW 16 /* the same where operands need no buffer */
 
 const char *DS_CPU(shape_text)(char text[128], const ds_tensor *t)
 {
@@ -222,7 +223,8 @@ static void convert_rows(const walk *w, int k, void *buffer, const int64_t *inde
 
 typedef struct part {
     cursor at;
-    char *filled[WALK_MAX]; /* the constant that a buffer is full of */
+    char *filled[WALK_MAX]; /* where what a buffer holds was taken from */
+    int64_t held[WALK_MAX]; /* how much of it, of a row (a constant fills all that is needed) */
     int64_t limit;          /* elements in one go */
     int64_t row;            /* elements that follow each other in every operand */
     int by_rows;            /* one row is visited after the other */
@@ -242,6 +244,7 @@ static void part_start(part *p, const walk *w, int64_t begin)
         const struct walk_operand *op = &w->op[k];
 
         p->filled[k] = NULL;
+        p->held[k] = 0;
         p->by_rows |= !op->linear && w->ndim > 1;
         if (!is_direct(op->dtype) || op->stride[w->ndim - 1] != 1)
             p->limit = WALK_CHUNK;
@@ -265,7 +268,10 @@ static void *operand(const walk *w, part *p, int k, char *buffer, int64_t n, int
     if (k == 0)
         return buffer;
     if (contiguous) {
-        ds_row_load((float *)(void *)buffer, memory, op->dtype, n, 1);
+        if (p->filled[k] != memory || p->held[k] < n) /* the same for every row: kept */
+            ds_row_load((float *)(void *)buffer, memory, op->dtype, n, 1);
+        p->filled[k] = memory;
+        p->held[k] = n;
     } else if (one_row && inner == 0) {
         if (p->filled[k] != memory)
             convert(op, 0, buffer, memory, 0, p->limit < p->row ? p->limit : p->row);
@@ -308,9 +314,60 @@ static void run_part(const walk *w, walk_body *body, const double *scalars, int6
     }
 }
 
+/* Whether bodies find every operand in memory, row by row, or constant along a row. */
+static int rows_are_direct(const walk *w)
+{
+    int last = w->ndim - 1;
+
+    for (int k = 0; k < w->count; k++)
+        if (!is_direct(w->op[k].dtype) ||
+            !(w->op[k].stride[last] == 1 || (k > 0 && w->op[k].stride[last] == 0)))
+            return 0;
+    return w->ndim > 1 && w->shape[last] >= SHORT_ROW;
+}
+
+/* The same as run_part() for such walks, without its care. */
+static void run_rows(const walk *w, walk_body *body, const double *scalars, int64_t begin,
+                     int64_t end)
+{
+    _Alignas(64) buffers buffer;
+    int last = w->ndim - 1;
+    int64_t row = w->shape[last], limit = row;
+    cursor c;
+
+    for (int k = 1; k < w->count; k++)
+        limit = w->op[k].stride[last] == 0 && limit > WALK_CHUNK ? WALK_CHUNK : limit;
+    cursor_start(&c, w, begin);
+    while (begin < end) {
+        int64_t n = cursor_rest(&c, w) < end - begin ? cursor_rest(&c, w) : end - begin;
+        int64_t rows = n < row ? 1 : (end - begin) / row;
+        int64_t left = w->shape[last - 1] - c.index[last - 1];
+
+        rows = rows < left ? rows : left;
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t i = 0; i < n; i += limit) {
+                void *at[WALK_MAX] = {NULL};
+
+                for (int k = 0; k < w->count; k++) {
+                    const struct walk_operand *op = &w->op[k];
+                    char *memory = cursor_at(&c, w, k) + r * op->stride[last - 1] * op->size;
+
+                    at[k] = op->stride[last] ? memory + i * op->size : buffer.data[k];
+                    if (op->stride[last] == 0 && i == 0 && (r == 0 || op->stride[last - 1] != 0))
+                        DS_CPU(row_move)(at[k], 1, memory, 0, op->size, limit);
+                }
+                body(n - i < limit ? n - i : limit, at, scalars);
+            }
+        begin += rows * n;
+        cursor_advance(&c, w, rows * n);
+    }
+}
+
 void DS_CPU(walk_run)(const walk *w, walk_body *body, const double *scalars, int cost)
 {
     static const double none[2];
+    void (*part)(const walk *, walk_body *, const double *, int64_t, int64_t) =
+        rows_are_direct(w) ? run_rows : run_part;
     int threads = ds_threads(w->numel * cost);
 
     if (w->numel == 0)
@@ -318,7 +375,7 @@ void DS_CPU(walk_run)(const walk *w, walk_body *body, const double *scalars, int
     if (!scalars)
         scalars = none;
     if (threads == 1) {
-        run_part(w, body, scalars, 0, w->numel);
+        part(w, body, scalars, 0, w->numel);
         return;
     }
 #pragma omp parallel num_threads(threads)
@@ -326,6 +383,6 @@ void DS_CPU(walk_run)(const walk *w, walk_body *body, const double *scalars, int
         int64_t begin, end;
 
         ds_part(&begin, &end, w->numel, WALK_CHUNK);
-        run_part(w, body, scalars, begin, end);
+        part(w, body, scalars, begin, end);
     }
 }

@@ -45,6 +45,20 @@ local function first_use(op, device)
   return ops
 end
 
+-- DS_CHECK=nan: every output of every operation is looked at, and the first NaN is an error.
+local checks_nan = (os.getenv "DS_CHECK" or ""):find("nan", 1, true) ~= nil
+
+local function refuse_nan(op, y)
+  if not y or not tensor.floating[y.dtype] or y.device == "meta" or op.name == "isfinite" then return end
+  local bad = tensor.new(y.shape, "bool", y.device)
+  local any = tensor.new({ 1 }, "bool", y.device)
+  tensor.run("ne", y.device, bad._c, y._c, y._c)
+  tensor.run("any", y.device, any._c, tensor.view.reshape(bad, { y:numel() })._c)
+  local found = any:item()
+  scope.release(bad)
+  if found then raise("%s: the result %s has a NaN (DS_CHECK=nan)", op.name, border.shape_string(y.shape)) end
+end
+
 local function list(names, format, sep)
   local out = {}
   for i, name in ipairs(names) do out[i] = (format:gsub("@", name)) end
@@ -64,7 +78,7 @@ local function generate(op)
   local lines = {}
   local function put(...) lines[#lines + 1] = (...):format(select(2, ...)) end
   local produced = concat(op.outputs, op.saved)
-  put("local op, infer, scope, state, memory, tables, first_use, revive, bad, check, Record, setmetatable = ...")
+  put("local op, infer, scope, state, memory, tables, first_use, revive, bad, check, Record, setmetatable, refuse_nan = ...")
   put("return function(%s)", table.concat(concat(op.inputs, op.args), ", "))
   for i, name in ipairs(op.inputs) do
     if op.optional[name] then
@@ -96,6 +110,7 @@ local function generate(op)
     put("end")
   end
   put("memory.tag = 0")
+  if checks_nan then put("refuse_nan(op, %s)", y) end
   if op.backward then
     local wants = {}
     for _, name in ipairs(op.inputs) do
@@ -147,7 +162,7 @@ function M.define(name, spec)
   function op.call_(...) -- the first call makes the function; most scripts use few operations
     local chunk = assert(loadstring(generate(op), "=op " .. name))
     op.call_ = chunk(op, spec.infer, scope, state, memory, op.tables, first_use, tensor.revive,
-      bad_argument, check, Record, setmetatable)
+      bad_argument, check, Record, setmetatable, refuse_nan)
     return op.call_(...)
   end
   return function(a, b, c, d, e, f, g, h, i, j, k)

@@ -35,6 +35,7 @@ local train, val = ds.data.text(opt.data, { length = opt.block_size }):split(0.9
 local config = { n_layer = opt.n_layer, n_head = opt.n_head, n_embd = opt.n_embd,
   block_size = opt.block_size, vocab_size = train.vocab_size, dropout = opt.dropout }
 local model = GPT(config)
+print(train)
 
 --- Linear warm-up, then half a cosine down to a tenth of the rate. A pure function of the step.
 local function schedule(step, lr)
@@ -50,7 +51,6 @@ local engine, _, loader = ds.initialize {
   training_data = train,
   lr_scheduler = schedule,
 }
-print(model)
 
 -- what sample.lua needs to make the model again
 local client_state = { model = config, characters = train.vocabulary.characters }

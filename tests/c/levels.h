@@ -12,7 +12,8 @@
 
 #include "kernels/backend.h"
 
-/* For main(): the exit status of all levels' runs, or -1 in the process that shall run the tests. */
+/* For main(): the exit status of all levels' runs, or -1 in the process that shall run the
+ * tests. */
 static inline int each_level(char **argv)
 {
     const char *const *level = ds_cpu_levels();

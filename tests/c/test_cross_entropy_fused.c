@@ -1,5 +1,5 @@
-/* test_cross_entropy_fused.c - linear_cross_entropy against plain loops in double, on every CPU level
- * of this machine. */
+/* test_cross_entropy_fused.c - linear_cross_entropy against plain loops in double, on every CPU
+ * level of this machine. */
 #include "tests/c/matrices.h"
 
 #include "tests/c/levels.h"
@@ -48,8 +48,8 @@ static int run(call *c, int with_dx, int with_dw)
                                      c->accumulate);
 }
 
-/* How far the gradient of logit (i, j) can be off, in units of slack: at the target it is softmax - 1,
- * where digits cancel. */
+/* How far the gradient of logit (i, j) can be off, in units of slack: at the target it is
+ * softmax - 1, where digits cancel. */
 static double weight(const call *c, const double *dlogits, int64_t i, int64_t j)
 {
     double unit = (int64_t)get(&c->target, i) == j ? 0.2 * c->seed / (double)c->count : 0;
@@ -89,8 +89,8 @@ static double expected(double *dlogits, double *largest, call *c)
     return c->count ? loss / (double)c->count : 0;
 }
 
-static void compare(const call *c, const double *dlogits, double slack, const double *old_dw, int dx,
-                    int dw)
+static void compare(const call *c, const double *dlogits, double slack, const double *old_dw,
+                    int dx, int dw)
 {
     for (int64_t i = 0; dx && i < c->n * c->k; i++) {
         double want = 0, size = 0;

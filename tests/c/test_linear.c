@@ -64,8 +64,8 @@ static void check_linear(int dtype, int64_t m, int64_t n, int64_t k, int activat
         before = fabs(h);
         h += bias_dtype < 0 ? 0 : get(&b, i % n);
         want = activate(&want_slope, h, activation);
-        /* The product is rounded once to the dtype before the activation: the slope is at most 1.13,
-         * and changes by at most 0.8 where it is smooth. */
+        /* The product is rounded once to the dtype before the activation: the slope is at most
+         * 1.13, and changes by at most 0.8 where it is smooth. */
         after = tiny * (size + 1) + (before + fabs(h)) * eps * 1.2;
         near(get(&y, i), want, after + eps * fabs(want) + (dtype == DS_F16 ? 1e-7 : 0), "y", i);
         if (with_slope && (activation != RELU || fabs(h) > after))
@@ -85,8 +85,9 @@ static void random_layers_match(void **state)
         int dtype = i % 4, activation = i / 4 % ACTIVATIONS;
         int bias = i % 3 == 0 ? -1 : i % 3 == 1 || dtype == DS_F64 ? dtype : DS_F32;
 
-        check_linear(dtype, between(1, 30), i % 7 ? between(1, 60) : between(500, 600), between(1, 30),
-                     activation, activation && i % 2, bias, (int)between(0, LAYOUTS - 1));
+        check_linear(dtype, between(1, 30), i % 7 ? between(1, 60) : between(500, 600),
+                     between(1, 30), activation, activation && i % 2, bias,
+                     (int)between(0, LAYOUTS - 1));
     }
 }
 
@@ -110,8 +111,8 @@ static void leading_dimensions_are_rows(void **state)
 /* x alone decides what the activation sees: w is 1. */
 static void activations_hold_at_the_extremes(void **state)
 {
-    static const double points[] = {0, -0.0, 1e-30, -1e-30, 0.5, -0.5, 3, -3, 6, -6, 12, -12, 30, -30,
-                                    80, -80, 1e4, -1e4};
+    static const double points[] = {0,  -0.0, 1e-30, -1e-30, 0.5, -0.5, 3,   -3,  6,
+                                    -6, 12,   -12,   30,     -30, 80,   -80, 1e4, -1e4};
     int n = sizeof points / sizeof *points;
 
     (void)state;
@@ -166,7 +167,10 @@ static void check_backward(int dtype, int db_dtype, int64_t m, int64_t n, int al
     ds_tensor slope = make(dtype, ROWS, 2, (int64_t[]){m, n});
     ds_tensor apart = make(dtype, ROW_GAPS, 2, (int64_t[]){m, n});
     ds_tensor db = make(db_dtype, ROWS, 1, (int64_t[]){n});
-    ds_tensor *dh = alias == IS_DY ? &dy : alias == IS_SLOPE ? &slope : alias == APART ? &apart : NULL;
+    ds_tensor *dh = alias == IS_DY      ? &dy
+                    : alias == IS_SLOPE ? &slope
+                    : alias == APART    ? &apart
+                                        : NULL;
     double *want = malloc((size_t)(m * n) * sizeof *want), eps = eps_of(dtype);
     double *sum = calloc((size_t)n, sizeof *sum), *size = calloc((size_t)n, sizeof *size);
     void *margins;
@@ -187,10 +191,12 @@ static void check_backward(int dtype, int db_dtype, int64_t m, int64_t n, int al
         fail_msg("%s", ds_error());
     for (int64_t j = 0; j < n; j++)
         near(get(&db, j), sum[j],
-             eps_of(db_dtype) * (fabs(sum[j]) + 1) + (dtype == DS_F64 ? 1e-14 : 1e-6) * (1 + size[j]),
+             eps_of(db_dtype) * (fabs(sum[j]) + 1) +
+                 (dtype == DS_F64 ? 1e-14 : 1e-6) * (1 + size[j]),
              "db", j);
     for (int64_t i = 0; dh && i < m * n; i++)
-        near(get(dh, i), want[i], 1.01 * eps * fabs(want[i]) + (dtype == DS_F16 ? 1e-7 : 1e-30), "dh", i);
+        near(get(dh, i), want[i], 1.01 * eps * fabs(want[i]) + (dtype == DS_F16 ? 1e-7 : 1e-30),
+             "dh", i);
     if (dh)
         margins_kept(dh, margins);
     free(want), free(sum), free(size);
@@ -210,7 +216,8 @@ static void backward_matches(void **state)
 
 static void backward_without_db_writes_dh(void **state)
 {
-    ds_tensor dy = make(DS_F32, ROWS, 2, (int64_t[]){5, 7}), slope = make(DS_F32, ROWS, 2, dy.shape);
+    ds_tensor dy = make(DS_F32, ROWS, 2, (int64_t[]){5, 7}),
+              slope = make(DS_F32, ROWS, 2, dy.shape);
 
     (void)state;
     randomise(&dy, 1);
@@ -226,7 +233,8 @@ static void same_bits_every_time(void **state)
 {
     (void)state;
     for (int dtype = DS_F32; dtype <= DS_F64; dtype++) {
-        ds_tensor dy = make(dtype, ROWS, 2, (int64_t[]){300, 256}), db = make(dtype, ROWS, 1, dy.shape + 1);
+        ds_tensor dy = make(dtype, ROWS, 2, (int64_t[]){300, 256}),
+                  db = make(dtype, ROWS, 1, dy.shape + 1);
         void *first;
 
         randomise(&dy, 1);
@@ -243,8 +251,10 @@ static void same_bits_every_time(void **state)
 
 static void wrong_calls_are_refused(void **state)
 {
-    ds_tensor x = make(DS_F32, ROWS, 2, (int64_t[]){3, 5}), w = make(DS_F32, ROWS, 2, (int64_t[]){4, 5});
-    ds_tensor y = make(DS_F32, ROWS, 2, (int64_t[]){3, 4}), b = make(DS_F32, ROWS, 1, (int64_t[]){3});
+    ds_tensor x = make(DS_F32, ROWS, 2, (int64_t[]){3, 5}),
+              w = make(DS_F32, ROWS, 2, (int64_t[]){4, 5});
+    ds_tensor y = make(DS_F32, ROWS, 2, (int64_t[]){3, 4}),
+              b = make(DS_F32, ROWS, 1, (int64_t[]){3});
     ds_tensor other = w;
 
     (void)state;

@@ -38,8 +38,8 @@ static int64_t batch_of(const ds_tensor *x, const ds_tensor *y, int64_t index)
 }
 
 /* Runs y = alpha a b + beta y and compares all of it, or `samples` elements if there are more. */
-static void multiply(ds_tensor *y, const ds_tensor *a, const ds_tensor *b, double alpha, double beta,
-                     int64_t samples)
+static void multiply(ds_tensor *y, const ds_tensor *a, const ds_tensor *b, double alpha,
+                     double beta, int64_t samples)
 {
     int64_t m = y->shape[y->ndim - 2], n = y->shape[y->ndim - 1];
     double eps = eps_of(y->dtype), inner = y->dtype == DS_F64 ? 0x1p-50 : 0x1p-22;
@@ -160,8 +160,8 @@ static void training_shapes_match(void **state)
 {
     (void)state;
     for (int dtype = DS_F32; dtype <= DS_BF16; dtype++) {
-        one_large_product(dtype, dtype, ROWS, COLUMNS, 384, 512, 128, 0); /* forward */
-        one_large_product(dtype, dtype, ROWS, ROWS, 384, 512, 128, 0);    /* gradient of x */
+        one_large_product(dtype, dtype, ROWS, COLUMNS, 384, 512, 128, 0);  /* forward */
+        one_large_product(dtype, dtype, ROWS, ROWS, 384, 512, 128, 0);     /* gradient of x */
         one_large_product(dtype, DS_F32, COLUMNS, ROWS, 512, 128, 768, 1); /* gradient of w */
         one_large_product(dtype, dtype, ROWS, COLUMNS, 2100, 300, 257, 0);
         one_large_product(dtype, dtype, ROWS, ROWS, 2100, 300, 257, 0.5);
@@ -249,8 +249,7 @@ static void same_bits_every_time(void **state)
         for (int again = 0; again < 3; again++) {
             memset(y.data, 0x55, span(&y));
             assert_int_equal(ops->matmul(&y, &a, &b, 1, 0), 0);
-            assert_memory_equal(first, y.data,
-                                (size_t)(y.numel * ds_bytes_of(y.dtype)));
+            assert_memory_equal(first, y.data, (size_t)(y.numel * ds_bytes_of(y.dtype)));
         }
         free(first);
         drop(&y), drop(&a), drop(&b);

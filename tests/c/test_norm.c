@@ -82,8 +82,11 @@ static ds_tensor rows(call *c, int dtype, double middle)
 {
     const setting *z = &c->z;
     int64_t extra = z->dense ? 0 : 3;
-    ds_tensor t = {.numel = z->A * z->R * z->C, .shape = {z->A, z->R, z->C}, .ndim = 3,
-                   .dtype = dtype, .dense = z->dense};
+    ds_tensor t = {.numel = z->A * z->R * z->C,
+                   .shape = {z->A, z->R, z->C},
+                   .ndim = 3,
+                   .dtype = dtype,
+                   .dense = z->dense};
 
     t.stride[2] = 1;
     t.stride[1] = z->C + extra; /* strided: a transposed view of [R, A, C + 3] */
@@ -164,8 +167,8 @@ static int backward(call *c)
 
     return ops->norm_backward(&c->dx, z->has_w ? &c->dw : NULL, z->has_b ? &c->db : NULL, &c->dy,
                               z->residual ? &c->sum : &c->x, z->has_w ? &c->w : NULL,
-                              z->centred ? &c->mean : NULL, &c->rstd,
-                              z->residual ? &c->dsum : NULL, z->accumulate);
+                              z->centred ? &c->mean : NULL, &c->rstd, z->residual ? &c->dsum : NULL,
+                              z->accumulate);
 }
 
 /* Of what the forward pass normalised: `sum` as it was rounded. */
@@ -205,7 +208,8 @@ static void expect_row(call *c, int64_t r)
 
 static double precision(int dtype)
 {
-    static const double of[] = {[DS_F32] = 3e-6, [DS_BF16] = 8e-3, [DS_F16] = 1e-3, [DS_F64] = 1e-12};
+    static const double of[] = {
+        [DS_F32] = 3e-6, [DS_BF16] = 8e-3, [DS_F16] = 1e-3, [DS_F64] = 1e-12};
 
     return of[dtype];
 }
@@ -216,9 +220,10 @@ static void close_to(const call *c, const char *name, double have, double want, 
 
     if (!(fabs(have - want) <= tolerance))
         fail_msg("%s is %.9g, not %.9g: [%d x %d x %d] x %s y %s w %s dw %s centred %d residual %d "
-                 "w %d b %d", name, have, want, (int)z->A, (int)z->R, (int)z->C,
-                 ds_name_of(z->x_dtype), ds_name_of(z->y_dtype), ds_name_of(z->w_dtype),
-                 ds_name_of(z->dw_dtype), z->centred, z->residual, z->has_w, z->has_b);
+                 "w %d b %d",
+                 name, have, want, (int)z->A, (int)z->R, (int)z->C, ds_name_of(z->x_dtype),
+                 ds_name_of(z->y_dtype), ds_name_of(z->w_dtype), ds_name_of(z->dw_dtype),
+                 z->centred, z->residual, z->has_w, z->has_b);
 }
 
 static void compare(const setting *z)
@@ -243,8 +248,8 @@ static void compare(const setting *z)
         }
     }
     for (int64_t i = 0; i < z->C; i++) {
-        double off = precision(z->dw_dtype) *
-                     (1 + fabs(c.dw_d[i]) + fabs(c.db_d[i]) + sqrt(rows_of_all));
+        double off =
+            precision(z->dw_dtype) * (1 + fabs(c.dw_d[i]) + fabs(c.db_d[i]) + sqrt(rows_of_all));
 
         if (z->has_w)
             close_to(&c, "dw", get(&c.dw, i), c.dw_d[i], off);
@@ -259,12 +264,17 @@ static void random_calls_match(void **unused)
     (void)unused;
     for (int i = 0; i < 300; i++) {
         int f64 = between(0, 6) == 0;
-        setting z = {.A = between(1, 3), .R = between(1, 40), .C = between(2, 200),
+        setting z = {.A = between(1, 3),
+                     .R = between(1, 40),
+                     .C = between(2, 200),
                      .x_dtype = f64 ? DS_F64 : (int)between(DS_F32, DS_F16),
                      .y_dtype = f64 ? DS_F64 : (int)between(DS_F32, DS_F16),
-                     .centred = (int)between(0, 1), .residual = (int)between(0, 1),
-                     .has_w = between(0, 3) > 0, .has_b = (int)between(0, 1),
-                     .accumulate = (int)between(0, 1), .dense = (int)between(0, 1)};
+                     .centred = (int)between(0, 1),
+                     .residual = (int)between(0, 1),
+                     .has_w = between(0, 3) > 0,
+                     .has_b = (int)between(0, 1),
+                     .accumulate = (int)between(0, 1),
+                     .dense = (int)between(0, 1)};
 
         z.w_dtype = f64 ? DS_F64 : (int)between(DS_F32, DS_F16);
         z.dw_dtype = f64 ? DS_F64 : between(0, 1) ? DS_F32 : z.w_dtype;
@@ -274,8 +284,16 @@ static void random_calls_match(void **unused)
 
 static void many_wide_rows_match(void **unused)
 {
-    setting z = {.A = 2, .R = 300, .C = 768, .x_dtype = DS_F32, .y_dtype = DS_BF16, .centred = 1,
-                 .residual = 1, .has_w = 1, .has_b = 1, .dense = 1};
+    setting z = {.A = 2,
+                 .R = 300,
+                 .C = 768,
+                 .x_dtype = DS_F32,
+                 .y_dtype = DS_BF16,
+                 .centred = 1,
+                 .residual = 1,
+                 .has_w = 1,
+                 .has_b = 1,
+                 .dense = 1};
 
     (void)unused;
     compare(&z);
@@ -362,9 +380,17 @@ static void f64_gradients_match_differences(void **unused)
 {
     (void)unused;
     for (int centred = 0; centred < 2; centred++) {
-        setting z = {.A = 1, .R = 3, .C = 5, .x_dtype = DS_F64, .y_dtype = DS_F64,
-                     .w_dtype = DS_F64, .dw_dtype = DS_F64, .centred = centred, .has_w = 1,
-                     .has_b = 1, .dense = 1};
+        setting z = {.A = 1,
+                     .R = 3,
+                     .C = 5,
+                     .x_dtype = DS_F64,
+                     .y_dtype = DS_F64,
+                     .w_dtype = DS_F64,
+                     .dw_dtype = DS_F64,
+                     .centred = centred,
+                     .has_w = 1,
+                     .has_b = 1,
+                     .dense = 1};
         call c;
         ds_tensor *in[3], *grad[3];
 

@@ -1,4 +1,5 @@
-/* test_optim.c - optimizers against their formulas in double, on every CPU level of this machine. */
+/* test_optim.c - optimizers against their formulas in double, on every CPU level of this
+ * machine. */
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -59,8 +60,13 @@ static void put(ds_tensor *t, int64_t i, double x)
 
 static ds_tensor vector(int dtype, int64_t n)
 {
-    ds_tensor t = {.data = malloc((size_t)(n * 8)), .numel = n, .shape = {n}, .stride = {1},
-                   .ndim = 1, .dtype = dtype, .dense = 1};
+    ds_tensor t = {.data = malloc((size_t)(n * 8)),
+                   .numel = n,
+                   .shape = {n},
+                   .stride = {1},
+                   .ndim = 1,
+                   .dtype = dtype,
+                   .dense = 1};
 
     assert_non_null(t.data);
     for (int64_t i = 0; i < n; i++)
@@ -74,8 +80,12 @@ static setting *make(int64_t n, int dtype, int g_dtype, int low_dtype, double gs
     setting *s = calloc(1, sizeof *s);
 
     assert_non_null(s);
-    *s = (setting){.n = n, .dtype = dtype, .g_dtype = g_dtype, .low_dtype = low_dtype,
-                   .gscale = gscale, .weight_decay = weight_decay};
+    *s = (setting){.n = n,
+                   .dtype = dtype,
+                   .g_dtype = g_dtype,
+                   .low_dtype = low_dtype,
+                   .gscale = gscale,
+                   .weight_decay = weight_decay};
     s->p = vector(dtype, n);
     s->a = vector(dtype, n);
     s->b = vector(dtype, n);

@@ -162,3 +162,14 @@ describe("gradcheck", function()
     says("backward gives", ds.testing.gradcheck, wrong, { ds.randn(3) })
   end)
 end)
+
+describe("DS_CHECK=nan", function()
+  it("names the operation and the line that made the first NaN", function()
+    local command = ([[DS_CHECK=nan '%s' -e 'local x = require("ds").tensor { 1, -1 }
+      print((x * 2):sqrt())' 2>&1]]):format(require("ds.ffi").host.program)
+    local pipe = assert(io.popen(command))
+    local text = pipe:read "*a"
+    pipe:close()
+    assert(text:find(":2: sqrt: the result [2] has a NaN", 1, true), text)
+  end)
+end)

@@ -122,7 +122,7 @@ describe("the nano GPT against PyTorch", function()
       local loss = engine(batch(text, ids, c, stream))
       engine:backward(loss)
       engine:step()
-      local tolerance = step <= 20 and 1e-4 or 1e-2
+      local tolerance = step <= 20 and 2e-5 or 1e-3 -- 2e-6 was seen
       assert.is_near(expected, loss:item(), tolerance * expected, "loss of step " .. step)
       assert.is_near(golden.norms[step], engine:get_global_grad_norm(),
         (step <= 20 and 1e-3 or 0.05) * golden.norms[step], "gradient norm of step " .. step)
@@ -167,6 +167,29 @@ describe("a GPT", function()
     ds.no_grad(function() model.ln_f.bias:copy_(model.wte.weight:select(1, 8) * 1e4) end)
     local y = model:generate(ds.zeros(1, 1, { dtype = "i64" }), 6)
     assert.are.same({ { 0, 7, 7, 7, 7, 7, 7 } }, y:tolist())
+  end)
+
+  it("is saved under Hugging Face's names, and loaded from them", function()
+    local folder = os.tmpname()
+    os.remove(folder)
+    local function engine_of(model)
+      return ds.initialize { model = model, config = { train_micro_batch_size_per_gpu = 1,
+        optimizer = { type = "AdamW" }, steps_per_print = 0 } }
+    end
+    local model, other = GPT(config), GPT(config)
+    local engine, second = engine_of(model), engine_of(other)
+    engine:save_checkpoint(folder, "one")
+    local saved = ds.load(folder .. "/one/weights/model-00001-of-00001.safetensors")
+    assert.are.same({ 16, 48 }, saved["transformer.h.0.attn.c_attn.weight"]:size())
+    assert.are.same(model.h[1].attn.c_attn.weight:t():tolist(),
+      saved["transformer.h.0.attn.c_attn.weight"]:tolist())
+    assert.are.same(model.wte.weight:tolist(), saved["transformer.wte.weight"]:tolist())
+    second:load_checkpoint(folder, "one")
+    local x = ds.randint(0, 11, 2, 8)
+    assert.are.same(model(x):tolist(), other(x):tolist())
+    engine:destroy()
+    second:destroy()
+    os.execute("rm -r '" .. folder .. "'")
   end)
 
   it("refuses what it cannot do", function()
