@@ -69,8 +69,8 @@ DS_FUNC void ds_normal_pair(float *z0, float *z1, uint32_t word0, uint32_t word1
     uint32_t from_half = ds_bits(x) - 0x3f3504f3u;
     float f = ds_float((from_half & 0x7fffff) + 0x3f3504f3u) - 1.0f, ff = DS_PLAIN_MUL(f, f);
     float e = (float)((int32_t)from_half >> 23);
-    float p = DS_PLAIN_FMA(DS_PLAIN_MUL(f, ff), DS_POLY_LOG(DS_PLAIN_FMA, f),
-                           DS_PLAIN_MUL(ff, -0.5f));
+    float p =
+        DS_PLAIN_FMA(DS_PLAIN_MUL(f, ff), DS_POLY_LOG(DS_PLAIN_FMA, f), DS_PLAIN_MUL(ff, -0.5f));
     float log = DS_PLAIN_FMA(e, 0.693147181f, DS_PLAIN_ADD(f, p));
     float radius = sqrtf(DS_PLAIN_MUL(-2.0f, log < 0.0f ? log : -0.0f));
     /* The angle 2π word1 / 2^32 as a quarter and |r| ≤ π/4. */

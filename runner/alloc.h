@@ -9,7 +9,7 @@
 /* One piece of a segment; `data` is 64-byte aligned. Free pieces are storages as well, with refs 0. */
 struct ds_storage {
     void *data;
-    int64_t bytes;      /* of the piece, at least what was asked for */
+    int64_t bytes; /* of the piece, at least what was asked for */
     atomic_int refs;
     int32_t device;
     int32_t tag;        /* ds_memory.tag at the time: the op it was made for */

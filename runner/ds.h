@@ -42,7 +42,8 @@ int ds_select(ds_tensor *out, const ds_tensor *x, int dim, int64_t index);
 int ds_reshape(ds_tensor *out, const ds_tensor *x, int ndim, const int64_t *shape);
 int ds_expand(ds_tensor *out, const ds_tensor *x, int ndim, const int64_t *shape);
 /* n elements of x's storage from element `offset` of x on, as a dense tensor of that shape. */
-int ds_slice_flat(ds_tensor *out, const ds_tensor *x, int64_t offset, int ndim, const int64_t *shape);
+int ds_slice_flat(ds_tensor *out, const ds_tensor *x, int64_t offset, int ndim,
+                  const int64_t *shape);
 
 /* Borrowed views, for the length of a kernel call: no reference is taken, never release them.
  * x must be dense but for the first two. rows: [numel / last, last]; columns: its transpose;
@@ -53,27 +54,27 @@ void ds_swapped(ds_tensor *out, const ds_tensor *x); /* last two dimensions swap
 void ds_heads(ds_tensor *out, const ds_tensor *x, int64_t first, int64_t count, int64_t width);
 
 int ds_references(const ds_tensor *t); /* how many tensors hold t's storage */
-int64_t ds_dtype_size(int dtype);       /* bytes */
+int64_t ds_dtype_size(int dtype);      /* bytes */
 const char *ds_dtype_name(int dtype);
 
 /* Memory counters of a device, bytes. */
 typedef struct ds_memory {
-    int64_t live;      /* in tensors that hold a reference */
-    int64_t peak;      /* highest live */
-    int64_t cached;    /* kept for reuse */
-    int64_t loose;     /* live bytes allocated while no scope was open: the collector's job */
-    int64_t takes;     /* allocations that went to the system */
-    int64_t calls;     /* allocations asked for */
-    int32_t tag;       /* set by Lua before an allocation: the op it is for */
-    int32_t scoped;    /* set by Lua: 1 while a scope is open */
+    int64_t live;   /* in tensors that hold a reference */
+    int64_t peak;   /* highest live */
+    int64_t cached; /* kept for reuse */
+    int64_t loose;  /* live bytes allocated while no scope was open: the collector's job */
+    int64_t takes;  /* allocations that went to the system */
+    int64_t calls;  /* allocations asked for */
+    int32_t tag;    /* set by Lua before an allocation: the op it is for */
+    int32_t scoped; /* set by Lua: 1 while a scope is open */
 } ds_memory;
 ds_memory *ds_memory_of(int device);
 /* Live bytes by tag: fills at most n, returns how many tags there are. */
 int ds_memory_by_tag(int device, int64_t *bytes, int n);
 void ds_memory_flush(int device); /* gives cached blocks back to the system */
 void ds_memory_reset_peak(int device);
-int64_t ds_memory_rss(void);      /* resident bytes of this process now; -1 unknown */
-int64_t ds_page_faults(void);     /* minor + major faults of this process */
+int64_t ds_memory_rss(void);  /* resident bytes of this process now; -1 unknown */
+int64_t ds_page_faults(void); /* minor + major faults of this process */
 
 /* The kernels of a device; NULL if there is no such backend (ds_error() says why). */
 const struct ds_ops *ds_ops_of(int device);
@@ -111,7 +112,12 @@ const char *ds_dnnl_version(void);
 /* ---- JSON (json.c) */
 
 enum {
-    DS_JSON_NULL, DS_JSON_FALSE, DS_JSON_TRUE, DS_JSON_NUMBER, DS_JSON_STRING, DS_JSON_ARRAY,
+    DS_JSON_NULL,
+    DS_JSON_FALSE,
+    DS_JSON_TRUE,
+    DS_JSON_NUMBER,
+    DS_JSON_STRING,
+    DS_JSON_ARRAY,
     DS_JSON_OBJECT,
     DS_JSON_DEPTH = 256 /* arrays and objects inside each other */
 };
@@ -137,7 +143,7 @@ typedef struct ds_json {
 /* Parses `bytes` of text (comments and trailing commas allowed); *out is overwritten and must be
  * freed. Messages begin with "name:line: ". */
 int ds_json_parse(ds_json *out, const char *text, int64_t bytes, const char *name);
-void ds_json_free(ds_json *doc); /* twice is harmless */
+void ds_json_free(ds_json *doc);                   /* twice is harmless */
 int ds_json_utf8(const char *text, int64_t bytes); /* 1: valid UTF-8; 0: not */
 
 /* ---- files (io.c, file.c, safetensors.c) */

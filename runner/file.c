@@ -52,7 +52,7 @@ static int64_t round_up(int64_t n, int64_t to)
     return (n + to - 1) / to * to;
 }
 
-/* As xxh64sum and xxhsum -H3 print it. */
+/* The digits that `xxhsum -H3` prints. */
 static void hash_text(char out[17], uint64_t hash)
 {
     snprintf(out, 17, "%016llx", (unsigned long long)hash);

@@ -115,8 +115,9 @@ static int blank(struct blanker *b)
         if (c == '\n')
             b->line++;
         if ((c == '[' || c == '{') && ++b->depth > DS_JSON_DEPTH)
-            return ds_fail(DS_ECORRUPT, "%s:%d: arrays and objects are nested deeper than %d levels",
-                           b->name, b->line, DS_JSON_DEPTH);
+            return ds_fail(DS_ECORRUPT,
+                           "%s:%d: arrays and objects are nested deeper than %d levels", b->name,
+                           b->line, DS_JSON_DEPTH);
         if (c == ']' || c == '}') {
             b->depth--;
             drop_trailing_comma(b);
@@ -194,10 +195,11 @@ static int integer_node(const struct flattener *f, ds_json_node *node, json_int_
     /* 2^63 rounded up is the one double here that does not convert back */
     if (node->number < 9223372036854775808.0 && (json_int_t)node->number == value)
         return 0;
-    return ds_fail(DS_ECORRUPT,
-                   "%s:%d: integer %lld can't be held exactly (integers are exact up to 2^53); write "
-                   "it as a real number or as a string",
-                   f->name, node->line, (long long)value);
+    return ds_fail(
+        DS_ECORRUPT,
+        "%s:%d: integer %lld can't be held exactly (integers are exact up to 2^53); write "
+        "it as a real number or as a string",
+        f->name, node->line, (long long)value);
 }
 
 static int flatten(struct flattener *f, json_t *value, const char *key, int key_line)
@@ -291,8 +293,8 @@ static int parse(json_t **root, char *text, size_t bytes, const char *name)
     rc = blank(&b);
     if (rc < 0)
         return rc;
-    *root = json_loadb(text, bytes, JSON_REJECT_DUPLICATES | JSON_DECODE_ANY | JSON_ALLOW_NUL,
-                       &error);
+    *root =
+        json_loadb(text, bytes, JSON_REJECT_DUPLICATES | JSON_DECODE_ANY | JSON_ALLOW_NUL, &error);
     return *root ? 0 : parse_error(name, &error);
 }
 
@@ -325,8 +327,7 @@ int ds_json_parse(ds_json *out, const char *text, int64_t bytes, const char *nam
         rc = ds_fail(DS_ENOMEM, "%s: out of host memory", name);
         goto fail;
     }
-    struct flattener f = {
-        .name = name, .p = copy, .end = copy + bytes, .line = 1, .node = nodes};
+    struct flattener f = {.name = name, .p = copy, .end = copy + bytes, .line = 1, .node = nodes};
     rc = flatten(&f, root, NULL, 0);
     if (rc < 0)
         goto fail;

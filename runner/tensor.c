@@ -55,8 +55,8 @@ static int shape_dense(ds_tensor *t, int ndim, const int64_t *shape)
     t->ndim = ndim;
     for (int i = ndim - 1; i >= 0; i--) {
         if (shape[i] < 0)
-            return ds_fail(DS_EINVAL, "size %lld of dimension %d is negative",
-                           (long long)shape[i], i + 1);
+            return ds_fail(DS_EINVAL, "size %lld of dimension %d is negative", (long long)shape[i],
+                           i + 1);
         t->shape[i] = shape[i];
         t->stride[i] = n;
         if (shape[i] && n > ((int64_t)1 << 46) / shape[i])
@@ -220,8 +220,7 @@ int ds_reshape(ds_tensor *out, const ds_tensor *x, int ndim, const int64_t *shap
         have = x->shape[first];
         for (from = first + 1; have != want;) {
             if (have < want) {
-                if (x->shape[from] != 1 &&
-                    x->stride[from] * x->shape[from] != x->stride[first])
+                if (x->shape[from] != 1 && x->stride[from] * x->shape[from] != x->stride[first])
                     return 1;
                 have *= x->shape[from];
                 if (x->shape[from] != 1)

@@ -6,10 +6,10 @@
 
 struct ds_zero {
     int n_params, n_groups, world, n_buckets;
-    int64_t *offset;  /* [n_params]: first element of each parameter, in its group's buffer */
-    int64_t *numel;   /* [n_params] */
-    int32_t *group;   /* [n_params] */
-    int64_t *size;    /* [n_groups]: elements with padding, a multiple of world × ALIGN */
+    int64_t *offset; /* [n_params]: first element of each parameter, in its group's buffer */
+    int64_t *numel;  /* [n_params] */
+    int32_t *group;  /* [n_params] */
+    int64_t *size;   /* [n_groups]: elements with padding, a multiple of world × ALIGN */
     ds_zero_bucket *buckets;
 };
 
@@ -33,9 +33,10 @@ void ds_zero_free(ds_zero *z)
 static int place_params(ds_zero *z, const int64_t *numel, const int32_t *group)
 {
     for (int i = 0; i < z->n_params; i++) {
-        if (group[i] < 0 || group[i] >= z->n_groups || numel[i] < 0 || (i && group[i] < group[i - 1]))
-            return ds_fail(DS_EINVAL, "parameter %d of %lld elements cannot be in group %d of %d", i,
-                           (long long)numel[i], group[i], z->n_groups);
+        if (group[i] < 0 || group[i] >= z->n_groups || numel[i] < 0 ||
+            (i && group[i] < group[i - 1]))
+            return ds_fail(DS_EINVAL, "parameter %d of %lld elements cannot be in group %d of %d",
+                           i, (long long)numel[i], group[i], z->n_groups);
         z->numel[i] = numel[i];
         z->group[i] = group[i];
         z->offset[i] = z->size[group[i]];
@@ -64,8 +65,11 @@ static int cut_buckets(ds_zero *z, int64_t bucket_numel)
             if (end - z->offset[first - 1] > bucket_numel)
                 break;
         z->buckets[z->n_buckets++] = (ds_zero_bucket){
-            .group = g, .first = first, .last = last,
-            .start = z->offset[first], .numel = end - z->offset[first],
+            .group = g,
+            .first = first,
+            .last = last,
+            .start = z->offset[first],
+            .numel = end - z->offset[first],
         };
     }
     return 0;

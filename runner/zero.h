@@ -11,7 +11,7 @@
 
 #include "runner/ds.h"
 
-#define DS_ZERO_ALIGN 16       /* elements: a cache line of f32; parameters start on it */
-#define DS_NORM_BLOCK 65536    /* elements: gradient norms are summed over blocks of that size */
+#define DS_ZERO_ALIGN 16    /* elements: a cache line of f32; parameters start on it */
+#define DS_NORM_BLOCK 65536 /* elements: gradient norms are summed over blocks of that size */
 
 #endif

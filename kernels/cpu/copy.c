@@ -296,7 +296,8 @@ int DS_CPU(triangle)(ds_tensor *y, const ds_tensor *x, int diagonal, int upper)
     walk w;
     int rc;
 
-    if (y->ndim < 2 || y->ndim != x->ndim || memcmp(y->shape, x->shape, sizeof(int64_t) * (size_t)y->ndim))
+    if (y->ndim < 2 || y->ndim != x->ndim ||
+        memcmp(y->shape, x->shape, sizeof(int64_t) * (size_t)y->ndim))
         return ds_fail(DS_EINVAL, "triangle: %s and %s are not equally shaped matrices",
                        DS_CPU(shape_text)(have, x), DS_CPU(shape_text)(want, y));
     if (y->dtype != x->dtype)

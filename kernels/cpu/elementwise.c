@@ -126,8 +126,8 @@ static walk_body *const *choose(const struct integer *integers, const char *name
     {                                                                                              \
         static const bodies floats = {FLOATS(name##_backward)};                                    \
                                                                                                    \
-        return elementwise(#name "_backward", floats, "xxx", 3,                                    \
-                           (const ds_tensor *[]){dx, dy, s}, NULL, COSTLY);                        \
+        return elementwise(#name "_backward", floats, "xxx", 3, (const ds_tensor *[]){dx, dy, s},  \
+                           NULL, COSTLY);                                                          \
     }
 #include "kernels/ops.def"
 
@@ -149,12 +149,9 @@ INTEGER(maximum)
 INTEGER(minimum)
 #undef INTEGER
 
-static const struct integer integer_binary[] = {{"add", {INTEGERS(add)}},
-                                                {"sub", {INTEGERS(sub)}},
-                                                {"mul", {INTEGERS(mul)}},
-                                                {"maximum", {INTEGERS(maximum)}},
-                                                {"minimum", {INTEGERS(minimum)}},
-                                                {NULL, {NULL}}};
+static const struct integer integer_binary[] = {
+    {"add", {INTEGERS(add)}},         {"sub", {INTEGERS(sub)}},         {"mul", {INTEGERS(mul)}},
+    {"maximum", {INTEGERS(maximum)}}, {"minimum", {INTEGERS(minimum)}}, {NULL, {NULL}}};
 
 /* Powers that are something simpler. */
 static int easy_power(ds_tensor *y, const ds_tensor *x, double s, int flip)
@@ -162,8 +159,8 @@ static int easy_power(ds_tensor *y, const ds_tensor *x, double s, int flip)
     static const struct {
         double power;
         int (*kernel)(ds_tensor *, const ds_tensor *);
-    } easy[] = {{2, DS_CPU(square)}, {0.5, DS_CPU(sqrt)}, {-0.5, DS_CPU(rsqrt)},
-                {-1, DS_CPU(reciprocal)}};
+    } easy[] = {
+        {2, DS_CPU(square)}, {0.5, DS_CPU(sqrt)}, {-0.5, DS_CPU(rsqrt)}, {-1, DS_CPU(reciprocal)}};
 
     for (size_t i = 0; !flip && ds_is_float(x->dtype) && i < sizeof easy / sizeof *easy; i++)
         if (easy[i].power == s)
@@ -238,8 +235,7 @@ BODY(clamp_i32, int32_t, int32_t, int32_t, CLAMP(int32_t, (int32_t)s0, (int32_t)
 BODY(clamp_u8, uint8_t, uint8_t, uint8_t, CLAMP(uint8_t, (uint8_t)s0, (uint8_t)s1))
 BODY(clamp_backward_f32, float, float, float,
      ((b[i] >= (float)s0) & (b[i] <= (float)s1)) ? a[i] : 0.0f)
-BODY(clamp_backward_f64, double, double, double,
-     ((b[i] >= s0) & (b[i] <= s1)) ? a[i] : 0.0)
+BODY(clamp_backward_f64, double, double, double, ((b[i] >= s0) & (b[i] <= s1)) ? a[i] : 0.0)
 
 int DS_CPU(clamp)(ds_tensor *y, const ds_tensor *x, double low, double high)
 {
@@ -300,8 +296,7 @@ static int where(const char *name, ds_tensor *y, const ds_tensor *condition, con
     if (a->dtype != b->dtype || y->dtype != a->dtype)
         return ds_fail(DS_EINVAL, "%s: %s and %s cannot be mixed into %s", name,
                        ds_name_of(a->dtype), ds_name_of(b->dtype), ds_name_of(y->dtype));
-    rc = DS_CPU(walk_start)(&w, name, 4, (const ds_tensor *[]){y, condition, a, b},
-                            WALK_ANY);
+    rc = DS_CPU(walk_start)(&w, name, 4, (const ds_tensor *[]){y, condition, a, b}, WALK_ANY);
     if (rc < 0)
         return rc;
     walk_raw(&w, 0);

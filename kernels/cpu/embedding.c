@@ -15,8 +15,8 @@ static int check(const char *name, const ds_tensor *rows, const ds_tensor *w,
                  const ds_tensor *index)
 {
     char one[128], other[128];
-    int bad = w->ndim != 2 || rows->ndim != index->ndim + 1 ||
-              rows->shape[rows->ndim - 1] != w->shape[1];
+    int bad =
+        w->ndim != 2 || rows->ndim != index->ndim + 1 || rows->shape[rows->ndim - 1] != w->shape[1];
 
     for (int i = 0; i < index->ndim && !bad; i++)
         bad = rows->shape[i] != index->shape[i];
@@ -267,9 +267,9 @@ int DS_CPU(embedding_backward)(ds_tensor *dw, const ds_tensor *dy, const ds_tens
 
 /* What a thread needs for one position and one head of D elements. */
 typedef struct rotation {
-    double *frequency; /* [D/2] radians a position */
+    double *frequency;     /* [D/2] radians a position */
     double *cosine, *sine; /* [D/2], as f32 unless x is f64 */
-    double *row;       /* [D], as f32 unless x is f64 */
+    double *row;           /* [D], as f32 unless x is f64 */
 } rotation;
 
 static void turn_f32(const rotation *r, double position, int64_t half, int inverse)

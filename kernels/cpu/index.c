@@ -46,7 +46,8 @@ int DS_CPU(indices_load)(ds_tensor *out, const char *name, const ds_tensor *inde
             cursor_start(&c, &w, begin);
         for (int64_t i = begin; i < end; i += n) {
             n = cursor_rest(&c, &w) < end - i ? cursor_rest(&c, &w) : end - i;
-            ds_row_load_i64(to + i, cursor_at(&c, &w, 0), index->dtype, n, w.op[0].stride[w.ndim - 1]);
+            ds_row_load_i64(to + i, cursor_at(&c, &w, 0), index->dtype, n,
+                            w.op[0].stride[w.ndim - 1]);
             for (int64_t j = i; j < i + n; j++)
                 if ((uint64_t)to[j] >= (uint64_t)bound)
                     bad = bad < j ? bad : j;
@@ -427,9 +428,9 @@ static int64_t mask_part(const walk *w, mask_fn *row, char *list, int64_t begin,
         cursor_start(&c, w, begin);
     for (; begin < end; begin += n) {
         n = cursor_rest(&c, w) < end - begin ? cursor_rest(&c, w) : end - begin;
-        count += row(cursor_at(&c, w, 0), w->op[0].stride[last],
-                     (const uint8_t *)cursor_at(&c, w, 1), w->op[1].stride[last],
-                     list + count * size, size, n);
+        count +=
+            row(cursor_at(&c, w, 0), w->op[0].stride[last], (const uint8_t *)cursor_at(&c, w, 1),
+                w->op[1].stride[last], list + count * size, size, n);
         cursor_advance(&c, w, n);
     }
     return count;

@@ -16,11 +16,11 @@
 typedef struct job {
     const char *name;
     uint64_t seed, offset;
-    double a, b;          /* the distribution's two parameters */
-    int64_t low;          /* randint */
+    double a, b; /* the distribution's two parameters */
+    int64_t low; /* randint */
     uint64_t range;
     void (*make)(void *row, const uint32_t *words, int64_t n, const struct job *job);
-    const ds_tensor *x;   /* dropout; else NULL */
+    const ds_tensor *x; /* dropout; else NULL */
 } job;
 
 /* All words of a chunk that begins with element 4 (counter - offset). */

@@ -14,11 +14,11 @@
 #include <stdlib.h>
 
 #define LANES 128
-#define COLUMNS 1024      /* outputs in one block */
-#define BLOCK_ROWS 32     /* rows of columns that are summed in f32 */
-#define BLOCK 4096        /* elements of a row that are summed in f32 */
-#define PIECE 16384       /* elements that are worth a piece of their own */
-#define PIECES 64         /* blocks times pieces, about */
+#define COLUMNS 1024  /* outputs in one block */
+#define BLOCK_ROWS 32 /* rows of columns that are summed in f32 */
+#define BLOCK 4096    /* elements of a row that are summed in f32 */
+#define PIECE 16384   /* elements that are worth a piece of their own */
+#define PIECES 64     /* blocks times pieces, about */
 
 /* ---- the steps: a[i] = a[i] ∘ x[i] */
 
@@ -82,8 +82,8 @@ COMBINE(sum_f32, float, float, a + b)
 COMBINE(sum_wide, double, float, a + b)
 COMBINE(sum_f64, double, double, a + b)
 COMBINE(sum_i64, uint64_t, uint64_t, a + b)
-COMBINE(prod_f64, double, double, a * b)
-COMBINE(prod_i64, uint64_t, uint64_t, a * b)
+COMBINE(prod_f64, double, double, a *b)
+COMBINE(prod_i64, uint64_t, uint64_t, a *b)
 COMBINE(max_f32, float, float, MAX)
 COMBINE(max_wide, double, float, MAX)
 COMBINE(max_f64, double, double, MAX)
@@ -92,7 +92,7 @@ COMBINE(min_f32, float, float, MIN)
 COMBINE(min_wide, double, float, MIN)
 COMBINE(min_f64, double, double, MIN)
 COMBINE(min_i64, int64_t, int64_t, a < b ? a : b)
-COMBINE(all_i64, int64_t, int64_t, a & b)
+COMBINE(all_i64, int64_t, int64_t, a &b)
 COMBINE(any_i64, int64_t, int64_t, a | b)
 
 /* ---- rows of f32, bf16 or f16 to one number, by vectors */
@@ -184,17 +184,18 @@ VF_FUNC void sum_four_typed(float *sum, const void *x, int64_t step, int64_t n, 
     int64_t i = 0, b = step, c = 2 * step, d = 3 * step;
 
     for (; i + VF_LANES <= n; i += VF_LANES)
-        vf_store(sum + i, vf_load(sum + i) +
-                              ((vf_load_as(x, i, dtype) + vf_load_as(x, b + i, dtype)) +
-                               (vf_load_as(x, c + i, dtype) + vf_load_as(x, d + i, dtype))));
+        vf_store(sum + i,
+                 vf_load(sum + i) + ((vf_load_as(x, i, dtype) + vf_load_as(x, b + i, dtype)) +
+                                     (vf_load_as(x, c + i, dtype) + vf_load_as(x, d + i, dtype))));
     if (i < n) {
         int64_t m = n - i;
 
-        vf_store_part(sum + i,
-                      vf_load_part(sum + i, m) + ((vf_load_part_as(x, i, dtype, m) +
-                                                   vf_load_part_as(x, b + i, dtype, m)) +
-                                                  (vf_load_part_as(x, c + i, dtype, m) +
-                                                   vf_load_part_as(x, d + i, dtype, m))), m);
+        vf_store_part(
+            sum + i,
+            vf_load_part(sum + i, m) +
+                ((vf_load_part_as(x, i, dtype, m) + vf_load_part_as(x, b + i, dtype, m)) +
+                 (vf_load_part_as(x, c + i, dtype, m) + vf_load_part_as(x, d + i, dtype, m))),
+            m);
     }
 }
 
@@ -217,16 +218,16 @@ typedef struct reducer {
     fold_fn *fold; /* rows of f32_kind to one number */
 } reducer;
 
-static const reducer sum_reducer = {"sum",    &f32_kind, &i64_kind, sum_f32,
-                                    sum_wide, sum_f64,   sum_i64,   0, fold_sum};
-static const reducer mean_reducer = {"mean",   &f32_kind, NULL, sum_f32,
-                                     sum_wide, sum_f64,   NULL, 0, fold_sum};
-static const reducer max_reducer = {"max",    &f32_kind, &i64_kind, max_f32,
-                                    max_wide, max_f64,   max_i64,   NAN, fold_max};
-static const reducer min_reducer = {"min",    &f32_kind, &i64_kind, min_f32,
-                                    min_wide, min_f64,   min_i64,   NAN, fold_min};
-static const reducer prod_reducer = {"prod",   &f64_kind, &i64_kind, prod_f64,
-                                     prod_f64, prod_f64,  prod_i64,  1, NULL};
+static const reducer sum_reducer = {"sum",   &f32_kind, &i64_kind, sum_f32, sum_wide,
+                                    sum_f64, sum_i64,   0,         fold_sum};
+static const reducer mean_reducer = {"mean",  &f32_kind, NULL, sum_f32, sum_wide,
+                                     sum_f64, NULL,      0,    fold_sum};
+static const reducer max_reducer = {"max",   &f32_kind, &i64_kind, max_f32, max_wide,
+                                    max_f64, max_i64,   NAN,       fold_max};
+static const reducer min_reducer = {"min",   &f32_kind, &i64_kind, min_f32, min_wide,
+                                    min_f64, min_i64,   NAN,       fold_min};
+static const reducer prod_reducer = {"prod",   &f64_kind, &i64_kind, prod_f64, prod_f64,
+                                     prod_f64, prod_i64,  1,         NULL};
 static const reducer all_reducer = {"all", NULL, &i64_kind, NULL, NULL, NULL, all_i64, 1, NULL};
 static const reducer any_reducer = {"any", NULL, &i64_kind, NULL, NULL, NULL, any_i64, 0, NULL};
 
@@ -467,7 +468,8 @@ static void run_task(const plan *p, int64_t block, int64_t piece, state *partial
     else
         reduce_one(p, cursor_at(&c, &p->kept, 0), from, to, s);
     if (p->pieces == 1)
-        finish(p, cursor_at(&c, &p->kept, 1), p->columns ? p->kept.op[1].stride[last] : 1, s, width);
+        finish(p, cursor_at(&c, &p->kept, 1), p->columns ? p->kept.op[1].stride[last] : 1, s,
+               width);
 }
 
 /* Outputs [begin, end) of rows in one piece, a run of them at a time. */

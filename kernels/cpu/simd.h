@@ -25,7 +25,8 @@
 #endif
 
 typedef float vf __attribute__((vector_size(4 * VF_LANES)));
-typedef int32_t vi __attribute__((vector_size(4 * VF_LANES))); /* also what comparing vf gives: 0, -1 */
+typedef int32_t vi
+    __attribute__((vector_size(4 * VF_LANES))); /* also what comparing vf gives: 0, -1 */
 typedef uint32_t vu __attribute__((vector_size(4 * VF_LANES)));
 typedef uint16_t vh __attribute__((vector_size(2 * VF_LANES))); /* bf16 or f16 */
 

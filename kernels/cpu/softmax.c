@@ -60,8 +60,8 @@ static double exp_sum_f32(float *y, const float *x, int64_t n, float shift)
             int64_t rest = end - i < VF_LANES ? end - i : VF_LANES;
             float lane[VF_LANES];
 
-            vf_store(lane, vf_exp((rest < VF_LANES ? vf_load_part(x + i, rest) : vf_load(x + i)) -
-                                  s));
+            vf_store(lane,
+                     vf_exp((rest < VF_LANES ? vf_load_part(x + i, rest) : vf_load(x + i)) - s));
             for (int64_t j = 0; j < rest; j++)
                 sum += (double)lane[j];
             for (int64_t j = 0; j < rest && y; j++)
@@ -154,7 +154,7 @@ typedef void line_fn(void *out, const void *a, const void *b, int64_t n);
         for (int64_t i = 0; i < n; i++)                                                            \
             y[i] = (x[i] - most) - rest;                                                           \
     }                                                                                              \
-    /* dx = y (dy - Σ dy y) */                                                                     \
+    /* dx = y (dy - Σ dy y) */                                                                    \
     static void softmax_backward_##suffix(void *out, const void *a, const void *b, int64_t n)      \
     {                                                                                              \
         const real *dy = a, *y = b;                                                                \
@@ -163,7 +163,7 @@ typedef void line_fn(void *out, const void *a, const void *b, int64_t n);
         for (int64_t i = 0; i < n; i++)                                                            \
             dx[i] = y[i] * (dy[i] - sum);                                                          \
     }                                                                                              \
-    /* dx = dy - exp(y) Σ dy, by blocks, because out may be dy */                                  \
+    /* dx = dy - exp(y) Σ dy, by blocks, because out may be dy */                                 \
     static void log_softmax_backward_##suffix(void *out, const void *a, const void *b, int64_t n)  \
     {                                                                                              \
         const real *dy = a, *y = b;                                                                \
@@ -258,7 +258,8 @@ static int lines(const char *name, line_fn *const fn[2], int count, const ds_ten
         cursor_start(&c, &w, begin);
         for (; begin < end; begin++) {
             for (int k = 0; k < count; k++)
-                at[k] = row_of(cursor_at(&c, &w, k), dtype, n, t[k]->stride[dim], mine + k * row, k);
+                at[k] =
+                    row_of(cursor_at(&c, &w, k), dtype, n, t[k]->stride[dim], mine + k * row, k);
             fn[dtype == DS_F64](at[0], at[1], at[2], n);
             row_back(cursor_at(&c, &w, 0), dtype, n, t[0]->stride[dim], at[0]);
             cursor_advance(&c, &w, 1);
@@ -307,8 +308,9 @@ static int64_t target_at(const ds_tensor *target, int64_t i)
 {
     int64_t t;
 
-    ds_row_load_i64(&t, (const char *)target->data + i * target->stride[0] *
-                            ds_bytes_of(target->dtype), target->dtype, 1, 1);
+    ds_row_load_i64(&t,
+                    (const char *)target->data + i * target->stride[0] * ds_bytes_of(target->dtype),
+                    target->dtype, 1, 1);
     return t;
 }
 
@@ -336,8 +338,9 @@ static int check_targets(const char *name, const ds_tensor *logits, const ds_ten
         int64_t t = target_at(target, i);
 
         if (t != ignore && (t < 0 || t >= classes))
-            return ds_fail(DS_ERANGE, "%s: target %lld of row %lld is out of range for %lld classes",
-                           name, (long long)t, (long long)i, (long long)classes);
+            return ds_fail(DS_ERANGE,
+                           "%s: target %lld of row %lld is out of range for %lld classes", name,
+                           (long long)t, (long long)i, (long long)classes);
         *count += t != ignore;
     }
     return 0;
@@ -348,8 +351,9 @@ static double get(const ds_tensor *t, int64_t i)
 {
     double x;
 
-    ds_row_load_f64(&x, (const char *)t->data + (t->ndim ? i * t->stride[0] : 0) *
-                            ds_bytes_of(t->dtype), t->dtype, 1, 1);
+    ds_row_load_f64(
+        &x, (const char *)t->data + (t->ndim ? i * t->stride[0] : 0) * ds_bytes_of(t->dtype),
+        t->dtype, 1, 1);
     return x;
 }
 
@@ -424,8 +428,8 @@ int DS_CPU(cross_entropy)(ds_tensor *loss, ds_tensor *lse, const ds_tensor *logi
 }
 
 /* One row: out may be the logits themselves. */
-static void row_gradient(void *out, const void *row, int wide, int64_t n, int64_t target, double lse,
-                         double smoothing, double dloss)
+static void row_gradient(void *out, const void *row, int wide, int64_t n, int64_t target,
+                         double lse, double smoothing, double dloss)
 {
     double every = dloss * smoothing / (double)n;
 
@@ -469,8 +473,8 @@ int DS_CPU(cross_entropy_backward)(ds_tensor *dlogits, const ds_tensor *dloss,
         ds_part(&begin, &end, rows, 1);
         for (int64_t i = begin; i < end; i++) {
             int64_t t = target_at(target, i), size = ds_bytes_of(dtype);
-            double g = get(dloss, reduction == PER_ROW ? i : 0) /
-                       (double)(reduction == MEAN ? count : 1);
+            double g =
+                get(dloss, reduction == PER_ROW ? i : 0) / (double)(reduction == MEAN ? count : 1);
             char *x = (char *)logits->data + i * logits->stride[0] * size;
             char *y = (char *)dlogits->data + i * dlogits->stride[0] * size;
             void *out = row_of(y, dtype, n, dlogits->stride[1], mine, 0);

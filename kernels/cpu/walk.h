@@ -66,7 +66,7 @@ static inline void cursor_start(cursor *c, const walk *w, int64_t element)
         c->index[i] = element % w->shape[i];
         element /= w->shape[i];
     }
-    for (int k = 0; k < w->count; k++) {
+    for (int k = 0; k < w->count && k < WALK_MAX; k++) {
         c->offset[k] = 0;
         for (int i = 0; i < w->ndim; i++)
             c->offset[k] += c->index[i] * w->op[k].stride[i];
@@ -104,7 +104,8 @@ static inline char *cursor_at(const cursor *c, const walk *w, int k)
 }
 
 /* Copies n elements of `size` bytes; strides in elements, a `from` of 0 repeats the first. */
-void DS_CPU(row_move)(void *dst, int64_t to, const void *src, int64_t from, int64_t size, int64_t n);
+void DS_CPU(row_move)(void *dst, int64_t to, const void *src, int64_t from, int64_t size,
+                      int64_t n);
 
 /* A number as a tensor that broadcasts. exact: in `dtype`; otherwise in f32 for low precision, not
  * rounded to that. DS_EINVAL where an integer dtype has no such value. */

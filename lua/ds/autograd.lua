@@ -1,6 +1,7 @@
 --- The tape: how an operation is defined, dispatched, recorded, and run backwards.
 --
--- `define` turns the description of an operation into the function that users call. All of them pass
+-- `define` turns the description of an operation into the function that users call. All of them
+-- pass
 -- through the same few steps, generated once per operation so that the JIT sees straight code:
 --
 --     arguments are tensors and alive    (the one place where a parameter is unwrapped)
@@ -8,9 +9,11 @@
 --     kernel(outputs, inputs, args)      C, unless the device is meta
 --     record                             if gradients are on and an input wants one
 --
--- A record is a flat table of plain values: the inputs, arguments and outputs under their names, `op`,
+-- A record is a flat table of plain values: the inputs, arguments and outputs under their names,
+-- `op`,
 -- and `seq`, a number that grows. Outputs point at their record. backward() collects the records
--- reachable from a loss, walks them by falling `seq`, and drops each activation as soon as the record
+-- reachable from a loss, walks them by falling `seq`, and drops each activation as soon as the
+-- record
 -- that made it is done: nothing recorded earlier can need it.
 
 local border = require "ds.ffi"
@@ -49,14 +52,16 @@ end
 local checks_nan = (os.getenv "DS_CHECK" or ""):find("nan", 1, true) ~= nil
 
 local function refuse_nan(op, y)
-  if not y or not tensor.floating[y.dtype] or y.device == "meta" or op.name == "isfinite" then return end
+  if not y or not tensor.floating[y.dtype] or y.device == "meta" then return end
   local bad = tensor.new(y.shape, "bool", y.device)
   local any = tensor.new({ 1 }, "bool", y.device)
   tensor.run("ne", y.device, bad._c, y._c, y._c)
   tensor.run("any", y.device, any._c, tensor.view.reshape(bad, { y:numel() })._c)
   local found = any:item()
   scope.release(bad)
-  if found then raise("%s: the result %s has a NaN (DS_CHECK=nan)", op.name, border.shape_string(y.shape)) end
+  if found then
+    raise("%s: the result %s has a NaN (DS_CHECK=nan)", op.name, border.shape_string(y.shape))
+  end
 end
 
 local function list(names, format, sep)
@@ -78,7 +83,8 @@ local function generate(op)
   local lines = {}
   local function put(...) lines[#lines + 1] = (...):format(select(2, ...)) end
   local produced = concat(op.outputs, op.saved)
-  put("local op, infer, scope, state, memory, tables, first_use, revive, bad, check, Record, setmetatable, refuse_nan = ...")
+  put("local op, infer, scope, state, memory, tables, first_use, revive, bad, check, Record, "
+    .. "setmetatable, refuse_nan = ...")
   put("return function(%s)", table.concat(concat(op.inputs, op.args), ", "))
   for i, name in ipairs(op.inputs) do
     if op.optional[name] then
@@ -92,7 +98,8 @@ local function generate(op)
     put("end")
   end
   put("memory.tag = %d", op.id)
-  put("local %s = infer(%s)", table.concat(produced, ", "), table.concat(concat(op.inputs, op.args), ", "))
+  put("local %s = infer(%s)", table.concat(produced, ", "),
+    table.concat(concat(op.inputs, op.args), ", "))
   local y = op.outputs[1]
   if op.kernel then
     put("if %s.device ~= 'meta' then", y)
@@ -102,8 +109,9 @@ local function generate(op)
       local is_input, is_output = false, false
       for _, n in ipairs(op.inputs) do is_input = is_input or n == name end
       for _, n in ipairs(produced) do is_output = is_output or n == name end
-      call[#call + 1] = is_input and "c_" .. name or is_output
-        and (op.optional[name] and ("(%s and %s._c or nil)"):format(name, name) or name .. "._c") or name
+      local handle = name .. "._c"
+      if op.optional[name] then handle = ("(%s and %s or nil)"):format(name, handle) end
+      call[#call + 1] = is_input and "c_" .. name or is_output and handle or name
     end
     put("  local rc = K.%s(%s)", op.kernel, table.concat(call, ", "))
     put("  if rc ~= 0 then check(rc, '%s') end", op.name)
@@ -145,8 +153,9 @@ end
 --   backward function(r, d_output…) → one gradient (or nil) per input; r: the record
 function M.define(name, spec)
   if M.ops[name] then error(("operation '%s' is already defined"):format(name), 2) end
-  local op = { name = name, id = #M.order + 1, args = spec.args or {}, outputs = spec.outputs or { "y" },
-    kernel = spec.kernel, call = spec.call, backward = spec.backward, partial = spec.partial, optional = {}, tables = {} }
+  local op = { name = name, id = #M.order + 1, args = spec.args or {},
+    outputs = spec.outputs or { "y" }, kernel = spec.kernel, call = spec.call,
+    backward = spec.backward, partial = spec.partial, optional = {}, tables = {} }
   local function plain(names)
     local out = {}
     for i, n in ipairs(names or {}) do
@@ -183,11 +192,13 @@ end
 local needs = M.needs
 
 --- The gradient buffer of a leaf that is to be overwritten, for an op that knows its gradient in
--- forward already. One op at a time has it; if another gradient comes first, the lent one moves out.
+-- forward already. One op at a time has it; if another gradient comes first, the lent one moves
+-- out.
 -- @treturn Tensor|nil a handle on t.grad's memory
 function M.claim(t, dtype)
   local g = t.grad
-  if t._rec or not g or not t._fresh or t._claim or g.dtype ~= dtype or g._c.dense ~= 1 then return nil end
+  if t._rec or not g or not t._fresh or t._claim then return nil end
+  if g.dtype ~= dtype or g._c.dense ~= 1 then return nil end
   t._claim = tensor.view.alias(g)
   return t._claim
 end
@@ -209,7 +220,8 @@ local function move_out(t)
 end
 
 --- Where a kernel may write the gradient of t directly.
--- For a leaf that is t.grad itself; for anything else (and for leaves that others write as well) a new
+-- For a leaf that is t.grad itself; for anything else (and for leaves that others write as well) a
+-- new
 -- tensor. Return what you get: accumulating notices that it is there already.
 -- @treturn Tensor of t's shape; f32 for a leaf in the engine's flat buffer, else t's dtype
 -- @treturn number 1: add to it, 0: overwrite it
@@ -282,7 +294,8 @@ local function accumulate(t, g)
   end
 end
 
---- The records that `roots` depend on, placed by seq. Returns the table, its lowest and highest seq.
+--- The records that `roots` depend on, placed by seq. Returns the table, its lowest and highest
+-- seq.
 local mark = 0
 local function collect(roots)
   mark = mark + 1
@@ -330,7 +343,8 @@ local function sweep(temporary)
   temporary.n = 0
 end
 
---- A record is done: its outputs' gradients and activations go, and the record lets go of its tensors.
+--- A record is done: its outputs' gradients and activations go, and the record lets go of its
+-- tensors.
 local function finish(r, retain)
   local op = r.op
   local outputs = op.outputs
@@ -465,7 +479,8 @@ end
 
 --- Gradients of all that this tensor was made of, added to their `.grad`.
 -- Frees every activation it passes; what you want to look at afterwards, `keep()` before.
--- @tparam[opt] Tensor|table gradient of this tensor (default 1 for a one-element tensor), or options
+-- @tparam[opt] Tensor|table gradient of this tensor (default 1 for a one-element tensor), or
+-- options
 -- @tparam[opt] table options { retain_graph = true }: for a second backward over the same records
 function tensor.methods:backward(gradient, options)
   tensor.need_tensor(self, "backward", 1)
@@ -479,7 +494,8 @@ function tensor.methods:backward(gradient, options)
   end
   if not gradient then
     if self:numel() ~= 1 then
-      raise("backward: the tensor has %d elements %s, so it needs a gradient; or take :mean() or :sum() first",
+      raise("backward: the tensor has %d elements %s, so it needs a gradient; or take :mean() or "
+        .. ":sum() first",
         self:numel(), border.shape_string(self.shape))
     end
     gradient = tensor.full(self.shape, 1, { dtype = self.dtype, device = self.device })
@@ -544,7 +560,8 @@ end
 local function pack_values(...) return { n = select("#", ...), ... } end
 
 --- An operation with its own gradient, written in Lua.
--- `forward(ctx, …)` computes with tensor methods (unrecorded) and `ctx:save(…)`s what backward needs;
+-- `forward(ctx, …)` computes with tensor methods (unrecorded) and `ctx:save(…)`s what backward
+-- needs;
 -- `backward(ctx, dy…)` returns one gradient, or nil, for each argument of forward, in order.
 -- @usage local sign = ds.Function("sign_ste", { forward = …, backward = … }); y = sign(x)
 function M.Function(name, spec)
@@ -559,7 +576,9 @@ function M.Function(name, spec)
     for i = 1, r.count do
       local g, t = given[i], r.arguments[i]
       if g and tensor.is_tensor(t) then
-        if not tensor.is_tensor(g) then raise("%s: backward returned a %s for argument %d", name, type(g), i) end
+        if not tensor.is_tensor(g) then
+          raise("%s: backward returned a %s for argument %d", name, type(g), i)
+        end
         if border.shape_string(g.shape) ~= border.shape_string(t.shape) then
           raise("%s: backward returned %s for argument %d of shape %s", name,
             border.shape_string(g.shape), i, border.shape_string(t.shape))
@@ -570,7 +589,8 @@ function M.Function(name, spec)
     return grads
   end
   return function(...)
-    local r = setmetatable({ mark = 0, count = select("#", ...), arguments = {}, position = {} }, Record)
+    local r = { mark = 0, count = select("#", ...), arguments = {}, position = {} }
+    setmetatable(r, Record)
     local wanted, inputs = false, {}
     for i = 1, r.count do
       local t = select(i, ...)
@@ -609,8 +629,8 @@ function M.variadic(name, spec)
     local y = spec.forward(tensors, argument)
     if not (scope.grad and wanted) then return y end
     local n = #tensors
-    op_of[n] = op_of[n] or { name = name, inputs = up_to(n), outputs = { "y" }, saved = {}, args = {},
-      many = true, backward = function(r, dys) return spec.backward(r, dys[1]) end }
+    op_of[n] = op_of[n] or { name = name, inputs = up_to(n), outputs = { "y" }, saved = {},
+      args = {}, many = true, backward = function(r, dys) return spec.backward(r, dys[1]) end }
     state.seq = state.seq + 1
     local r = setmetatable({ op = op_of[n], seq = state.seq, mark = 0, y = y, list = tensors,
       dim = argument }, Record)

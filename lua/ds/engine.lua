@@ -1,13 +1,16 @@
---- The engine: mixed precision, gradients, clipping, the optimizer and the schedule behind three verbs.
+--- The engine: mixed precision, gradients, clipping, the optimizer and the schedule behind three
+-- verbs.
 --
 --     local loss = engine(x, y)     -- forward
 --     engine:backward(loss)         -- gradients, averaged over the micro-batches of a step
---     engine:step()                 -- at the boundary: clip, update, next learning rate; true there
+--     engine:step()                 -- at the boundary: clip, update, next learning rate; true
+--                                      there
 --
--- Parameters are re-pointed into flat buffers, one a parameter group: weights in the precision of the
--- config, gradients and the master copy in fp32. A gradient is written by the kernel that makes it
--- straight into the flat buffer; `_fresh` on a parameter means "overwrite, do not add", so nothing has
--- to be zeroed. A step is decided before anything is changed: norm and control word first.
+-- Parameters are re-pointed into flat buffers, one a parameter group: weights in the precision of
+-- the config, gradients and the master copy in fp32. A gradient is written by the kernel that makes
+-- it straight into the flat buffer; `_fresh` on a parameter means "overwrite, do not add", so
+-- nothing has to be zeroed. A step is decided before anything is changed: norm and control word
+-- first.
 
 local ffi = require "ffi"
 local border = require "ds.ffi"
@@ -38,13 +41,18 @@ local function number_of(params)
   return n
 end
 
---- All parameters with names: of the model, or of `model_parameters` if the model has no list of its own.
+--- All parameters with names: of the model, or of `model_parameters` if the model has no list of
+-- its own.
 local function named_parameters(model, given)
   if type(model) == "table" and model.named_parameters then return model:named_parameters() end
   local out = {}
   local function add(list)
     for _, p in ipairs(list) do
-      if p.params then add(p.params) else out[#out + 1] = { name = ("param.%d"):format(#out), parameter = p } end
+      if p.params then
+        add(p.params)
+      else
+        out[#out + 1] = { name = ("param.%d"):format(#out), parameter = p }
+      end
     end
   end
   add(given or {})
@@ -61,7 +69,8 @@ local function make_optimizer(given, params, settings)
     given = optim.new(given, params)
   end
   if type(given) ~= "table" or getmetatable(given) ~= optim.Optimizer then
-    raise("initialize: optimizer must come from ds.optim, as ds.optim.AdamW(model:parameters(), { lr = 1e-3 })")
+    raise("initialize: optimizer must come from ds.optim, "
+      .. "as ds.optim.AdamW(model:parameters(), { lr = 1e-3 })")
   end
   return given
 end
@@ -90,14 +99,17 @@ local function flatten(self)
     end
   end
   local out = ffi.new("ds_zero *[1]")
-  check(C.ds_zero_make(out, #params, ffi.new("int64_t[?]", #params, numel), ffi.new("int32_t[?]", #params, group_of),
-    #groups, comm.world_size(), self.config.zero_optimization.reduce_bucket_size), "initialize")
+  check(C.ds_zero_make(out, #params, ffi.new("int64_t[?]", #params, numel),
+    ffi.new("int32_t[?]", #params, group_of), #groups, comm.world_size(),
+    self.config.zero_optimization.reduce_bucket_size), "initialize")
   self.zero = ffi.gc(out[0], C.ds_zero_free)
   self.flat, self.params = {}, params
   local segments = {}
   for g = 1, #groups do
     local n = tonumber(C.ds_zero_group_numel(self.zero, g - 1))
-    local function buffer(dtype) return tensor.zeros(n, { dtype = dtype, device = self.device }):keep() end
+    local function buffer(dtype)
+      return tensor.zeros(n, { dtype = dtype, device = self.device }):keep()
+    end
     local weights = buffer(self.dtype)
     local master = self.dtype == "f32" and weights or buffer("f32")
     self.flat[g] = { weights = weights, master = master, grad = buffer("f32") }
@@ -131,29 +143,37 @@ local function settle(self)
   end
 end
 
-local known = { args = true, model = true, model_parameters = true, training_data = true, lr_scheduler = true,
-  optimizer = true, config = true, collate_fn = true, distributed_port = true, dist_init_required = true,
-  config_params = true, mpu = true }
+local known = {
+  args = true, model = true, model_parameters = true, training_data = true, lr_scheduler = true,
+  optimizer = true, config = true, collate_fn = true, distributed_port = true,
+  dist_init_required = true, config_params = true, mpu = true,
+}
 
---- Sets up everything around a model: `local engine, optimizer, loader, schedule = ds.initialize { … }`.
+--- Sets up everything around a model:
+-- `local engine, optimizer, loader, schedule = ds.initialize { … }`.
 -- @tparam table options
 --   model             a module, or any callable with `model_parameters`
 --   args              script options; `args.deepspeed_config` names the JSON config
 --   config            the config as a path or a table, instead of that
---   model_parameters  parameters or groups { params = {…}, lr =, weight_decay = … }; default: the model's
+--   model_parameters  parameters or groups { params = {…}, lr =, weight_decay = … };
+--                     default: the model's
 --   optimizer         one from ds.optim, or function(parameters) → optimizer; default: the config's
---   lr_scheduler      { type =, params = }, a name, function(step, lr), or a scheduler; default: the config's
+--   lr_scheduler      { type =, params = }, a name, function(step, lr), or a scheduler;
+--                     default: the config's
 --   training_data     a data set: size() and get(i); gives the loader
 --   collate_fn        function(samples) → the batch
 -- @treturn Engine, optimizer, loader (or nil), scheduler (or nil)
 function M.initialize(options)
-  if type(options) ~= "table" then raise("initialize: expects a table: ds.initialize { model = …, config = … }") end
+  if type(options) ~= "table" then
+    raise("initialize: expects a table: ds.initialize { model = …, config = … }")
+  end
   for key in pairs(options) do
     if not known[key] then
       local names = {}
       for k in pairs(known) do names[#names + 1] = k end
       table.sort(names)
-      raise("initialize: unknown option '%s'; there are %s", tostring(key), table.concat(names, ", "))
+      raise("initialize: unknown option '%s'; there are %s",
+        tostring(key), table.concat(names, ", "))
     end
   end
   local model = options.model
@@ -161,11 +181,13 @@ function M.initialize(options)
   local from_args = type(options.args) == "table" and options.args.deepspeed_config or nil
   local given = options.config or options.config_params
   if given and from_args and given ~= from_args then
-    raise("initialize: the config is given twice, as config and as args.deepspeed_config (%s); drop one", from_args)
+    raise("initialize: the config is given twice, "
+      .. "as config and as args.deepspeed_config (%s); drop one", from_args)
   end
   local source = given or from_args
   if source == nil then
-    raise("initialize: no config; pass config = { … }, config = \"ds.json\", or args with deepspeed_config")
+    raise("initialize: no config; "
+      .. "pass config = { … }, config = \"ds.json\", or args with deepspeed_config")
   end
   local settings = config.load(source, { world_size = comm.world_size() })
   local self = setmetatable({
@@ -173,10 +195,13 @@ function M.initialize(options)
     dtype = settings.bf16.enabled and "bf16" or "f32",
     global_steps = 0, micro_steps = 0, skipped_steps = 0, global_samples = 0,
     training = true, loss_scale = 1, gas = settings.gradient_accumulation_steps,
-    scopes = {}, returned = {}, pending = 0, backwards = 0, losses = 0, loss_sum = 0, applied = false,
+    scopes = {}, returned = {}, pending = 0, backwards = 0,
+    losses = 0, loss_sum = 0, applied = false,
     named = named_parameters(model, options.model_parameters),
   }, Engine)
-  if #self.named == 0 then raise("initialize: the model has no parameters; pass model_parameters") end
+  if #self.named == 0 then
+    raise("initialize: the model has no parameters; pass model_parameters")
+  end
   local params = options.model_parameters
   if not params then
     params = {}
@@ -187,7 +212,8 @@ function M.initialize(options)
   settle(self)
   self.lr_scheduler = make_scheduler(options.lr_scheduler, self.optimizer, settings)
   if options.training_data then
-    self.training_dataloader = self:deepspeed_io(options.training_data, { collate_fn = options.collate_fn })
+    self.training_dataloader =
+      self:deepspeed_io(options.training_data, { collate_fn = options.collate_fn })
   end
   C.ds_signal_claim(1)
   log.info("%s parameters, %s, %s, batch %d = micro %d × accumulation %d × ranks %d",
@@ -204,7 +230,8 @@ function Engine:deepspeed_io(dataset, options)
   options = options or {}
   local c = self.config
   return data.loader(dataset, {
-    batch_size = options.batch_size or c.train_micro_batch_size_per_gpu, seed = c.seed or tensor.generator.seed,
+    batch_size = options.batch_size or c.train_micro_batch_size_per_gpu,
+    seed = c.seed or tensor.generator.seed,
     shuffle = options.shuffle == nil and c.dataloader_shuffle or options.shuffle or false,
     drop_last = options.drop_last == nil and c.dataloader_drop_last or options.drop_last or false,
     collate_fn = options.collate_fn, rank = comm.rank(), world_size = comm.world_size(),
@@ -218,7 +245,9 @@ local function lower(self, ...)
   local out = { ... }
   for i = 1, n do
     local t = out[i]
-    if tensor.is_tensor(t) and tensor.floating[t.dtype] and t.dtype ~= self.dtype then out[i] = t:to(self.dtype) end
+    if tensor.is_tensor(t) and tensor.floating[t.dtype] and t.dtype ~= self.dtype then
+      out[i] = t:to(self.dtype)
+    end
   end
   return unpack(out, 1, n)
 end
@@ -264,15 +293,17 @@ local function leave(self, s, outer, seed, ok, ...)
   return ...
 end
 
---- Runs the model: `engine(x, y)` is the same. In training its activations are kept for backward and
--- go with it; in evaluation (`engine:eval()`) nothing is recorded.
+--- Runs the model: `engine(x, y)` is the same. In training its activations are kept for backward
+-- and go with it; in evaluation (`engine:eval()`) nothing is recorded.
 function Engine:forward(...)
   nn.reset_place()
   if not self.training then
     return scope.no_grad(self.module, lower(self, ...))
   end
   if self.new_step then begin_step(self) end
-  if not self.optimizer then raise("engine: training needs an optimizer; name one in the config") end
+  if not self.optimizer then
+    raise("engine: training needs an optimizer; name one in the config")
+  end
   local s, seed = scope.new(), F.loss_seed
   local outer = scope.enter(s)
   F.loss_seed = self.loss_scale / self.gas
@@ -284,21 +315,28 @@ Engine.__call = Engine.forward
 -- ---- backward
 
 --- Adds the gradients of loss / (accumulation steps) to the parameters' gradients.
--- Frees what was reachable from the loss. Several forwards before one backward, and several backwards
--- a step, are fine.
+-- Frees what was reachable from the loss. Several forwards before one backward, and several
+-- backwards a step, are fine.
 -- @tparam Tensor loss one element
 -- @tparam[opt] table options { retain_graph = false, also = another engine whose parameters get
 --   gradients as well, scale_wrt_gas = true }
 -- @treturn Tensor the loss divided by the accumulation steps
 function Engine:backward(loss, options)
-  options = F.options_of("backward", options, { retain_graph = true, also = true, scale_wrt_gas = true })
+  options = F.options_of("backward", options, {
+    retain_graph = true, also = true, scale_wrt_gas = true,
+  })
   tensor.need_tensor(loss, "backward", 1)
   if loss:numel() ~= 1 then
-    raise("backward: the loss must have one element, not %s; take :mean() first", border.shape_string(loss.shape))
+    raise("backward: the loss must have one element, not %s; take :mean() first",
+      border.shape_string(loss.shape))
   end
-  if not self.training then raise("backward: the engine is in evaluation mode; call engine:train() first") end
+  if not self.training then
+    raise("backward: the engine is in evaluation mode; call engine:train() first")
+  end
   if not loss._rec then
-    if loss._done then raise("backward: it was already called for this loss; use { retain_graph = true } there") end
+    if loss._done then
+      raise("backward: it was already called for this loss; use { retain_graph = true } there")
+    end
     raise("backward: the loss does not depend on anything that requires a gradient")
   end
   local value = self.device == "cpu" and loss:item() or nil
@@ -306,7 +344,8 @@ function Engine:backward(loss, options)
     raise("step %d: the loss is NaN; training stops (nan_check)", self.global_steps + 1)
   end
   local gas = options.scale_wrt_gas == false and 1 or self.gas
-  local seed = tensor.full(loss.shape, self.loss_scale / gas, { dtype = loss.dtype, device = loss.device })
+  local seed = tensor.full(loss.shape, self.loss_scale / gas,
+    { dtype = loss.dtype, device = loss.device })
   local owner = autograd.owner
   autograd.owner = { [self] = true }
   if options.also then autograd.owner[options.also] = true end
@@ -371,8 +410,9 @@ local function finish_step(self, applied, norm)
   self.losses, self.loss_sum = 0, 0
   local every = self.config.steps_per_print
   if every and every > 0 and self.global_steps % every == 0 then
-    log.info("step=%d, skipped=%d, lr=[%s], loss=%s, norm=%.4g", self.global_steps, self.skipped_steps,
-      table.concat(self:get_lr(), ", "), self.last_loss and ("%.4f"):format(self.last_loss) or "?", norm)
+    log.info("step=%d, skipped=%d, lr=[%s], loss=%s, norm=%.4g",
+      self.global_steps, self.skipped_steps, table.concat(self:get_lr(), ", "),
+      self.last_loss and ("%.4f"):format(self.last_loss) or "?", norm)
   end
 end
 
@@ -380,10 +420,12 @@ end
 -- @treturn boolean true at the boundary
 function Engine:step()
   if not self.optimizer then raise("step: the engine has no optimizer") end
-  if not self.training then raise("step: the engine is in evaluation mode; call engine:train() first") end
+  if not self.training then
+    raise("step: the engine is in evaluation mode; call engine:train() first")
+  end
   if self.backwards == 0 then
-    raise("step: backward() has not been called since the last step; the order is engine(…), engine:backward(loss), "
-      .. "engine:step()")
+    raise("step: backward() has not been called since the last step; "
+      .. "the order is engine(…), engine:backward(loss), engine:step()")
   end
   local boundary = self:is_gradient_accumulation_boundary()
   self.micro_steps = self.micro_steps + 1
@@ -396,7 +438,8 @@ function Engine:step()
   complete_gradients(self)
   local norm = gradient_norm(self)
   local finite = norm - norm == 0
-  control.overflow = not finite and self.dtype ~= "f32" and self.config.bf16.check_grad_overflow and 1 or 0
+  control.overflow = not finite and self.dtype ~= "f32"
+    and self.config.bf16.check_grad_overflow and 1 or 0
   control.stop, control.save = C.ds_signal_pending(), 0
   check(C.ds_control_agree(control, comm.world()), "step")
   local stop = control.stop
@@ -406,7 +449,8 @@ function Engine:step()
     finish_step(self, false, norm)
   else
     if not finite and self.config.nan_check then
-      raise("step %d: the gradient norm is %s; training stops (nan_check)", self.global_steps + 1, tostring(norm))
+      raise("step %d: the gradient norm is %s; training stops (nan_check)",
+        self.global_steps + 1, tostring(norm))
     end
     local clip = self.config.gradient_clipping
     local factor = clip > 0 and norm + 1e-6 > clip and clip / (norm + 1e-6) or 1
@@ -422,10 +466,11 @@ end
 function Engine:stop(signal)
   if self.save_dir then
     self:save_checkpoint(self.save_dir, nil, self.client_state)
-    log.info("stopped by signal %d; saved %s/global_step%d", signal, self.save_dir, self.global_steps)
+    log.info("stopped by signal %d; saved %s/global_step%d",
+      signal, self.save_dir, self.global_steps)
   else
-    log.info("stopped by signal %d after step %d; nothing was saved, the script saves no checkpoints", signal,
-      self.global_steps)
+    log.info("stopped by signal %d after step %d; "
+      .. "nothing was saved, the script saves no checkpoints", signal, self.global_steps)
   end
   os.exit(128 + signal)
 end
@@ -463,14 +508,14 @@ function Engine:get_lr()
   return out
 end
 
---- Sets the learning rate: of all groups, or of each by a table. Under a schedule it scales the base rate,
--- so that the coming update has this rate and the schedule's shape goes on. It is saved.
+--- Sets the learning rate: of all groups, or of each by a table. Under a schedule it scales the
+-- base rate, so that the coming update has this rate and the schedule's shape goes on. It is saved.
 function Engine:set_lr(lr)
   for i, group in ipairs(self.optimizer.param_groups) do
     local want = type(lr) == "table" and lr[i] or lr
     if type(want) ~= "number" or want < 0 or want - want ~= 0 then
-      raise("set_lr: expects a number from 0, or one for each of %d groups, got %s", #self.optimizer.param_groups,
-        tostring(want))
+      raise("set_lr: expects a number from 0, or one for each of %d groups, got %s",
+        #self.optimizer.param_groups, tostring(want))
     end
     if self.lr_scheduler and group.lr and group.lr > 0 then
       group.lr_scale = (group.lr_scale or 1) * want / group.lr
@@ -484,7 +529,9 @@ end
 --- Momentum, or betas, of each group.
 function Engine:get_mom()
   local out = {}
-  for i, group in ipairs(self.optimizer.param_groups) do out[i] = group.betas or group.momentum or 0 end
+  for i, group in ipairs(self.optimizer.param_groups) do
+    out[i] = group.betas or group.momentum or 0
+  end
   return out
 end
 
@@ -495,7 +542,9 @@ function Engine:get_global_grad_norm() return self.global_grad_norm end
 function Engine:get_loss() return self.last_loss end
 
 function Engine:train_batch_size() return self.config.train_batch_size end
-function Engine:train_micro_batch_size_per_gpu() return self.config.train_micro_batch_size_per_gpu end
+function Engine:train_micro_batch_size_per_gpu()
+  return self.config.train_micro_batch_size_per_gpu
+end
 function Engine:gradient_accumulation_steps() return self.gas end
 function Engine:zero_optimization_stage() return self.config.zero_optimization.stage end
 function Engine:gradient_clipping() return self.config.gradient_clipping end
@@ -507,7 +556,9 @@ function Engine:bfloat16_enabled() return self.config.bf16.enabled end
 -- @treturn number the mean loss
 function Engine:train_batch(loader)
   loader = loader or self.training_dataloader
-  if not loader then raise("train_batch: there is no loader; pass one, or training_data to ds.initialize") end
+  if not loader then
+    raise("train_batch: there is no loader; pass one, or training_data to ds.initialize")
+  end
   repeat
     local loss = self:forward(loader:next())
     self:backward(loss)
@@ -515,14 +566,17 @@ function Engine:train_batch(loader)
   return self.last_loss
 end
 
---- The mean loss over exactly all samples of a data set. The model returns the mean loss of a batch.
+--- The mean loss over exactly all samples of a data set. The model returns the mean loss of a
+-- batch.
 -- @tparam table dataset size() and get(i)
 -- @tparam[opt] table options { batch_size, collate_fn, max_samples }
 function Engine:evaluate(dataset, options)
   options = F.options_of("evaluate", options, { batch_size = true, collate_fn = true })
-  local loader = data.loader(dataset, { batch_size = options.batch_size or self.config.train_micro_batch_size_per_gpu,
-    shuffle = false, drop_last = false, collate_fn = options.collate_fn, rank = comm.rank(),
-    world_size = comm.world_size() })
+  local loader = data.loader(dataset, {
+    batch_size = options.batch_size or self.config.train_micro_batch_size_per_gpu,
+    shuffle = false, drop_last = false, collate_fn = options.collate_fn,
+    rank = comm.rank(), world_size = comm.world_size(),
+  })
   local training, total, samples = self.training, 0, 0
   self:eval()
   local ok, message = pcall(function()
@@ -534,7 +588,9 @@ function Engine:evaluate(dataset, options)
       total = total + loss:item() * batch.samples
       samples = samples + batch.samples
       for i = 1, batch.n do
-        if tensor.is_tensor(batch[i]) then scope.release(batch[i], "when evaluate() was done with it") end
+        if tensor.is_tensor(batch[i]) then
+          scope.release(batch[i], "when evaluate() was done with it")
+        end
       end
     end
   end)

@@ -21,9 +21,12 @@ local F = {}
 
 local function same_dtype(what, a, b, name)
   if b and a.dtype ~= b.dtype then
-    raise("%s: %s is %s but the input is %s; use t:to(\"%s\")", what, name, b.dtype, a.dtype, a.dtype)
+    raise("%s: %s is %s but the input is %s; use t:to(\"%s\")",
+      what, name, b.dtype, a.dtype, a.dtype)
   end
-  if b and a.device ~= b.device then raise("%s: %s is on %s but the input on %s", what, name, b.device, a.device) end
+  if b and a.device ~= b.device then
+    raise("%s: %s is on %s but the input on %s", what, name, b.device, a.device)
+  end
 end
 
 F.options_of = options_of
@@ -51,7 +54,8 @@ local matmul = define("matmul", {
     for i = 1, batch do
       local x, y = a.shape[m - 2 - batch + i] or 1, b.shape[n - 2 - batch + i] or 1
       if x ~= y and x ~= 1 and y ~= 1 then
-        raise("matmul: the batches of %s and %s do not broadcast", shape_string(a.shape), shape_string(b.shape))
+        raise("matmul: the batches of %s and %s do not broadcast",
+          shape_string(a.shape), shape_string(b.shape))
       end
       shape[i] = x == 1 and y or x
     end
@@ -62,12 +66,14 @@ local matmul = define("matmul", {
     local da, db
     local a, b, n = r.a, r.b, #dy.shape
     if needs(a) then
-      da = new(product_shape(dy.shape, a.shape[#a.shape - 1], a.shape[#a.shape], n), a.dtype, a.device)
+      da = new(product_shape(dy.shape, a.shape[#a.shape - 1], a.shape[#a.shape], n),
+        a.dtype, a.device)
       run("matmul", a.device, da._c, dy._c, swapped(1, b), 1, 0)
       da = sum_to(da, a.shape)
     end
     if needs(b) then
-      db = new(product_shape(dy.shape, b.shape[#b.shape - 1], b.shape[#b.shape], n), b.dtype, b.device)
+      db = new(product_shape(dy.shape, b.shape[#b.shape - 1], b.shape[#b.shape], n),
+        b.dtype, b.device)
       run("matmul", b.device, db._c, swapped(1, a), dy._c, 1, 0)
       db = sum_to(db, b.shape)
     end
@@ -104,8 +110,8 @@ local linear = define("linear", {
     need_floating(x, "linear")
     local n = #x.shape
     if #w.shape ~= 2 or n < 1 or x.shape[n] ~= w.shape[2] then
-      raise("linear: input %s does not match weight %s (last dimension must be %s)", shape_string(x.shape),
-        shape_string(w.shape), tostring(w.shape[2]))
+      raise("linear: input %s does not match weight %s (last dimension must be %s)",
+        shape_string(x.shape), shape_string(w.shape), tostring(w.shape[2]))
     end
     same_dtype("linear", x, w, "the weight")
     same_dtype("linear", x, b, "the bias")
@@ -117,11 +123,12 @@ local linear = define("linear", {
     for i = 1, n - 1 do shape[i] = x.shape[i] end
     shape[n] = w.shape[1]
     local y = new(shape, x.dtype, x.device)
-    local slope = activation ~= 0 and scope.grad and (x.requires_grad or w.requires_grad or (b and b.requires_grad))
+    local slope = activation ~= 0 and scope.grad
+      and (x.requires_grad or w.requires_grad or (b and b.requires_grad))
       and new(shape, x.dtype, x.device) or nil
     if x.device ~= "meta" then
-      run("linear", x.device, rows(1, y), slope and rows(2, slope) or nil, rows(3, x), w._c, b and b._c or nil,
-        activation)
+      run("linear", x.device, rows(1, y), slope and rows(2, slope) or nil, rows(3, x), w._c,
+        b and b._c or nil, activation)
     end
     return y, slope
   end,
@@ -168,7 +175,9 @@ end
 
 -- ---- activations
 
-for _, name in ipairs { "relu", "silu", "tanh", "sigmoid", "softplus" } do F[name] = methods[name] end
+for _, name in ipairs { "relu", "silu", "tanh", "sigmoid", "softplus" } do
+  F[name] = methods[name]
+end
 
 --- GELU, x Φ(x); `{ approximate = "tanh" }` for the tanh form.
 function F.gelu(x, options)
@@ -191,7 +200,9 @@ F.dropout_ = dropout
 function F.dropout(x, p, options)
   options = options_of("dropout", options, { training = true })
   tensor.need_tensor(x, "dropout", 1)
-  if type(p) ~= "number" or p < 0 or p > 1 then raise("dropout: p must be between 0 and 1, not %s", tostring(p)) end
+  if type(p) ~= "number" or p < 0 or p > 1 then
+    raise("dropout: p must be between 0 and 1, not %s", tostring(p))
+  end
   if p == 0 or options.training == false then return x end
   return dropout(x:contiguous(), p, draw(numel_of(x.shape)))
 end
@@ -256,8 +267,8 @@ local function norm_gradients(r, x, dy, dsum)
     run("fill", fresh.device, fresh._c, 0)
     add_w = 1
   end
-  run("norm_backward", x.device, dx._c, dw and dw._c or nil, db and db._c or nil, dy:contiguous()._c, x._c,
-    r.w and r.w._c or nil, r.mean and r.mean._c or nil, r.rstd._c,
+  run("norm_backward", x.device, dx._c, dw and dw._c or nil, db and db._c or nil,
+    dy:contiguous()._c, x._c, r.w and r.w._c or nil, r.mean and r.mean._c or nil, r.rstd._c,
     dsum and dsum:contiguous()._c or nil, add_w or add_b or 0)
   return dx, dw, db
 end
@@ -280,11 +291,13 @@ local function define_norm(name, with_mean)
     backward = function(r, dy) return norm_gradients(r, r.x, dy) end,
   })
   local fused = define("add_" .. name, {
-    inputs = { "x", "delta", "w?", "b?" }, args = { "eps" }, outputs = { "sum", "y" }, saved = saved,
-    kernel = "norm", call = { "y", "sum", mean_arg, "rstd", "x", "delta", "w", "b", "eps" }, partial = true,
+    inputs = { "x", "delta", "w?", "b?" }, args = { "eps" }, outputs = { "sum", "y" },
+    saved = saved, kernel = "norm",
+    call = { "y", "sum", mean_arg, "rstd", "x", "delta", "w", "b", "eps" }, partial = true,
     infer = function(x, delta, w, b)
       local lead, dtype = norm_shapes(name, x, delta, w, b)
-      return new(x.shape, x.dtype, x.device), new(x.shape, x.dtype, x.device), stats(lead, dtype, x.device)
+      return new(x.shape, x.dtype, x.device), new(x.shape, x.dtype, x.device),
+        stats(lead, dtype, x.device)
     end,
     backward = function(r, dsum, dy)
       if not dy then return dsum, dsum end
@@ -311,7 +324,9 @@ local embedding = define("embedding", {
     if index.dtype ~= "i64" and index.dtype ~= "i32" and index.dtype ~= "u8" then
       raise("embedding: indices must be i64 or i32, not %s", index.dtype)
     end
-    if #w.shape ~= 2 then raise("embedding: the weight must be [rows x width], not %s", shape_string(w.shape)) end
+    if #w.shape ~= 2 then
+      raise("embedding: the weight must be [rows x width], not %s", shape_string(w.shape))
+    end
     local shape = { unpack(index.shape) }
     shape[#shape + 1] = w.shape[2]
     return new(shape, w.dtype, w.device)
@@ -334,7 +349,9 @@ local rotary = define("rotary", {
     end
     return new(x.shape, x.dtype, x.device)
   end,
-  backward = function(r, dy) return F.rotary_(dy, r.offset, r.base, r.interleaved, 1 - r.inverse) end,
+  backward = function(r, dy)
+    return F.rotary_(dy, r.offset, r.base, r.interleaved, 1 - r.inverse)
+  end,
 })
 F.rotary_ = rotary
 --- Rotary position embedding (Su et al. 2021) of x [B x T x H x D]: position t + offset, t from 0.
@@ -351,10 +368,11 @@ local function check_attention(q, k, v, mask)
   same_dtype("attention", q, k, "the key")
   same_dtype("attention", q, v, "the value")
   local a, b, c = q.shape, k.shape, v.shape
-  if #a ~= 4 or #b ~= 4 or #c ~= 4 or a[1] ~= b[1] or a[4] ~= b[4] or shape_string(b) ~= shape_string(c)
-    or b[3] == 0 or a[3] % b[3] ~= 0 then
-    raise("attention: query %s, key %s, value %s do not fit; expects [B x T x H x D] and [B x S x G x D] "
-      .. "with H a multiple of G", shape_string(a), shape_string(b), shape_string(c))
+  if #a ~= 4 or #b ~= 4 or #c ~= 4 or a[1] ~= b[1] or a[4] ~= b[4]
+    or shape_string(b) ~= shape_string(c) or b[3] == 0 or a[3] % b[3] ~= 0 then
+    raise("attention: query %s, key %s, value %s do not fit; "
+      .. "expects [B x T x H x D] and [B x S x G x D] with H a multiple of G",
+      shape_string(a), shape_string(b), shape_string(c))
   end
   if mask then
     local want, m = { a[1], a[3], a[2], b[2] }, mask.shape
@@ -376,23 +394,28 @@ local function dense_last(t)
 end
 
 local attention = define("attention", {
-  inputs = { "q", "k", "v", "mask?" }, args = { "causal", "scale", "p", "seed", "offset" }, saved = { "lse" },
-  kernel = "attention",
+  inputs = { "q", "k", "v", "mask?" }, args = { "causal", "scale", "p", "seed", "offset" },
+  saved = { "lse" }, kernel = "attention",
   infer = function(q, k, v, mask)
     check_attention(q, k, v, mask)
     local s = q.shape
-    return new(s, q.dtype, q.device), new({ s[1], s[3], s[2] }, q.dtype == "f64" and "f64" or "f32", q.device)
+    return new(s, q.dtype, q.device),
+      new({ s[1], s[3], s[2] }, q.dtype == "f64" and "f64" or "f32", q.device)
   end,
   backward = function(r, dy)
     local q, k, v = r.q, r.k, r.v
-    local dq, dk, dv = new(q.shape, q.dtype, q.device), new(k.shape, k.dtype, k.device), new(v.shape, v.dtype, v.device)
-    run("attention_backward", q.device, dq._c, dk._c, dv._c, dense_last(dy)._c, r.y._c, r.lse._c, q._c, k._c, v._c,
-      r.mask and r.mask._c or nil, r.causal, r.scale, r.p, r.seed, r.offset)
+    local dq, dk, dv = new(q.shape, q.dtype, q.device), new(k.shape, k.dtype, k.device),
+      new(v.shape, v.dtype, v.device)
+    run("attention_backward", q.device, dq._c, dk._c, dv._c, dense_last(dy)._c,
+      r.y._c, r.lse._c, q._c, k._c, v._c, r.mask and r.mask._c or nil,
+      r.causal, r.scale, r.p, r.seed, r.offset)
     return dq, dk, dv
   end,
 })
 
-local attention_options = { causal = true, mask = true, dropout = true, scale = true, training = true }
+local attention_options = {
+  causal = true, mask = true, dropout = true, scale = true, training = true,
+}
 
 local function dropout_numbers(options, numel)
   local p = options.training ~= false and options.dropout or 0
@@ -401,11 +424,14 @@ local function dropout_numbers(options, numel)
 end
 
 --- softmax(q kᵀ · scale + mask) v: q [B x T x H x D], k and v [B x S x G x D], H a multiple of G.
--- @tparam[opt] table options { causal = false (row t sees s ≤ t + S − T), mask = bool (false: hidden) or
---   floating (added), [B x H x T x S] by broadcasting, scale = 1/√D, dropout = 0 }
+-- @tparam[opt] table options { causal = false (row t sees s ≤ t + S − T),
+--   mask = bool (false: hidden) or floating (added), [B x H x T x S] by broadcasting,
+--   scale = 1/√D, dropout = 0 }
 function F.scaled_dot_product_attention(q, k, v, options)
   options = options_of("attention", options, attention_options)
-  for i, t in ipairs { q or false, k or false, v or false } do tensor.need_tensor(t, "attention", i) end
+  for i, t in ipairs { q or false, k or false, v or false } do
+    tensor.need_tensor(t, "attention", i)
+  end
   local s = q.shape
   local mask = options.mask
   if mask and #mask.shape < 4 then
@@ -422,38 +448,42 @@ function F.scaled_dot_product_attention(q, k, v, options)
 end
 
 local packed_attention = define("packed_attention", {
-  inputs = { "qkv" }, args = { "h", "g", "d", "causal", "scale", "p", "seed", "offset" }, saved = { "lse" },
+  inputs = { "qkv" }, args = { "h", "g", "d", "causal", "scale", "p", "seed", "offset" },
+  saved = { "lse" },
   infer = function(qkv, h, g, d, causal, scale, p, seed, offset)
     local b, t = qkv.shape[1], qkv.shape[2]
     local y = new({ b, t, h * d }, qkv.dtype, qkv.device)
     local lse = new({ b, h, t }, qkv.dtype == "f64" and "f64" or "f32", qkv.device)
-    run("attention", qkv.device, heads(1, y, 0, h, d), lse._c, heads(2, qkv, 0, h, d), heads(3, qkv, h, g, d),
-      heads(4, qkv, h + g, g, d), nil, causal, scale, p, seed, offset)
+    run("attention", qkv.device, heads(1, y, 0, h, d), lse._c, heads(2, qkv, 0, h, d),
+      heads(3, qkv, h, g, d), heads(4, qkv, h + g, g, d), nil, causal, scale, p, seed, offset)
     return y, lse
   end,
   backward = function(r, dy)
     local qkv, h, g, d = r.qkv, r.h, r.g, r.d
     local dqkv = new(qkv.shape, qkv.dtype, qkv.device)
     run("attention_backward", qkv.device, heads(1, dqkv, 0, h, d), heads(2, dqkv, h, g, d),
-      heads(3, dqkv, h + g, g, d), heads(4, dy:contiguous(), 0, h, d), heads(5, r.y, 0, h, d), r.lse._c,
-      heads(6, qkv, 0, h, d), heads(7, qkv, h, g, d), heads(8, qkv, h + g, g, d), nil,
+      heads(3, dqkv, h + g, g, d), heads(4, dy:contiguous(), 0, h, d), heads(5, r.y, 0, h, d),
+      r.lse._c, heads(6, qkv, 0, h, d), heads(7, qkv, h, g, d), heads(8, qkv, h + g, g, d), nil,
       r.causal, r.scale, r.p, r.seed, r.offset)
     return dqkv
   end,
 })
 
---- Self-attention on the packed projection qkv [B x T x (H + 2G)·D] → [B x T x H·D], without a copy.
+--- Self-attention on the packed projection qkv [B x T x (H + 2G)·D] → [B x T x H·D],
+-- without a copy.
 -- @tparam table options { n_head = H, n_kv_head = H, causal = false, scale = 1/√D, dropout = 0 }
 function F.attention(qkv, options)
-  options = options_of("attention", options, { n_head = true, n_kv_head = true, causal = true, dropout = true,
-    scale = true, training = true })
+  options = options_of("attention", options, {
+    n_head = true, n_kv_head = true, causal = true, dropout = true, scale = true, training = true,
+  })
   tensor.need_tensor(qkv, "attention", 1)
   need_floating(qkv, "attention")
   local h = options.n_head
   local g = options.n_kv_head or h
   local s = qkv.shape
   if type(h) ~= "number" or #s ~= 3 or h % g ~= 0 or s[3] % (h + 2 * g) ~= 0 then
-    raise("attention: input %s with %s heads and %s key heads; expects [B x T x (H + 2G)·D] with H a multiple of G",
+    raise("attention: input %s with %s heads and %s key heads; "
+      .. "expects [B x T x (H + 2G)·D] with H a multiple of G",
       shape_string(s), tostring(h), tostring(g))
   end
   local d = s[3] / (h + 2 * g)
@@ -470,40 +500,47 @@ local function check_targets(what, logits, target)
   if floating[target.dtype] or target.dtype == "bool" then
     raise("%s: targets must be class indices, i64 or i32, not %s", what, target.dtype)
   end
-  if numel_of(logits.shape) / math.max(1, logits.shape[#logits.shape] or 1) ~= numel_of(target.shape)
-    or #logits.shape < 1 then
-    raise("%s: %s %s and targets %s: one target for each row is expected", what,
-      what == "cross_entropy" and "logits" or "input", shape_string(logits.shape), shape_string(target.shape))
+  if numel_of(logits.shape) / math.max(1, logits.shape[#logits.shape] or 1)
+    ~= numel_of(target.shape) or #logits.shape < 1 then
+    raise("%s: %s %s and targets %s: one target for each row is expected",
+      what, what == "cross_entropy" and "logits" or "input",
+      shape_string(logits.shape), shape_string(target.shape))
   end
 end
 
 local function fine(x) return x.dtype == "f64" and "f64" or "f32" end
 
 local cross_entropy = define("cross_entropy", {
-  inputs = { "logits", "target" }, args = { "ignore", "smoothing", "reduction" }, outputs = { "loss" },
-  saved = { "lse" }, kernel = "cross_entropy",
+  inputs = { "logits", "target" }, args = { "ignore", "smoothing", "reduction" },
+  outputs = { "loss" }, saved = { "lse" }, kernel = "cross_entropy",
   call = { "loss", "lse", "logits", "target", "ignore", "smoothing", "reduction" },
   infer = function(logits, _, _, _, reduction)
     local n = logits.shape[1]
-    return new(reduction == 0 and { n } or {}, fine(logits), logits.device), new({ n }, fine(logits), logits.device)
+    return new(reduction == 0 and { n } or {}, fine(logits), logits.device),
+      new({ n }, fine(logits), logits.device)
   end,
   backward = function(r, dloss)
     local d = new(r.logits.shape, r.logits.dtype, r.logits.device)
-    run("cross_entropy_backward", d.device, d._c, dloss:contiguous()._c, r.logits._c, r.target._c, r.lse._c,
-      r.ignore, r.smoothing, r.reduction)
+    run("cross_entropy_backward", d.device, d._c, dloss:contiguous()._c, r.logits._c,
+      r.target._c, r.lse._c, r.ignore, r.smoothing, r.reduction)
     return d
   end,
 })
 
 --- Cross-entropy of logits [… V] and class indices […], in f32.
--- @tparam[opt] table options { ignore_index = −100, label_smoothing = 0, reduction = "mean" | "sum" | "none" }
+-- @tparam[opt] table options { ignore_index = −100, label_smoothing = 0,
+--   reduction = "mean" | "sum" | "none" }
 function F.cross_entropy(logits, target, options)
-  options = options_of("cross_entropy", options, { ignore_index = true, label_smoothing = true, reduction = true })
+  options = options_of("cross_entropy", options, {
+    ignore_index = true, label_smoothing = true, reduction = true,
+  })
   tensor.need_tensor(logits, "cross_entropy", 1)
   tensor.need_tensor(target, "cross_entropy", 2)
   check_targets("cross_entropy", logits, target)
   local reduction = loss_reductions[options.reduction or "mean"]
-  if not reduction then raise("cross_entropy: unknown reduction '%s'; there are mean, sum, none", options.reduction) end
+  if not reduction then
+    raise("cross_entropy: unknown reduction '%s'; there are mean, sum, none", options.reduction)
+  end
   local v = logits.shape[#logits.shape]
   local loss = cross_entropy(logits:reshape(-1, v):contiguous(), target:reshape(-1):contiguous(),
     options.ignore_index or -100, options.label_smoothing or 0, reduction)
@@ -516,13 +553,15 @@ local function chunk_rows(n, v, bytes)
   return math.min(n, math.max(64, math.min(rows_, 1024)))
 end
 
-F.loss_seed = 1 -- the gradient of the loss that backward will most likely start from; the engine sets it
+-- The gradient of the loss that backward will most likely start from; the engine sets it.
+F.loss_seed = 1
 
--- The gradients are made in forward, chunk by chunk, for a loss gradient of `seed`; backward rescales
--- them if it turns out to be another. A weight whose gradient buffer waits to be overwritten lends it:
--- for GPT-2 that is 154 MB and a pass over them.
+-- The gradients are made in forward, chunk by chunk, for a loss gradient of `seed`; backward
+-- rescales them if it turns out to be another. A weight whose gradient buffer waits to be
+-- overwritten lends it: for GPT-2 that is 154 MB and a pass over them.
 local linear_cross_entropy = define("linear_cross_entropy", {
-  inputs = { "x", "w", "target" }, args = { "ignore", "seed" }, outputs = { "loss" }, saved = { "dx?", "dw?" },
+  inputs = { "x", "w", "target" }, args = { "ignore", "seed" },
+  outputs = { "loss" }, saved = { "dx?", "dw?" },
   infer = function(x, w, target, ignore, seed)
     local n, v = x.shape[1], w.shape[1]
     local loss = new({}, fine(x), x.device)
@@ -530,9 +569,10 @@ local linear_cross_entropy = define("linear_cross_entropy", {
     local dx = want_x and new(x.shape, x.dtype, x.device) or nil
     local dw = want_w and (autograd.claim(w, fine(w)) or new(w.shape, fine(w), w.device)) or nil
     if x.device == "meta" then return loss, dx, dw end
-    local scratch = new({ chunk_rows(n, v, x:element_size()), math.ceil(v / 16) * 16 }, x.dtype, x.device)
-    run("linear_cross_entropy", x.device, loss._c, dx and dx._c or nil, dw and dw._c or nil, scratch._c, x._c,
-      w._c, target._c, ignore, seed, 0)
+    local scratch = new({ chunk_rows(n, v, x:element_size()), math.ceil(v / 16) * 16 },
+      x.dtype, x.device)
+    run("linear_cross_entropy", x.device, loss._c, dx and dx._c or nil, dw and dw._c or nil,
+      scratch._c, x._c, w._c, target._c, ignore, seed, 0)
     scope.release(scratch)
     return loss, dx, dw
   end,
@@ -561,8 +601,8 @@ function F.linear_cross_entropy(x, w, target, options)
     raise("linear_cross_entropy: input %s does not match weight %s (last dimension must be %s)",
       shape_string(x.shape), shape_string(w.shape), tostring(w.shape[2]))
   end
-  return linear_cross_entropy(x:reshape(-1, k):contiguous(), w:contiguous(), target:reshape(-1):contiguous(),
-    options.ignore_index or -100, F.loss_seed)
+  return linear_cross_entropy(x:reshape(-1, k):contiguous(), w:contiguous(),
+    target:reshape(-1):contiguous(), options.ignore_index or -100, F.loss_seed)
 end
 
 --- Mean squared error; { reduction = "mean" | "sum" | "none" }.

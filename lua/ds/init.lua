@@ -9,8 +9,10 @@ local tensor = require "ds.tensor"
 local M = {}
 
 -- Loaded with the first use of a name.
-local modules = { nn = "ds.nn", F = "ds.functional", optim = "ds.optim", data = "ds.data", testing = "ds.testing",
-  json = "ds.json", log = "ds.log", config = "ds.config" }
+local modules = {
+  nn = "ds.nn", F = "ds.functional", optim = "ds.optim", data = "ds.data",
+  testing = "ds.testing", json = "ds.json", log = "ds.log", config = "ds.config",
+}
 local functions = {
   initialize = { "ds.engine", "initialize" }, schedule = { "ds.schedule", "register" },
   scheduler = { "ds.schedule", "scheduler" }, optimizer = { "ds.optim", "register" },
@@ -18,15 +20,18 @@ local functions = {
   Function = { "ds.autograd", "Function" }, checkpoint = { "ds.autograd", "checkpoint" },
   where = { "ds.ops", "where" }, cat = { "ds.views", "cat" }, stack = { "ds.views", "stack" },
   save = { "ds.saveload", "save" }, load = { "ds.saveload", "load" },
-  rank = { "ds.comm", "rank" }, world_size = { "ds.comm", "world_size" }, local_rank = { "ds.comm", "local_rank" },
+  rank = { "ds.comm", "rank" }, world_size = { "ds.comm", "world_size" },
+  local_rank = { "ds.comm", "local_rank" },
   barrier = { "ds.comm", "barrier" }, all_reduce = { "ds.comm", "all_reduce" },
   broadcast = { "ds.comm", "broadcast" }, all_gather = { "ds.comm", "all_gather" },
   reduce_scatter = { "ds.comm", "reduce_scatter" },
 }
 
-for _, name in ipairs { "empty", "zeros", "ones", "full", "rand", "randn", "randint", "arange", "linspace", "eye",
-  "tensor", "seed", "memory", "on", "is_tensor", "empty_like", "zeros_like", "ones_like", "rand_like", "randn_like",
-  "full_like" } do
+for _, name in ipairs {
+  "empty", "zeros", "ones", "full", "rand", "randn", "randint", "arange", "linspace", "eye",
+  "tensor", "seed", "memory", "on", "is_tensor",
+  "empty_like", "zeros_like", "ones_like", "rand_like", "randn_like", "full_like",
+} do
   M[name] = tensor[name]
 end
 

@@ -1,6 +1,7 @@
 --- Tensors: creation, views, in-place changes, reading values.
 --
--- A Tensor is a small Lua table around a C handle, so users may hang fields on it and the engine may
+-- A Tensor is a small Lua table around a C handle, so users may hang fields on it and the engine
+-- may
 -- re-point it into a flat buffer while every module keeps the same object:
 --
 --     _c       cdata ds_tensor (kernels/tensor.h)
@@ -11,7 +12,8 @@
 --
 -- Index rule: numbers you type are positions and 1-based, -1 is the last; numbers inside tensors
 -- (ids, labels, results of argmax) are 0-based. The shift between the two is in this file alone.
--- Operations with gradients (arithmetic, views, matmul …) are in ops.lua, which adds them as methods.
+-- Operations with gradients (arithmetic, views, matmul …) are in ops.lua, which adds them as
+-- methods.
 
 local ffi = require "ffi"
 local border = require "ds.ffi"
@@ -25,12 +27,15 @@ local methods = {}
 local Tensor = { __index = methods }
 local M = { Tensor = Tensor, methods = methods }
 
--- The operations are loaded when the first of their methods is asked for: a script that only reads a
--- configuration starts faster. Fields that are not there are nil; a number is a mistake worth a message.
+-- The operations are loaded when the first of their methods is asked for: a script that only reads
+-- a
+-- configuration starts faster. Fields that are not there are nil; a number is a mistake worth a
+-- message.
 local loaded = false
 setmetatable(methods, { __index = function(_, key)
   if type(key) == "number" then
-    raise("a tensor is not indexed by [%s]; use x:select(1, %s), x:narrow(dim, start, length) or x:item()",
+    raise("a tensor is not indexed by [%s]; use x:select(1, %s), x:narrow(dim, start, length) or "
+      .. "x:item()",
       key, key)
   end
   if not loaded then
@@ -68,7 +73,8 @@ local synonyms = { float = "f32", float32 = "f32", bfloat16 = "bf16", half = "f1
 local function dtype_of(name, what)
   local dtype = codes[name] and name or synonyms[name]
   if not dtype then
-    raise("%s: unknown dtype '%s'; there are f32 bf16 f16 f64 i64 i32 u8 bool", what, tostring(name))
+    raise("%s: unknown dtype '%s'; there are f32 bf16 f16 f64 i64 i32 u8 bool", what,
+      tostring(name))
   end
   return dtype
 end
@@ -97,8 +103,9 @@ M.numel_of = numel_of
 
 --- A Tensor around a filled C handle; its owner is the open scope or the collector.
 local function wrap(c, shape, dtype, device)
-  local t = setmetatable({ _c = c, shape = shape, dtype = dtype, device = device,
-    requires_grad = false, _rec = false, _g = false, _uses = 0, _scope = false, _keep = false }, Tensor)
+  local t = { _c = c, shape = shape, dtype = dtype, device = device, requires_grad = false,
+    _rec = false, _g = false, _uses = 0, _scope = false, _keep = false }
+  setmetatable(t, Tensor)
   scope.adopt(t, numel_of(shape))
   return t
 end
@@ -147,7 +154,8 @@ M.revive = revive
 local function need_tensor(x, what, position)
   if not is_tensor(x) then
     raise("%s: argument %d must be a tensor, not %s", what, position,
-      x == nil and "nil" or type(x) == "table" and "a table" or ("%s %s"):format(type(x), tostring(x)))
+      x == nil and "nil" or type(x) == "table" and "a table"
+        or ("%s %s"):format(type(x), tostring(x)))
   end
   if x._c.data == nil then revive(x, what) end
   return x
@@ -171,7 +179,8 @@ local function parse(what, ...)
   local n = select("#", ...)
   local last = n > 0 and select(n, ...) or nil
   local options = {}
-  if n > 0 and type(last) == "table" and not is_tensor(last) and (#last == 0 and next(last) or n > 1) then
+  if n > 0 and type(last) == "table" and not is_tensor(last)
+    and (#last == 0 and next(last) or n > 1) then
     options, n = last, n - 1
   end
   local shape = { ... }
@@ -265,7 +274,9 @@ function M.arange(...)
   for _, v in ipairs { start, stop, step } do
     if type(v) ~= "number" then raise("arange: expects numbers, got %s", type(v)) end
   end
-  if #args == 0 or step == 0 then raise("arange: expects (stop), (start, stop) or (start, stop, step ~= 0)") end
+  if #args == 0 or step == 0 then
+    raise("arange: expects (stop), (start, stop) or (start, stop, step ~= 0)")
+  end
   local whole = start % 1 == 0 and step % 1 == 0
   local t = new({ math.max(0, math.ceil((stop - start) / step)) },
     dtype_of(options.dtype or (whole and "i64" or M.default_dtype), "arange"),
@@ -312,7 +323,8 @@ local function flatten(value, depth, shape, out)
   if #value == 0 or type(value[1]) ~= "table" then shape.done = true end
 end
 
---- A tensor of the numbers (or booleans) of nested tables: `ds.tensor({ { 1, 2 }, { 3, 4 } }, "i64")`.
+--- A tensor of the numbers (or booleans) of nested tables: `ds.tensor({ { 1, 2 }, { 3, 4 } },
+-- "i64")`.
 -- @tparam number|boolean|table data
 -- @tparam[opt="f32"] string|table options a dtype, or { dtype =, device =, requires_grad = }
 function M.tensor(data, options)
@@ -345,7 +357,8 @@ function M.tensor(data, options)
   return finished(t, options.requires_grad)
 end
 
---- Runs `f(…)` with another default device: `ds.on("meta", function() return Model(c) end)` builds a
+--- Runs `f(…)` with another default device: `ds.on("meta", function() return Model(c) end)` builds
+-- a
 -- model of shapes without memory.
 function M.on(device, f, ...)
   local before = M.default_device
@@ -396,7 +409,7 @@ function M.randint(low, high, ...)
   local shape, _, device = parse("randint", ...)
   local last = select(select("#", ...), ...)
   local dtype = dtype_of(type(last) == "table" and last.dtype or "i64", "randint")
-  if not (low < high) then raise("randint: low %s must be less than high %s", low, high) end
+  if low >= high then raise("randint: low %s must be less than high %s", low, high) end
   local t = new(shape, dtype, device)
   run("randint", device, t._c, low, high, M.draw(numel_of(shape)))
   return t
@@ -414,7 +427,8 @@ end
 
 function M.full_like(x, value, options)
   options = options or {}
-  return M.full(x.shape, value, { dtype = options.dtype or x.dtype, device = options.device or x.device })
+  return M.full(x.shape, value,
+    { dtype = options.dtype or x.dtype, device = options.device or x.device })
 end
 
 -- ---- shape
@@ -541,7 +555,8 @@ function M.borrow.heads(slot, x, first, count, width)
   return c
 end
 
---- Lets tensor t be what `other` is: same memory, same values from now on. The old memory is dropped.
+--- Lets tensor t be what `other` is: same memory, same values from now on. The old memory is
+-- dropped.
 function M.repoint(t, other)
   local c = handle()
   C.ds_alias(c, other._c)
@@ -569,7 +584,8 @@ end
 function methods:item()
   need_tensor(self, "item", 1)
   if numel_of(self.shape) ~= 1 then
-    raise("item: the tensor has %d elements %s, not one", numel_of(self.shape), shape_string(self.shape))
+    raise("item: the tensor has %d elements %s, not one", numel_of(self.shape),
+      shape_string(self.shape))
   end
   if self.device == "cpu" and element[self.dtype] then
     local v = tonumber(ffi.cast(element[self.dtype], self._c.data)[0])
@@ -620,8 +636,8 @@ end
 local function may_change(t, what)
   need_tensor(t, what, 1)
   if scope.grad and (t._rec or t.requires_grad) then
-    raise("%s: the tensor takes part in the gradient; change it inside ds.no_grad(function() … end), "
-      .. "or use the form without '_'", what)
+    raise("%s: the tensor takes part in the gradient; change it inside ds.no_grad(function() … "
+      .. "end), or use the form without '_'", what)
   end
   return t
 end

@@ -24,7 +24,11 @@
 #define MARGIN 0xa5
 #define FLOATS 4 /* the first dtypes: f32 bf16 f16 f64 */
 
-#define SHAPE(...) (int)(sizeof((int64_t[]){__VA_ARGS__}) / 8), (const int64_t[]){__VA_ARGS__}
+#define SHAPE(...)                                                                                 \
+    (int)(sizeof((int64_t[]){__VA_ARGS__}) / 8), (const int64_t[])                                 \
+    {                                                                                              \
+        __VA_ARGS__                                                                                \
+    }
 
 static uint64_t random_state = 1;
 
@@ -230,8 +234,9 @@ static inline void drop(ds_tensor *t)
 static inline void randomise(ds_tensor *t, double low, double high)
 {
     for (int64_t i = 0; i < t->numel; i++)
-        set(t, i, ds_is_float(t->dtype) ? low + (high - low) * random01()
-                                        : (double)between((int64_t)low, (int64_t)high));
+        set(t, i,
+            ds_is_float(t->dtype) ? low + (high - low) * random01()
+                                  : (double)between((int64_t)low, (int64_t)high));
 }
 
 static inline ds_tensor random_tensor(int dtype, int ndim, const int64_t *shape, double low,

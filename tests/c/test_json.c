@@ -72,8 +72,12 @@ static void plain_values_stand_alone(void **state)
         const char *text;
         int type;
     } cases[] = {
-        {"null", DS_JSON_NULL},      {" 3 // three", DS_JSON_NUMBER}, {"\"s\"", DS_JSON_STRING},
-        {"[]", DS_JSON_ARRAY},       {"\xef\xbb\xbf{}", DS_JSON_OBJECT}, {"false\n", DS_JSON_FALSE},
+        {"null", DS_JSON_NULL},
+        {" 3 // three", DS_JSON_NUMBER},
+        {"\"s\"", DS_JSON_STRING},
+        {"[]", DS_JSON_ARRAY},
+        {"\xef\xbb\xbf{}", DS_JSON_OBJECT},
+        {"false\n", DS_JSON_FALSE},
         {"[1,/*x*/]", DS_JSON_ARRAY},
     };
     ds_json doc;
@@ -158,7 +162,8 @@ static void nesting_has_a_limit(void **state)
             assert_int_equal(doc.n, depth);
             ds_json_free(&doc);
         } else {
-            assert_refused(text, 2 * (size_t)depth, "x.json:1: arrays and objects are nested deeper");
+            assert_refused(text, 2 * (size_t)depth,
+                           "x.json:1: arrays and objects are nested deeper");
         }
     }
     memset(text, '[', sizeof text); /* no end either */

@@ -73,8 +73,8 @@ static void copies(void **state)
 /* All sides around the size of a tile, and several threads. */
 static void transposes(void **state)
 {
-    static const int64_t sizes[][2] = {{64, 64}, {65, 63}, {16, 200}, {200, 16}, {1, 300}, {300, 1},
-                                       {7, 500}, {150, 150}, {33, 31}};
+    static const int64_t sizes[][2] = {{64, 64}, {65, 63}, {16, 200},  {200, 16}, {1, 300},
+                                       {300, 1}, {7, 500}, {150, 150}, {33, 31}};
     const ds_ops *ops = kernels();
 
     (void)state;
@@ -106,7 +106,8 @@ static void copy_limits(void **state)
     for (int i = 0; i < 6; i++)
         set(&x, i, values[i]);
     assert_int_equal(ops->copy(&y, &x), 0);
-    assert_int_equal(ops->copy(&z, &x), 0); /* rounded once: not through f32 to the even neighbour */
+    assert_int_equal(ops->copy(&z, &x),
+                     0); /* rounded once: not through f32 to the even neighbour */
     assert_int_equal(ops->copy(&b, &x), 0);
     for (int i = 0; i < 6; i++) {
         near(get(&y, i), i32[i], 0, "to i32", i);
@@ -444,7 +445,8 @@ static void embeddings(void **state)
     for (int round = 0; round < ROUNDS * 2; round++) {
         int dtype = round % FLOATS, accumulate = (int)between(0, 1);
         int sum_dtype = dtype == DS_F64 ? DS_F64 : between(0, 1) ? DS_F32 : dtype;
-        int64_t rows = between(1, 40), columns = between(1, 700), b = between(0, 5), t = between(1, 9);
+        int64_t rows = between(1, 40), columns = between(1, 700), b = between(0, 5),
+                t = between(1, 9);
         ds_tensor w = random_tensor(dtype, SHAPE(rows, columns), -1, 1);
         ds_tensor index = random_tensor(round & 1 ? DS_I64 : DS_I32, SHAPE(b, t), 0,
                                         (double)(between(0, 3) ? rows - 1 : 0));
@@ -500,7 +502,8 @@ static void rotaries(void **state)
                     pow(10000, -2.0 * (double)(interleaved ? at[3] / 2 : at[3] % half) / (double)d);
             u = get(&x, first);
             v = get(&x, first + pair);
-            near(get(&y, i), second ? u * sin(angle) + v * cos(angle) : u * cos(angle) - v * sin(angle),
+            near(get(&y, i),
+                 second ? u * sin(angle) + v * cos(angle) : u * cos(angle) - v * sin(angle),
                  eps_of(dtype) * 2 + (dtype == DS_F64 ? 1e-12 : 4e-7), "rotary", i);
             near(get(&z, i), get(&x, i), eps_of(dtype) * 4 + (dtype == DS_F64 ? 0 : 4e-7),
                  "rotary and back", i);

@@ -8,7 +8,6 @@
 
 /* ---- references */
 
-
 static double neg(double x)
 {
     return -x;
@@ -72,28 +71,17 @@ static const struct unary {
     double low, high, ulps;
     int steps;
 } unaries[] = {
-    {"neg", neg, -3, 3, 0, 0},
-    {"abs", fabs, -3, 3, 0, 0},
-    {"sign", sign, -3, 3, 0, 1},
-    {"floor", floor, -5, 5, 0, 1},
-    {"ceil", ceil, -5, 5, 0, 1},
-    {"round", rint, -5, 5, 0, 1},
-    {"square", square, -3, 3, 1, 0},
-    {"sqrt", sqrt, 0.1, 9, 1, 0},
-    {"rsqrt", rsqrt, 0.1, 9, 2, 0},
-    {"reciprocal", reciprocal, 0.2, 9, 1, 0},
-    {"exp", exp, -9, 9, 2, 0},
-    {"log", log, 0.1, 9, 2, 0},
-    {"log1p", log1p, -0.9, 9, 2, 0},
-    {"sin", sin, -9, 9, 2, 0},
-    {"cos", cos, -9, 9, 2, 0},
-    {"tanh", tanh, -4, 4, 2, 0},
-    {"sigmoid", sigmoid, -9, 9, 3, 0},
-    {"relu", relu, -3, 3, 0, 0},
-    {"gelu", gelu, -3, 5, 16, 0},
-    {"gelu_tanh", gelu_tanh, -3, 5, 8, 0},
-    {"silu", silu, -9, 9, 4, 0},
-    {"softplus", softplus, -9, 9, 3, 0},
+    {"neg", neg, -3, 3, 0, 0},         {"abs", fabs, -3, 3, 0, 0},
+    {"sign", sign, -3, 3, 0, 1},       {"floor", floor, -5, 5, 0, 1},
+    {"ceil", ceil, -5, 5, 0, 1},       {"round", rint, -5, 5, 0, 1},
+    {"square", square, -3, 3, 1, 0},   {"sqrt", sqrt, 0.1, 9, 1, 0},
+    {"rsqrt", rsqrt, 0.1, 9, 2, 0},    {"reciprocal", reciprocal, 0.2, 9, 1, 0},
+    {"exp", exp, -9, 9, 2, 0},         {"log", log, 0.1, 9, 2, 0},
+    {"log1p", log1p, -0.9, 9, 2, 0},   {"sin", sin, -9, 9, 2, 0},
+    {"cos", cos, -9, 9, 2, 0},         {"tanh", tanh, -4, 4, 2, 0},
+    {"sigmoid", sigmoid, -9, 9, 3, 0}, {"relu", relu, -3, 3, 0, 0},
+    {"gelu", gelu, -3, 5, 16, 0},      {"gelu_tanh", gelu_tanh, -3, 5, 8, 0},
+    {"silu", silu, -9, 9, 4, 0},       {"softplus", softplus, -9, 9, 3, 0},
     {"erf", erf, -3, 3, 3, 0},
 };
 
@@ -141,7 +129,7 @@ static double binary(const char *name, double a, double b)
 static double compare(const char *name, double a, double b)
 {
     const char *names[] = {"eq", "ne", "lt", "le", "gt", "ge"};
-    int values[] = {a == b, a != b, a < b, a <= b, a > b, a >= b};
+    int values[] = {a == b, a != b, a<b, a <= b, a> b, a >= b};
 
     for (int i = 0; i < 6; i++)
         if (strcmp(name, names[i]) == 0)
@@ -232,7 +220,8 @@ static void check_slope(const char *name, char saved, unary_backward_kernel *ker
     const struct unary *u = unary_of(name);
     shape s = any_shape();
     ds_tensor x = random_tensor(dtype, s.ndim, s.size, u->low, u->high);
-    ds_tensor dy = random_tensor(dtype, s.ndim, s.size, -2, 2), kept = anyhow(dtype, s.ndim, s.size);
+    ds_tensor dy = random_tensor(dtype, s.ndim, s.size, -2, 2),
+              kept = anyhow(dtype, s.ndim, s.size);
     ds_tensor dx = anyhow(dtype, s.ndim, s.size);
 
     for (int64_t i = 0; i < x.numel; i++) {
@@ -284,9 +273,9 @@ static void one_input(void **state)
 
 static void special_values(void **state)
 {
-    static const double x[] = {0.0,      -0.0, 1,   -1,      INFINITY, -INFINITY, NAN, 1e-40,
-                               -1e-40,   0.5,  1.5, 2.5,     -0.5,     -2.5,      88,  -88,
-                               3.389e38, 100,  -100, 1e10};
+    static const double x[] = {0.0,   -0.0,   1,        -1,  INFINITY, -INFINITY, NAN,
+                               1e-40, -1e-40, 0.5,      1.5, 2.5,      -0.5,      -2.5,
+                               88,    -88,    3.389e38, 100, -100,     1e10};
     const ds_ops *ops = kernels();
     int n = sizeof x / sizeof *x;
 
@@ -296,27 +285,27 @@ static void special_values(void **state)
 
         for (int i = 0; i < n; i++)
             set(&in, i, x[i]);
-#define DS_UNARY(name, saved)                                                                      \
-    {                                                                                              \
-        const struct unary *u = unary_of(#name);                                                   \
-                                                                                                   \
-        assert_int_equal(ops->name(&out, &in), 0);                                                 \
-        for (int i = 0; i < n; i++) {                                                              \
-            double want = u->f(get(&in, i));                                                       \
-                                                                                                   \
+#define DS_UNARY(name, saved)                                                                        \
+    {                                                                                                \
+        const struct unary *u = unary_of(#name);                                                     \
+                                                                                                     \
+        assert_int_equal(ops->name(&out, &in), 0);                                                   \
+        for (int i = 0; i < n; i++) {                                                                \
+            double want = u->f(get(&in, i));                                                         \
+                                                                                                     \
             /* the products of the closed forms are NaN at infinity, as PyTorch's are; what lies   \
-             * beyond f32's accuracy is left out */                                                \
-            if ((isinf(x[i]) && (u->f == gelu || u->f == gelu_tanh || u->f == silu)) ||            \
-                (fabs(x[i]) > 1e6 && (u->f == sin || u->f == cos)) ||                              \
-                (x[i] == 88 && u->f == exp && dtype == DS_F16))                                    \
-                continue;                                                                          \
-            if (isnan(x[i]))                                                                       \
-                want = NAN;                                                                        \
-            if (u->f == softplus && x[i] > 700)                                                    \
-                want = get(&in, i);                                                                \
-            near(get(&out, i), rounded(dtype, want),                                               \
-                 within(dtype, rounded(dtype, want), u->ulps + 20), #name, i);                     \
-        }                                                                                          \
+             * beyond f32's accuracy is left out */ \
+            if ((isinf(x[i]) && (u->f == gelu || u->f == gelu_tanh || u->f == silu)) ||              \
+                (fabs(x[i]) > 1e6 && (u->f == sin || u->f == cos)) ||                                \
+                (x[i] == 88 && u->f == exp && dtype == DS_F16))                                      \
+                continue;                                                                            \
+            if (isnan(x[i]))                                                                         \
+                want = NAN;                                                                          \
+            if (u->f == softplus && x[i] > 700)                                                      \
+                want = get(&in, i);                                                                  \
+            near(get(&out, i), rounded(dtype, want),                                                 \
+                 within(dtype, rounded(dtype, want), u->ulps + 20), #name, i);                       \
+        }                                                                                            \
     }
 #include "kernels/ops.def"
         drop(&in);
@@ -451,12 +440,12 @@ static void large(void **state)
             randomise(&side, -2, 2);
             assert_int_equal(ops->add(&y, &a, &bias), 0);
             for (int64_t i = 0; i < y.numel; i++)
-                near(get(&y, i), get(&a, i) + get(&bias, i % columns),
-                     within(dtype, get(&y, i), 1), "add", i);
+                near(get(&y, i), get(&a, i) + get(&bias, i % columns), within(dtype, get(&y, i), 1),
+                     "add", i);
             assert_int_equal(ops->mul(&y, &a, &side), 0);
             for (int64_t i = 0; i < y.numel; i++)
-                near(get(&y, i), get(&a, i) * get(&side, i / columns),
-                     within(dtype, get(&y, i), 1), "mul", i);
+                near(get(&y, i), get(&a, i) * get(&side, i / columns), within(dtype, get(&y, i), 1),
+                     "mul", i);
             drop(&a);
             drop(&y);
             drop(&bias);
@@ -603,9 +592,9 @@ static void errors(void **state)
 int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(one_input),     cmocka_unit_test(special_values),
-        cmocka_unit_test(two_inputs),    cmocka_unit_test(not_a_number),
-        cmocka_unit_test(large),         cmocka_unit_test(add_scaled_and_clamp),
+        cmocka_unit_test(one_input),       cmocka_unit_test(special_values),
+        cmocka_unit_test(two_inputs),      cmocka_unit_test(not_a_number),
+        cmocka_unit_test(large),           cmocka_unit_test(add_scaled_and_clamp),
         cmocka_unit_test(where_and_masks), cmocka_unit_test(logic),
         cmocka_unit_test(errors),
     };

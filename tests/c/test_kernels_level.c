@@ -93,7 +93,10 @@ static void vectors(void **state)
         for (int i = 0; i < VF_LANES; i++) {
             double want = exp((double)x[i]);
 
-            near((double)y[i], want < 0x1p-126 ? 0 : want > 3.4028235e38 ? INFINITY : want,
+            near((double)y[i],
+                 want < 0x1p-126       ? 0
+                 : want > 3.4028235e38 ? INFINITY
+                                       : want,
                  want * 0x1p-23, "vf_exp", i);
         }
         vh_store(h, vf_to_bf16(vf_load(x)));

@@ -91,8 +91,8 @@ static void sums(void **state)
         int dtype = round % DS_DTYPES, real = ds_is_float(dtype), accumulate = (int)between(0, 1);
         int out = !real ? DS_I64 : dtype == DS_F64 ? DS_F64 : between(0, 1) ? DS_F32 : dtype;
         shape s = any_shape(0, 30000), r = reduced(s);
-        ds_tensor x = random_tensor(dtype, s.ndim, s.size, dtype >= DS_U8 ? 0 : -2,
-                                    dtype == DS_BOOL ? 1 : 3);
+        ds_tensor x =
+            random_tensor(dtype, s.ndim, s.size, dtype >= DS_U8 ? 0 : -2, dtype == DS_BOOL ? 1 : 3);
         ds_tensor y = random_tensor(out, r.ndim, r.size, -5, 5);
         double *size, *want = reference(SUM, &y, &x, &size);
         double per = y.numel ? (double)x.numel / (double)y.numel : 0;
@@ -129,8 +129,11 @@ static void others(void **state)
         int kind;
         const char *name;
         reduce_kernel *kernel;
-    } list[] = {{PROD, "prod", ops->prod}, {MAX, "max", ops->max}, {MIN, "min", ops->min},
-                {ALL, "all", ops->all},    {ANY, "any", ops->any}};
+    } list[] = {{PROD, "prod", ops->prod},
+                {MAX, "max", ops->max},
+                {MIN, "min", ops->min},
+                {ALL, "all", ops->all},
+                {ANY, "any", ops->any}};
 
     (void)state;
     for (int round = 0; round < ROUNDS * 16; round++) {
@@ -158,8 +161,8 @@ static void others(void **state)
             assert_int_equal(list[k].kernel(&y, &x), 0);
             for (int64_t i = 0; i < y.numel; i++)
                 near(get(&y, i), rounded(out, want[i]),
-                     kind == PROD && ds_is_float(dtype)
-                         ? fabs(want[i]) * (2 * eps_of(out) + 1e-13) : 0,
+                     kind == PROD && ds_is_float(dtype) ? fabs(want[i]) * (2 * eps_of(out) + 1e-13)
+                                                        : 0,
                      list[k].name, i);
         }
         free(want);
@@ -343,7 +346,8 @@ static void extremes(void **state)
         ds_tensor x, y;
 
         one.size[dim] = 1;
-        x = random_tensor(dtype, s.ndim, s.size, dtype >= DS_U8 ? 0 : -50, dtype == DS_BOOL ? 1 : 50);
+        x = random_tensor(dtype, s.ndim, s.size, dtype >= DS_U8 ? 0 : -50,
+                          dtype == DS_BOOL ? 1 : 50);
         for (int64_t j = 0; j < x.numel && ds_is_float(dtype); j++)
             set(&x, j, between(0, 900) == 0 ? NAN : rint(get(&x, j)));
         y = anyhow(DS_I64, one.ndim, one.size);
@@ -358,7 +362,8 @@ static void extremes(void **state)
             int64_t best = 0;
 
             for (int64_t i = 1; i < s.size[dim]; i++) {
-                double v = get(&x, along(&x, dim, line, i)), b = get(&x, along(&x, dim, line, best));
+                double v = get(&x, along(&x, dim, line, i)),
+                       b = get(&x, along(&x, dim, line, best));
 
                 if (!isnan(b) && (isnan(v) || (largest ? v > b : v < b)))
                     best = i;
@@ -380,8 +385,8 @@ static void running_sums(void **state)
         int out = ds_is_float(dtype) ? dtype : DS_I64;
         shape s = any_shape(1, 6000);
         int dim = (int)between(0, s.ndim - 1);
-        ds_tensor x = random_tensor(dtype, s.ndim, s.size, dtype >= DS_U8 ? 0 : -3,
-                                    dtype == DS_BOOL ? 1 : 3);
+        ds_tensor x =
+            random_tensor(dtype, s.ndim, s.size, dtype >= DS_U8 ? 0 : -3, dtype == DS_BOOL ? 1 : 3);
         ds_tensor y = anyhow(out, s.ndim, s.size);
         int64_t n = s.size[dim], lines = n ? x.numel / n : 0;
 
@@ -393,8 +398,8 @@ static void running_sums(void **state)
                 int64_t at = along(&x, dim, line, reverse ? n - 1 - i : i);
 
                 sum += get(&x, at);
-                near(get(&y, at), sum,
-                     ds_is_float(out) ? within(out, sum, 1) + 1e-12 : 0, "cumsum", at);
+                near(get(&y, at), sum, ds_is_float(out) ? within(out, sum, 1) + 1e-12 : 0, "cumsum",
+                     at);
             }
         }
         drop(&x);
@@ -429,8 +434,8 @@ static void errors(void **state)
 int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(sums),     cmocka_unit_test(others),       cmocka_unit_test(long_sums),
-        cmocka_unit_test(squares),  cmocka_unit_test(orders),       cmocka_unit_test(extremes),
+        cmocka_unit_test(sums),         cmocka_unit_test(others), cmocka_unit_test(long_sums),
+        cmocka_unit_test(squares),      cmocka_unit_test(orders), cmocka_unit_test(extremes),
         cmocka_unit_test(running_sums), cmocka_unit_test(errors),
     };
     int done = each_level(argv);

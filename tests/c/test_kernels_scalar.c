@@ -73,7 +73,7 @@ static void elementary_functions(void **state)
 
 static void powers(void **state)
 {
-    static const float special[] = {0,    -0.0f, 1,        -1,        2,   -2,      3,       -3,
+    static const float special[] = {0,    -0.0f, 1,        -1,        2,   -2,     3,     -3,
                                     0.5f, -0.5f, INFINITY, -INFINITY, NAN, 1e-40f, -1e38f};
     int n = sizeof special / sizeof *special;
 
@@ -103,8 +103,8 @@ static void halves(void **state)
         int e = (int)(h >> 10 & 31), m = (int)(h & 1023);
 
         if (e < 31)
-            assert_true((double)f == (h & 0x8000 ? -1 : 1) *
-                                         ldexp(e ? 1024 + m : m, (e ? e : 1) - 25));
+            assert_true((double)f ==
+                        (h & 0x8000 ? -1 : 1) * ldexp(e ? 1024 + m : m, (e ? e : 1) - 25));
         else
             assert_true(m ? isnan(f) : f == (h & 0x8000 ? -INFINITY : INFINITY));
         if (!isnan(f))

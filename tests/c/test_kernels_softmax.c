@@ -103,7 +103,8 @@ static void softmax_specials(void **state)
 
 /* ---- cross-entropy */
 
-static double loss_of(const ds_tensor *x, int64_t row, int64_t target, double smoothing, double *lse)
+static double loss_of(const ds_tensor *x, int64_t row, int64_t target, double smoothing,
+                      double *lse)
 {
     double most = -INFINITY, sum = 0, mean = 0;
     int64_t n = x->shape[1];
@@ -140,12 +141,12 @@ static void cross_entropies(void **state)
         set(&t, 0, 0);
         dloss.data = malloc(8 * (size_t)rows);
         randomise(&dloss, 0.5, 2);
-        assert_int_equal(
-            ops->cross_entropy(&loss, &lse, &x, &t, ignore, smoothing, reduction), 0);
+        assert_int_equal(ops->cross_entropy(&loss, &lse, &x, &t, ignore, smoothing, reduction), 0);
         for (int64_t i = 0; i < rows; i++)
             count += get(&t, i) != (double)ignore;
-        assert_int_equal(ops->cross_entropy_backward(&dx, &dloss, &x, &t, &lse, ignore, smoothing,
-                                                     reduction), 0);
+        assert_int_equal(
+            ops->cross_entropy_backward(&dx, &dloss, &x, &t, &lse, ignore, smoothing, reduction),
+            0);
         for (int64_t i = 0; i < rows; i++) {
             int64_t target = (int64_t)get(&t, i);
             double l, one = loss_of(&x, i, target, smoothing, &l);
@@ -181,8 +182,10 @@ static void cross_entropies(void **state)
 static void cross_entropy_errors(void **state)
 {
     const ds_ops *ops = kernels();
-    ds_tensor x = dense(DS_F32, SHAPE(3, 5)), t = dense(DS_I64, SHAPE(3)), r = dense(DS_F32, SHAPE(3));
-    ds_tensor loss = scalar(DS_F32, 7), lse = dense(DS_F32, SHAPE(3)), all = dense(DS_I64, SHAPE(3));
+    ds_tensor x = dense(DS_F32, SHAPE(3, 5)), t = dense(DS_I64, SHAPE(3)),
+              r = dense(DS_F32, SHAPE(3));
+    ds_tensor loss = scalar(DS_F32, 7), lse = dense(DS_F32, SHAPE(3)),
+              all = dense(DS_I64, SHAPE(3));
 
     (void)state;
     randomise(&x, -1, 1);

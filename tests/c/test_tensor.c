@@ -239,7 +239,8 @@ static void zero_map(void **state)
             if (b && buckets[b].group == buckets[b - 1].group)
                 assert_int_equal(buckets[b].start + buckets[b].numel, last_end);
             last_end = buckets[b].start;
-            assert_true(buckets[b].numel <= 500 + world * 16 || buckets[b].first == buckets[b].last);
+            assert_true(buckets[b].numel <= 500 + world * 16 ||
+                        buckets[b].first == buckets[b].last);
         }
         assert_int_equal(covered[0], ds_zero_group_numel(z, 0));
         assert_int_equal(covered[1], ds_zero_group_numel(z, 1));
@@ -256,9 +257,12 @@ static void zero_map(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(views_of_random_shapes), cmocka_unit_test(reshape_of_views),
-        cmocka_unit_test(refused_shapes),         cmocka_unit_test(allocator_under_load),
-        cmocka_unit_test(steady_state_takes_nothing), cmocka_unit_test(zero_map),
+        cmocka_unit_test(views_of_random_shapes),
+        cmocka_unit_test(reshape_of_views),
+        cmocka_unit_test(refused_shapes),
+        cmocka_unit_test(allocator_under_load),
+        cmocka_unit_test(steady_state_takes_nothing),
+        cmocka_unit_test(zero_map),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);
