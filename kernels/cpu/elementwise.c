@@ -9,8 +9,9 @@
 
 #include "kernels/scalar.h"
 
-#define CHEAP 1
-#define COSTLY 8 /* times an addition: about what a polynomial takes */
+/* What a body is like: an addition or so; one that takes numbers for operands (BODY2); a polynomial,
+ * which takes about eight times as long. */
+enum cost { CHEAP, BROADCASTS, COSTLY };
 
 /* By the common dtype of the operands; NULL: not for this one. */
 typedef walk_body *bodies[DS_DTYPES];
@@ -25,22 +26,39 @@ typedef walk_body *bodies[DS_DTYPES];
 
 /* A body: y[i] = expression of a[i], b[i] and the scalars s0, s1. */
 #define BODY(name, Y, A, B, expression)                                                            \
-    static void name(int64_t n, void *const *p, const double *s)                                   \
+    static void name(int64_t n, void *const *p, const double *s, unsigned ones)                    \
     {                                                                                              \
         Y *y = p[0];                                                                               \
         const A *a = p[1];                                                                         \
         const B *b = p[2];                                                                         \
         const double s0 = s[0], s1 = s[1];                                                         \
                                                                                                    \
-        (void)b, (void)s0, (void)s1;                                                               \
+        (void)b, (void)s0, (void)s1, (void)ones;                                                   \
         _Pragma("omp simd") for (int64_t i = 0; i < n; i++) y[i] = expression;                     \
+    }
+
+/* y[i] = f(a[i], b[i]), where either may be one number for all. */
+#define BODY2(name, Y, X, f)                                                                       \
+    static void name(int64_t n, void *const *p, const double *s, unsigned ones)                    \
+    {                                                                                              \
+        Y *y = p[0];                                                                               \
+        const X *a = p[1], *b = p[2], a0 = *a, b0 = *b;                                            \
+                                                                                                   \
+        (void)s;                                                                                   \
+        if (ones & 4) {                                                                            \
+            _Pragma("omp simd") for (int64_t i = 0; i < n; i++) y[i] = f(a[i], b0);                \
+        } else if (ones & 2) {                                                                     \
+            _Pragma("omp simd") for (int64_t i = 0; i < n; i++) y[i] = f(a0, b[i]);                \
+        } else {                                                                                   \
+            _Pragma("omp simd") for (int64_t i = 0; i < n; i++) y[i] = f(a[i], b[i]);              \
+        }                                                                                          \
     }
 
 /* ---- running a table of bodies */
 
 /* `kinds` has a letter an operand: x the common dtype, b bool, anything else is right already. */
 static int elementwise(const char *name, const bodies by_dtype, const char *kinds, int count,
-                       const ds_tensor *const *t, const double *scalars, int cost)
+                       const ds_tensor *const *t, const double *scalars, enum cost cost)
 {
     const char *first = strrchr(kinds, 'x'); /* the last of them is an input */
     int dtype = first ? t[first - kinds]->dtype : DS_BOOL, rc;
@@ -58,21 +76,23 @@ static int elementwise(const char *name, const bodies by_dtype, const char *kind
         return ds_fail(DS_EINVAL, "%s: not for %s%s", name, ds_name_of(dtype),
                        ds_is_float(dtype) ? "" : "; use :float() first");
     rc = DS_CPU(walk_start)(&w, name, count, t, WALK_ANY);
-    if (rc == 0)
-        DS_CPU(walk_run)(&w, by_dtype[dtype], scalars, cost);
-    return rc;
+    if (rc < 0)
+        return rc;
+    w.ones = cost == BROADCASTS;
+    DS_CPU(walk_run)(&w, by_dtype[dtype], scalars, cost == COSTLY ? 8 : 1);
+    return 0;
 }
 
 /* y = x ∘ value, or value ∘ x; `result` is the letter of y. */
 static int with_number(const char *name, const bodies by_dtype, char result, ds_tensor *y,
-                       const ds_tensor *x, double value, int flip, int cost)
+                       const ds_tensor *x, double value, int flip)
 {
     number s;
     int rc = DS_CPU(number_start)(&s, name, value, x->dtype, 0);
     const ds_tensor *t[] = {y, flip ? &s.t : x, flip ? x : &s.t};
     const char kinds[] = {result, flip ? '.' : 'x', flip ? 'x' : '.', 0};
 
-    return rc < 0 ? rc : elementwise(name, by_dtype, kinds, 3, t, NULL, cost);
+    return rc < 0 ? rc : elementwise(name, by_dtype, kinds, 3, t, NULL, BROADCASTS);
 }
 
 /* ---- one input, and its backward: dx = dy slope(s) */
@@ -134,14 +154,14 @@ static walk_body *const *choose(const struct integer *integers, const char *name
 /* ---- two inputs */
 
 #define DS_BINARY(name)                                                                            \
-    BODY(name##_f32, float, float, float, ds_##name##_f32(a[i], b[i]))                             \
-    BODY(name##_f64, double, double, double, ds_##name##_f64(a[i], b[i]))
+    BODY2(name##_f32, float, float, ds_##name##_f32)                                               \
+    BODY2(name##_f64, double, double, ds_##name##_f64)
 #include "kernels/ops.def"
 
 #define INTEGER(name)                                                                              \
-    BODY(name##_i64, int64_t, int64_t, int64_t, ds_##name##_i64(a[i], b[i]))                       \
-    BODY(name##_i32, int32_t, int32_t, int32_t, ds_##name##_i32(a[i], b[i]))                       \
-    BODY(name##_u8, uint8_t, uint8_t, uint8_t, ds_##name##_u8(a[i], b[i]))
+    BODY2(name##_i64, int64_t, int64_t, ds_##name##_i64)                                           \
+    BODY2(name##_i32, int32_t, int32_t, ds_##name##_i32)                                           \
+    BODY2(name##_u8, uint8_t, uint8_t, ds_##name##_u8)
 INTEGER(add)
 INTEGER(sub)
 INTEGER(mul)
@@ -174,7 +194,7 @@ static int easy_power(ds_tensor *y, const ds_tensor *x, double s, int flip)
         static const bodies floats = {FLOATS(name)};                                               \
                                                                                                    \
         return elementwise(#name, choose(integer_binary, #name, floats, a->dtype), "xxx", 3,       \
-                           (const ds_tensor *[]){y, a, b}, NULL, CHEAP);                           \
+                           (const ds_tensor *[]){y, a, b}, NULL, BROADCASTS);                           \
     }                                                                                              \
     int DS_CPU(name##_scalar)(ds_tensor * y, const ds_tensor *x, double s, int flip)               \
     {                                                                                              \
@@ -183,28 +203,28 @@ static int easy_power(ds_tensor *y, const ds_tensor *x, double s, int flip)
                                                                                                    \
         return rc <= 0 ? rc                                                                        \
                        : with_number(#name, choose(integer_binary, #name, floats, x->dtype), 'x',  \
-                                     y, x, s, flip, CHEAP);                                        \
+                                     y, x, s, flip);                                        \
     }
 #include "kernels/ops.def"
 
 /* ---- comparisons: bool from any dtype */
 
 #define DS_COMPARE(name)                                                                           \
-    BODY(name##_f32, uint8_t, float, float, ds_##name(a[i], b[i]))                                 \
-    BODY(name##_f64, uint8_t, double, double, ds_##name(a[i], b[i]))                               \
-    BODY(name##_i64, uint8_t, int64_t, int64_t, ds_##name(a[i], b[i]))                             \
-    BODY(name##_i32, uint8_t, int32_t, int32_t, ds_##name(a[i], b[i]))                             \
-    BODY(name##_u8, uint8_t, uint8_t, uint8_t, ds_##name(a[i], b[i]))                              \
+    BODY2(name##_f32, uint8_t, float, ds_##name)                                                   \
+    BODY2(name##_f64, uint8_t, double, ds_##name)                                                  \
+    BODY2(name##_i64, uint8_t, int64_t, ds_##name)                                                 \
+    BODY2(name##_i32, uint8_t, int32_t, ds_##name)                                                 \
+    BODY2(name##_u8, uint8_t, uint8_t, ds_##name)                                                  \
     static const bodies name##_bodies = {FLOATS(name), INTEGERS(name), [DS_BOOL] = name##_u8};     \
                                                                                                    \
     int DS_CPU(name)(ds_tensor * y, const ds_tensor *a, const ds_tensor *b)                        \
     {                                                                                              \
         return elementwise(#name, name##_bodies, "bxx", 3, (const ds_tensor *[]){y, a, b}, NULL,   \
-                           CHEAP);                                                                 \
+                           BROADCASTS);                                                                 \
     }                                                                                              \
     int DS_CPU(name##_scalar)(ds_tensor * y, const ds_tensor *x, double s, int flip)               \
     {                                                                                              \
-        return with_number(#name, name##_bodies, 'b', y, x, s, flip, CHEAP);                       \
+        return with_number(#name, name##_bodies, 'b', y, x, s, flip);                       \
     }
 #include "kernels/ops.def"
 
@@ -267,13 +287,13 @@ int DS_CPU(clamp_backward)(ds_tensor *dx, const ds_tensor *dy, const ds_tensor *
 
 /* where moves bits: one body a size. */
 #define WHERE(type)                                                                                \
-    static void where_##type(int64_t n, void *const *p, const double *s)                           \
+    static void where_##type(int64_t n, void *const *p, const double *s, unsigned ones)            \
     {                                                                                              \
         type *y = p[0];                                                                            \
         const uint8_t *condition = p[1];                                                           \
         const type *a = p[2], *b = p[3];                                                           \
                                                                                                    \
-        (void)s;                                                                                   \
+        (void)s, (void)ones;                                                                       \
         _Pragma("omp simd") for (int64_t i = 0; i < n; i++) y[i] = condition[i] ? a[i] : b[i];     \
     }
 WHERE(uint8_t)
@@ -302,7 +322,7 @@ static int where(const char *name, ds_tensor *y, const ds_tensor *condition, con
     walk_raw(&w, 0);
     walk_raw(&w, 2);
     walk_raw(&w, 3);
-    DS_CPU(walk_run)(&w, by_size[ds_bytes_of(y->dtype)], NULL, CHEAP);
+    DS_CPU(walk_run)(&w, by_size[ds_bytes_of(y->dtype)], NULL, 1);
     return 0;
 }
 

@@ -88,6 +88,7 @@ int DS_CPU(walk_start)(walk *w, const char *name, int count, const ds_tensor *co
 
     w->name = name;
     w->count = count;
+    w->ones = 0;
     w->ndim = y->ndim;
     w->numel = y->numel;
     memcpy(w->shape, y->shape, sizeof w->shape);
@@ -307,7 +308,7 @@ static void run_part(const walk *w, walk_body *body, const double *scalars, int6
         one_row = n <= rest;
         for (int k = 0; k < w->count; k++)
             at[k] = operand(w, &p, k, buffer.data[k], n, one_row);
-        body(n, at, scalars);
+        body(n, at, scalars, 0);
         if (at[0] == (void *)buffer.data[0] && (w->op[0].linear || one_row))
             convert(&w->op[0], 1, at[0], cursor_at(&p.at, w, 0), w->op[0].stride[last], n);
         else if (at[0] == (void *)buffer.data[0])
@@ -328,42 +329,94 @@ static int is_plain(const walk *w)
     return w->ndim == 1 || w->shape[last] >= SHORT_ROW;
 }
 
-/* Operand k at `memory` for a body: there, or brought to the buffer. A constant fills the buffer when
- * a row begins (`fresh`) and stays. */
-static void *plain_operand(const struct walk_operand *op, int k, int constant, char *memory,
-                           char *buffer, int64_t n, int64_t limit, int fresh)
+/* How a plain walk brings an operand to the body. */
+enum { MEMORY, CONSTANT, HALVES };
+
+typedef struct feed {
+    int kind, dtype;
+    int64_t size, down; /* bytes: of an element, to the next row */
+    char *row;          /* the current row */
+    char *buffer;
+} feed;
+
+static void halves_load(float *buffer, const char *memory, int dtype, int64_t n)
+{
+    if (dtype == DS_BF16 && n == HALVES_CHUNK)
+        for (int i = 0; i < HALVES_CHUNK; i += VF_LANES)
+            vf_store(buffer + i, vf_load_bf16((const uint16_t *)(const void *)memory + i));
+    else
+        ds_row_load(buffer, memory, dtype, n, 1);
+}
+
+static void halves_store(char *memory, const float *buffer, int dtype, int64_t n)
+{
+    if (dtype == DS_BF16 && n == HALVES_CHUNK)
+        for (int i = 0; i < HALVES_CHUNK; i += VF_LANES)
+            vf_store_bf16((uint16_t *)(void *)memory + i, vf_load(buffer + i));
+    else
+        ds_row_store(memory, buffer, dtype, n, 1);
+}
+
+/* A constant: once in the buffer if the body takes it so, else as many times as a piece has elements. */
+static void constant_load(const feed *f, int64_t n)
 {
     float one;
 
-    if (constant) {
-        if (fresh && is_direct(op->dtype)) {
-            DS_CPU(row_move)(buffer, 1, memory, 0, op->size, limit);
-        } else if (fresh) {
-            ds_row_load(&one, memory, op->dtype, 1, 1);
-            DS_CPU(row_move)(buffer, 1, &one, 0, sizeof one, limit);
-        }
-        return buffer;
+    if (is_direct(f->dtype)) {
+        DS_CPU(row_move)(f->buffer, 1, f->row, 0, f->size, n);
+    } else {
+        ds_row_load(&one, f->row, f->dtype, 1, 1);
+        DS_CPU(row_move)(f->buffer, 1, &one, 0, sizeof one, n);
     }
-    if (is_direct(op->dtype))
-        return memory;
-    if (k > 0)
-        ds_row_load((float *)(void *)buffer, memory, op->dtype, n, 1);
-    return buffer;
+}
+
+/* One row of n elements, in pieces of `limit`. */
+static void run_row(const walk *w, const feed *feeds, walk_body *body, const double *scalars,
+                    unsigned ones, int64_t n, int64_t limit)
+{
+    void *at[WALK_MAX] = {NULL};
+
+    for (int64_t i = 0; i < n; i += limit) {
+        int64_t m = n - i < limit ? n - i : limit;
+
+        for (int k = 0; k < w->count; k++) {
+            const feed *f = &feeds[k];
+
+            at[k] = f->kind == MEMORY ? f->row + i * f->size : f->buffer;
+            if (f->kind == HALVES && k > 0)
+                halves_load(at[k], f->row + i * 2, f->dtype, m);
+        }
+        body(m, at, scalars, ones);
+        if (feeds[0].kind == HALVES)
+            halves_store(feeds[0].row + i * 2, at[0], feeds[0].dtype, m);
+    }
 }
 
 static void run_plain(const walk *w, walk_body *body, const double *scalars, int64_t begin,
                       int64_t end)
 {
     _Alignas(64) buffers buffer;
-    int last = w->ndim - 1, above = last > 0 ? last - 1 : 0, halves = !is_direct(w->op[0].dtype);
+    int last = w->ndim - 1, above = last > 0 ? last - 1 : 0;
     int64_t row = w->shape[last], limit = row;
+    unsigned ones = 0;
+    feed feeds[WALK_MAX];
     cursor c;
 
-    for (int k = 1; k < w->count; k++) {
-        halves |= !is_direct(w->op[k].dtype);
-        limit = w->op[k].stride[last] == 0 && limit > WALK_CHUNK ? WALK_CHUNK : limit;
+    for (int k = 0; k < w->count; k++) {
+        const struct walk_operand *op = &w->op[k];
+
+        feeds[k] = (feed){.dtype = op->dtype, .size = op->size, .buffer = buffer.data[k]};
+        feeds[k].down = op->stride[above] * op->size;
+        feeds[k].kind = k > 0 && op->stride[last] == 0 ? CONSTANT
+                        : is_direct(op->dtype)         ? MEMORY
+                                                       : HALVES;
+        if (feeds[k].kind == CONSTANT && w->ones)
+            ones |= 1u << k;
+        else if (feeds[k].kind == CONSTANT)
+            limit = limit < WALK_CHUNK ? limit : WALK_CHUNK;
+        else if (feeds[k].kind == HALVES)
+            limit = limit < HALVES_CHUNK ? limit : HALVES_CHUNK;
     }
-    limit = halves && limit > HALVES_CHUNK ? HALVES_CHUNK : limit;
     cursor_start(&c, w, begin);
     while (begin < end) {
         int64_t n = cursor_rest(&c, w) < end - begin ? cursor_rest(&c, w) : end - begin;
@@ -371,26 +424,16 @@ static void run_plain(const walk *w, walk_body *body, const double *scalars, int
         int64_t left = last == 0 ? 1 : w->shape[above] - c.index[above];
 
         rows = rows < left ? rows : left;
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t i = 0; i < n; i += limit) {
-                int64_t m = n - i < limit ? n - i : limit;
-                void *at[WALK_MAX] = {NULL};
-
-                for (int k = 0; k < w->count; k++) {
-                    const struct walk_operand *op = &w->op[k];
-                    int constant = op->stride[last] == 0 && k > 0;
-                    int64_t step = r * op->stride[above] + (constant ? 0 : i);
-
-                    at[k] = plain_operand(op, k, constant, cursor_at(&c, w, k) + step * op->size,
-                                          buffer.data[k], m, limit,
-                                          i == 0 && (r == 0 || op->stride[above] != 0));
-                }
-                body(m, at, scalars);
-                if (at[0] == (void *)buffer.data[0])
-                    ds_row_store(cursor_at(&c, w, 0) +
-                                     (r * w->op[0].stride[above] + i) * w->op[0].size,
-                                 at[0], w->op[0].dtype, m, 1);
-            }
+        for (int k = 0; k < w->count; k++)
+            feeds[k].row = cursor_at(&c, w, k);
+        for (int64_t r = 0; r < rows; r++) {
+            for (int k = 1; k < w->count; k++)
+                if (feeds[k].kind == CONSTANT && (r == 0 || feeds[k].down != 0))
+                    constant_load(&feeds[k], ones >> k & 1 ? 1 : limit);
+            run_row(w, feeds, body, scalars, ones, n, limit);
+            for (int k = 0; k < w->count; k++)
+                feeds[k].row += feeds[k].down;
+        }
         begin += rows * n;
         cursor_advance(&c, w, rows * n);
     }

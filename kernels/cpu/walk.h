@@ -20,11 +20,14 @@
  * DS_U8, DS_I32 and DS_I64. */
 #define WALK_RAW16 DS_DTYPES
 
-typedef void walk_body(int64_t n, void *const *p, const double *scalars);
+/* `ones`: bit k is set where operand k is the same for all n and lies at p[k] once; 0 unless the walk
+ * allows it. */
+typedef void walk_body(int64_t n, void *const *p, const double *scalars, unsigned ones);
 
 typedef struct walk {
     const char *name; /* of the operation, for messages */
     int count, ndim;
+    int ones; /* set after walk_start(): the body knows what to do with `ones` */
     int64_t numel, shape[DS_MAX_DIM];
     struct walk_operand {
         char *data;
