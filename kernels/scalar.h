@@ -97,10 +97,10 @@ DS_FUNC float ds_exp_f32(float x)
 DS_FUNC float ds_exp_minus_f32(float a)
 {
     uint32_t exponent;
-    float p = ds_exp_parts_f32(&exponent, a > 87.3f ? -87.3f : -a);
+    float p = ds_exp_parts_f32(&exponent, a > 87.3365f ? -87.3365f : -a);
     float y = ds_float(ds_bits(p) + (exponent << 23));
 
-    return a > 87.3f ? 0.0f : a == a ? y : a;
+    return a > 87.3365f ? 0.0f : a == a ? y : a;
 }
 
 DS_FUNC double ds_exp_minus_f64(double a)

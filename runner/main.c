@@ -41,8 +41,8 @@ static int watch_signals(ds_host *host)
      * it to a training run wants it to save and stop. */
     for (size_t i = 0; i < sizeof stops / sizeof *stops; i++)
         sigaction(stops[i], &action, NULL);
-    signal(SIGXFSZ,
-           SIG_IGN); /* a file that may not grow is an error of the write, as a full disk is */
+    /* A file that may not grow further is an error of the write, as a full disk is. */
+    signal(SIGXFSZ, SIG_IGN);
     return ds_host_watch(host);
 }
 

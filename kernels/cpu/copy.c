@@ -94,39 +94,69 @@ static void copy_part(const walk *w, int64_t begin, int64_t end)
 typedef uint16_t u16x8 __attribute__((vector_size(16)));
 typedef uint32_t u32x4 __attribute__((vector_size(16)));
 
-/* y[j][i] = x[i][j] for 8 × 8 u16: interleaving rows i and i + 4 three times. */
-static void transpose_8x8(uint16_t *y, int64_t ys, const uint16_t *x, int64_t xs)
+VF_FUNC u16x8 load_u16x8(const uint16_t *p)
 {
-    u16x8 a[8], b[8];
+    u16x8 v;
 
-    for (int i = 0; i < 8; i++)
-        memcpy(&a[i], x + i * xs, 16);
-    for (int step = 0; step < 3; step++) {
-        for (int i = 0; i < 4; i++) {
-            b[2 * i] = __builtin_shufflevector(a[i], a[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
-            b[2 * i + 1] = __builtin_shufflevector(a[i], a[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
-        }
-        memcpy(a, b, sizeof a);
-    }
-    for (int i = 0; i < 8; i++)
-        memcpy(y + i * ys, &a[i], 16);
+    memcpy(&v, p, sizeof v);
+    return v;
 }
 
-static void transpose_4x4(uint32_t *y, int64_t ys, const uint32_t *x, int64_t xs)
+VF_FUNC u32x4 load_u32x4(const uint32_t *p)
 {
-    u32x4 a[4], b[4];
+    u32x4 v;
 
-    for (int i = 0; i < 4; i++)
-        memcpy(&a[i], x + i * xs, 16);
-    for (int step = 0; step < 2; step++) {
-        for (int i = 0; i < 2; i++) {
-            b[2 * i] = __builtin_shufflevector(a[i], a[i + 2], 0, 4, 1, 5);
-            b[2 * i + 1] = __builtin_shufflevector(a[i], a[i + 2], 2, 6, 3, 7);
-        }
-        memcpy(a, b, sizeof a);
-    }
-    for (int i = 0; i < 4; i++)
-        memcpy(y + i * ys, &a[i], 16);
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+/* Interleave the first and the second halves of a pair of rows. */
+#define LOW8(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
+#define HIGH8(a, b) __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+#define LOW4(a, b) __builtin_shufflevector(a, b, 0, 4, 1, 5)
+#define HIGH4(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
+
+/* Rows i and i + 4 become rows 2 i and 2 i + 1: three times that, and 8 × 8 is transposed. Named
+ * variables, because compilers keep arrays of vectors in memory. */
+#define ROUND8(b, a)                                                                               \
+    u16x8 b##0 = LOW8(a##0, a##4), b##1 = HIGH8(a##0, a##4), b##2 = LOW8(a##1, a##5),              \
+          b##3 = HIGH8(a##1, a##5), b##4 = LOW8(a##2, a##6), b##5 = HIGH8(a##2, a##6),             \
+          b##6 = LOW8(a##3, a##7), b##7 = HIGH8(a##3, a##7)
+#define ROUND4(b, a)                                                                               \
+    u32x4 b##0 = LOW4(a##0, a##2), b##1 = HIGH4(a##0, a##2), b##2 = LOW4(a##1, a##3),              \
+          b##3 = HIGH4(a##1, a##3)
+
+/* y[j][i] = x[i][j] */
+VF_FUNC void transpose_8x8(uint16_t *y, int64_t ys, const uint16_t *x, int64_t xs)
+{
+    u16x8 a0 = load_u16x8(x), a1 = load_u16x8(x + xs), a2 = load_u16x8(x + 2 * xs);
+    u16x8 a3 = load_u16x8(x + 3 * xs), a4 = load_u16x8(x + 4 * xs), a5 = load_u16x8(x + 5 * xs);
+    u16x8 a6 = load_u16x8(x + 6 * xs), a7 = load_u16x8(x + 7 * xs);
+    ROUND8(b, a);
+    ROUND8(c, b);
+    ROUND8(d, c);
+
+    memcpy(y, &d0, 16);
+    memcpy(y + ys, &d1, 16);
+    memcpy(y + 2 * ys, &d2, 16);
+    memcpy(y + 3 * ys, &d3, 16);
+    memcpy(y + 4 * ys, &d4, 16);
+    memcpy(y + 5 * ys, &d5, 16);
+    memcpy(y + 6 * ys, &d6, 16);
+    memcpy(y + 7 * ys, &d7, 16);
+}
+
+VF_FUNC void transpose_4x4(uint32_t *y, int64_t ys, const uint32_t *x, int64_t xs)
+{
+    u32x4 a0 = load_u32x4(x), a1 = load_u32x4(x + xs), a2 = load_u32x4(x + 2 * xs);
+    u32x4 a3 = load_u32x4(x + 3 * xs);
+    ROUND4(b, a);
+    ROUND4(c, b);
+
+    memcpy(y, &c0, 16);
+    memcpy(y + ys, &c1, 16);
+    memcpy(y + 2 * ys, &c2, 16);
+    memcpy(y + 3 * ys, &c3, 16);
 }
 
 /* One tile: `rows` rows of y, each `columns` elements long; rows of y are `ys` elements apart,
@@ -187,7 +217,7 @@ static int column_dim(const walk *w)
 
 /* Tiles over dimensions `dim` (rows of y) and the last, for all positions in the other ones. They come
  * in groups of GROUP down the rows: so a row of x is read on over a few lines. */
-#define GROUP 4
+#define GROUP 16
 
 static void copy_tiles(const walk *whole, int dim, int threads)
 {

@@ -45,7 +45,10 @@ typedef walk_body *bodies[DS_DTYPES];
         const X *a = p[1], *b = p[2], a0 = *a, b0 = *b;                                            \
                                                                                                    \
         (void)s;                                                                                   \
-        if (ones & 4) {                                                                            \
+        if ((ones & 6) == 6) {                                                                     \
+            for (int64_t i = 0; i < n; i++)                                                        \
+                y[i] = f(a0, b0);                                                                  \
+        } else if (ones & 4) {                                                                     \
             _Pragma("omp simd") for (int64_t i = 0; i < n; i++) y[i] = f(a[i], b0);                \
         } else if (ones & 2) {                                                                     \
             _Pragma("omp simd") for (int64_t i = 0; i < n; i++) y[i] = f(a0, b[i]);                \
@@ -194,7 +197,7 @@ static int easy_power(ds_tensor *y, const ds_tensor *x, double s, int flip)
         static const bodies floats = {FLOATS(name)};                                               \
                                                                                                    \
         return elementwise(#name, choose(integer_binary, #name, floats, a->dtype), "xxx", 3,       \
-                           (const ds_tensor *[]){y, a, b}, NULL, BROADCASTS);                           \
+                           (const ds_tensor *[]){y, a, b}, NULL, BROADCASTS);                      \
     }                                                                                              \
     int DS_CPU(name##_scalar)(ds_tensor * y, const ds_tensor *x, double s, int flip)               \
     {                                                                                              \
@@ -220,7 +223,7 @@ static int easy_power(ds_tensor *y, const ds_tensor *x, double s, int flip)
     int DS_CPU(name)(ds_tensor * y, const ds_tensor *a, const ds_tensor *b)                        \
     {                                                                                              \
         return elementwise(#name, name##_bodies, "bxx", 3, (const ds_tensor *[]){y, a, b}, NULL,   \
-                           BROADCASTS);                                                                 \
+                           BROADCASTS);                                                            \
     }                                                                                              \
     int DS_CPU(name##_scalar)(ds_tensor * y, const ds_tensor *x, double s, int flip)               \
     {                                                                                              \

@@ -148,6 +148,27 @@ static void row_store(const row *r, char *y, int dtype, int from, int64_t n, int
         ds_row_store(y, r->f32, dtype, n, stride);
 }
 
+/* row[k] = sum += row[k], forwards or backwards. */
+#define ACCUMULATE(name, type, wide)                                                               \
+    static void name(type *row, wide *sum, int64_t n, int reverse)                                 \
+    {                                                                                              \
+        wide total = *sum;                                                                         \
+                                                                                                   \
+        for (int64_t i = 0; i < n && !reverse; i++)                                                \
+            row[i] = (type)(total += (wide)row[i]);                                                \
+        for (int64_t i = n - 1; i >= 0 && reverse; i--)                                            \
+            row[i] = (type)(total += (wide)row[i]);                                                \
+        *sum = total;                                                                              \
+    }                                                                                              \
+    static void name##_lines(type *row, wide *sums, int64_t n)                                     \
+    {                                                                                              \
+        for (int64_t i = 0; i < n; i++)                                                            \
+            row[i] = (type)(sums[i] += (wide)row[i]);                                              \
+    }
+ACCUMULATE(accumulate_f32, float, double)
+ACCUMULATE(accumulate_f64, double, double)
+ACCUMULATE(accumulate_i64, int64_t, uint64_t)
+
 /* `width` lines side by side. */
 static void cumsum_lines(const walk *w, const cursor *c, int64_t width, int64_t count,
                          int64_t y_step, int64_t x_step, int reverse)
@@ -161,14 +182,12 @@ static void cumsum_lines(const walk *w, const cursor *c, int64_t width, int64_t 
 
         row_load(&r, cursor_at(c, w, 1) + at * x_step * w->op[1].size, dtype, width,
                  w->op[1].stride[last]);
-        for (int64_t j = 0; j < width; j++) {
-            if (!ds_is_float(dtype))
-                r.i64[j] = sum.i64[j] = (int64_t)((uint64_t)sum.i64[j] + (uint64_t)r.i64[j]);
-            else if (dtype == DS_F64)
-                r.f64[j] = sum.f64[j] += r.f64[j];
-            else
-                r.f32[j] = (float)(sum.f64[j] += (double)r.f32[j]);
-        }
+        if (!ds_is_float(dtype))
+            accumulate_i64_lines(r.i64, (uint64_t *)sum.i64, width);
+        else if (dtype == DS_F64)
+            accumulate_f64_lines(r.f64, sum.f64, width);
+        else
+            accumulate_f32_lines(r.f32, sum.f64, width);
         row_store(&r, cursor_at(c, w, 0) + at * y_step * w->op[0].size, w->op[0].dtype, dtype,
                   width, w->op[0].stride[last]);
     }
@@ -189,16 +208,12 @@ static void cumsum_line(const walk *w, const cursor *c, int64_t count, int64_t y
         n = count - i < CHUNK ? count - i : CHUNK;
         at = reverse ? count - i - n : i;
         row_load(&r, cursor_at(c, w, 1) + at * x_step * w->op[1].size, dtype, n, x_step);
-        for (int64_t j = 0; j < n; j++) {
-            int64_t k = reverse ? n - 1 - j : j;
-
-            if (!ds_is_float(dtype))
-                r.i64[k] = (int64_t)(total += (uint64_t)r.i64[k]);
-            else if (dtype == DS_F64)
-                r.f64[k] = sum += r.f64[k];
-            else
-                r.f32[k] = (float)(sum += (double)r.f32[k]);
-        }
+        if (!ds_is_float(dtype))
+            accumulate_i64(r.i64, &total, n, reverse);
+        else if (dtype == DS_F64)
+            accumulate_f64(r.f64, &sum, n, reverse);
+        else
+            accumulate_f32(r.f32, &sum, n, reverse);
         row_store(&r, cursor_at(c, w, 0) + at * y_step * w->op[0].size, w->op[0].dtype, dtype, n,
                   y_step);
     }

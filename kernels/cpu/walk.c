@@ -3,6 +3,7 @@
 
 #include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
 
 #define LONG_ROW                                                                                   \
     128 /* rows from this length on are visited one by one, shorter ones are collected */
@@ -439,17 +440,124 @@ static void run_plain(const walk *w, walk_body *body, const double *scalars, int
     }
 }
 
+/* ---- operands that lie across: contiguous in another dimension than the rows
+ *
+ * Reading one element by element would touch a cache line for each. So the walk is cut into blocks of
+ * two dimensions, and the operand's part is transposed into a buffer first. */
+
+#define ACROSS 64     /* rows of a block */
+#define ALONG 1024    /* elements of its rows */
+#define WORTHWHILE 16 /* shorter sides are not transposed */
+
+typedef void part_fn(const walk *, walk_body *, const double *, int64_t, int64_t);
+
+/* Bit k: operand k is contiguous in *dim, where *dim is not the rows'. */
+static unsigned find_crossed(const walk *w, int *dim)
+{
+    int last = w->ndim - 1;
+    unsigned found = 0;
+
+    *dim = -1;
+    for (int k = 1; k < w->count && w->shape[last] >= WORTHWHILE; k++)
+        for (int i = 0; i < last; i++)
+            if (w->op[k].stride[i] == 1 && w->op[k].stride[last] > 1 && w->op[k].size <= 8 &&
+                w->shape[i] >= WORTHWHILE && (*dim < 0 || *dim == i)) {
+                *dim = i;
+                found |= 1u << k;
+            }
+    return found;
+}
+
+/* A block of w: `rows` × `columns` elements in dimensions `dim` and the last from the cursor on, with
+ * the crossed operands transposed into `buffer`. */
+static void block_start(walk *sub, const walk *w, const cursor *c, int dim, unsigned crossed,
+                        int64_t rows, int64_t columns, char *buffer)
+{
+    int last = w->ndim - 1;
+
+    *sub = *w;
+    sub->ndim = 2;
+    sub->shape[0] = rows;
+    sub->shape[1] = columns;
+    sub->numel = rows * columns;
+    for (int k = 0; k < w->count; k++) {
+        struct walk_operand *op = &sub->op[k];
+        ds_tensor from = {.ndim = 2, .dtype = op->dtype, .numel = sub->numel}, to = from;
+
+        op->data = cursor_at(c, w, k);
+        op->stride[0] = from.stride[0] = w->op[k].stride[dim];
+        op->stride[1] = from.stride[1] = w->op[k].stride[last];
+        op->linear = 0;
+        if (!(crossed >> k & 1))
+            continue;
+        from.data = op->data;
+        from.dtype = to.dtype = op->dtype == WALK_RAW16 ? DS_BF16 : op->dtype;
+        from.shape[0] = to.shape[0] = rows;
+        from.shape[1] = to.shape[1] = columns;
+        op->data = to.data = buffer;
+        op->stride[0] = to.stride[0] = columns;
+        op->stride[1] = to.stride[1] = 1;
+        DS_CPU(copy)(&to, &from);
+        buffer += ACROSS * ALONG * op->size;
+    }
+}
+
+/* Runs the whole walk by blocks; 0: there is no memory for that, nothing was done. */
+static int run_crossed(const walk *w, walk_body *body, const double *scalars, int dim,
+                       unsigned crossed, int threads)
+{
+    int last = w->ndim - 1;
+    int64_t rows = w->shape[dim], columns = w->shape[last];
+    int64_t down = (rows + ACROSS - 1) / ACROSS, across = (columns + ALONG - 1) / ALONG;
+    int64_t bytes = ACROSS * ALONG * 8 * (w->count - 1);
+    char *buffers = malloc((size_t)(bytes * threads));
+    walk outer = *w;
+
+    if (!buffers)
+        return 0;
+    outer.shape[dim] = down; /* steps of blocks, where the cursor below counts elements */
+    outer.shape[last] = across;
+    for (int k = 0; k < w->count; k++) {
+        outer.op[k].stride[dim] *= ACROSS;
+        outer.op[k].stride[last] *= ALONG;
+    }
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        int64_t begin, end;
+        cursor c;
+        walk sub;
+
+        ds_part(&begin, &end, w->numel / (rows * columns) * down * across, 1);
+        for (; begin < end; begin++) {
+            int64_t top, left;
+
+            cursor_start(&c, &outer, begin);
+            top = c.index[dim] * ACROSS;
+            left = c.index[last] * ALONG;
+            block_start(&sub, w, &c, dim, crossed, rows - top < ACROSS ? rows - top : ACROSS,
+                        columns - left < ALONG ? columns - left : ALONG,
+                        buffers + bytes * omp_get_thread_num());
+            (is_plain(&sub) ? run_plain : run_part)(&sub, body, scalars, 0, sub.numel);
+        }
+    }
+    free(buffers);
+    return 1;
+}
+
 void DS_CPU(walk_run)(const walk *w, walk_body *body, const double *scalars, int cost)
 {
     static const double none[2];
-    void (*part)(const walk *, walk_body *, const double *, int64_t, int64_t) =
-        is_plain(w) ? run_plain : run_part;
-    int threads = ds_threads(w->numel * cost);
+    part_fn *part = is_plain(w) ? run_plain : run_part;
+    int threads = ds_threads(w->numel * cost), dim;
+    unsigned crossed;
 
     if (w->numel == 0)
         return;
     if (!scalars)
         scalars = none;
+    crossed = part == run_part ? find_crossed(w, &dim) : 0;
+    if (crossed && run_crossed(w, body, scalars, dim, crossed, threads))
+        return;
     if (threads == 1) {
         part(w, body, scalars, 0, w->numel);
         return;

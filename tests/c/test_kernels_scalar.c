@@ -13,10 +13,12 @@ static double ulps(float got, double want)
     return fabs((double)got - want) / ldexp(1, (e < -125 ? -125 : e) - 24);
 }
 
-/* Every `step`-th f32 from low to high. */
+/* Many f32 from low to high. flush: subnormal results may be 0. */
 static void accurate(const char *name, float (*f)(float), double (*exact)(double), double low,
                      double high, double most)
 {
+    int flush = f == ds_sigmoid_f32 || f == ds_softplus_f32;
+
     for (uint64_t u = 0; u < 0x100000000; u += 40009) {
         float x = ds_float((uint32_t)u), y;
         double want;
@@ -27,7 +29,7 @@ static void accurate(const char *name, float (*f)(float), double (*exact)(double
         want = exact((double)x);
         if (fabs(want) > 3.4028235677973366e38)
             want = copysign(INFINITY, want);
-        if ((double)y != want && !(ulps(y, want) <= most))
+        if ((double)y != want && !(ulps(y, want) <= most) && !(flush && fabs(want) < 0x1p-126))
             fail_msg("%s(%.9g) is %.9g, not %.9g: %.2f ulp", name, (double)x, (double)y, want,
                      ulps(y, want));
     }
