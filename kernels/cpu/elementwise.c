@@ -206,7 +206,7 @@ static int easy_power(ds_tensor *y, const ds_tensor *x, double s, int flip)
                                                                                                    \
         return rc <= 0 ? rc                                                                        \
                        : with_number(#name, choose(integer_binary, #name, floats, x->dtype), 'x',  \
-                                     y, x, s, flip);                                        \
+                                     y, x, s, flip);                                               \
     }
 #include "kernels/ops.def"
 
@@ -227,7 +227,7 @@ static int easy_power(ds_tensor *y, const ds_tensor *x, double s, int flip)
     }                                                                                              \
     int DS_CPU(name##_scalar)(ds_tensor * y, const ds_tensor *x, double s, int flip)               \
     {                                                                                              \
-        return with_number(#name, name##_bodies, 'b', y, x, s, flip);                       \
+        return with_number(#name, name##_bodies, 'b', y, x, s, flip);                              \
     }
 #include "kernels/ops.def"
 

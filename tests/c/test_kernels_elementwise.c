@@ -304,7 +304,7 @@ static void special_values(void **state)
             if (u->f == softplus && x[i] > 700)                                                      \
                 want = get(&in, i);                                                                  \
             near(get(&out, i), rounded(dtype, want),                                                 \
-                 within(dtype, rounded(dtype, want), u->ulps + 20) + 1e-36, #name, i);             \
+                 within(dtype, rounded(dtype, want), u->ulps + 20) + 1e-36, #name, i);               \
         }                                                                                            \
     }
 #include "kernels/ops.def"
@@ -623,10 +623,14 @@ static void errors(void **state)
 int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(one_input),       cmocka_unit_test(special_values),
-        cmocka_unit_test(two_inputs),      cmocka_unit_test(not_a_number),
-        cmocka_unit_test(large),           cmocka_unit_test(add_scaled_and_clamp),
-        cmocka_unit_test(where_and_masks), cmocka_unit_test(logic),
+        cmocka_unit_test(one_input),
+        cmocka_unit_test(special_values),
+        cmocka_unit_test(two_inputs),
+        cmocka_unit_test(not_a_number),
+        cmocka_unit_test(large),
+        cmocka_unit_test(add_scaled_and_clamp),
+        cmocka_unit_test(where_and_masks),
+        cmocka_unit_test(logic),
         cmocka_unit_test(transposed_operands),
         cmocka_unit_test(errors),
     };
