@@ -10,8 +10,10 @@ PREFIX ?= /usr/local
 FUZZ_SECONDS ?= 20
 VERSION := 0.1.0
 
+# gcc 12 or newer, under whichever name
 ifeq ($(origin CC),default)
-CC := gcc
+CC := $(firstword $(shell for c in gcc gcc-12 gcc-13 gcc-14; do \
+        v=$$($$c -dumpversion 2>/dev/null) && [ "$${v%%.*}" -ge 12 ] && echo $$c && break; done) gcc)
 endif
 ifeq ($(MAKELEVEL),0)
 MAKEFLAGS += -j$(shell nproc) --no-print-directory

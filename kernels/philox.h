@@ -2,12 +2,13 @@
  * random numbers: as easy as 1, 2, 3").
  *
  * Element i of a tensor, in row-major order, is lane i % 4 of the block at counter offset + i / 4
- * under the key `seed`. So it depends on neither threads, nor vectors, nor the device; a kernel uses
- * (numel + 3) / 4 counters, and whoever keeps the stream advances its offset by that. The counter's
- * upper 64 bits are 0.
+ * under the key `seed`. So it depends on neither threads, nor vectors, nor the device; a kernel
+ * uses (numel + 3) / 4 counters, and whoever keeps the stream advances its offset by that. The
+ * counter's upper 64 bits are 0.
  *
  * From a word to a number only multiplications, additions and square roots that every device rounds
- * alike are used, none of them fused: normal() too gives the same bits at every CPU level and in CUDA.
+ * alike are used, none of them fused: normal() too gives the same bits at every CPU level and in
+ * CUDA.
  */
 #ifndef DS_PHILOX_H
 #define DS_PHILOX_H

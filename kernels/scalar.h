@@ -3,15 +3,16 @@
  * The second half of this file, "operations", is written for a type `real` and compiled twice: the
  * file includes itself with real = float and real = double, and R(gelu) becomes ds_gelu_f32 and
  * ds_gelu_f64. That keeps one text which a debugger can step through, where macros holding function
- * bodies would not. Only the first half, "elementary functions", differs between the two: f64 is for
- * gradient checks and calls libm; f32 is for speed: branch-free polynomials, so that a loop over a
- * row becomes vector code, and a CUDA kernel calls the same functions.
+ * bodies would not. Only the first half, "elementary functions", differs between the two: f64 is
+ * for gradient checks and calls libm; f32 is for speed: branch-free polynomials, so that a loop
+ * over a row becomes vector code, and a CUDA kernel calls the same functions.
  *
- * For an operation `name` there is R(name)(x), and R(name_slope)(s): the derivative as a function of
- * x or of y, as ops.def says under `saved`. To add one: two functions below, one line in ops.def.
+ * For an operation `name` there is R(name)(x), and R(name_slope)(s): the derivative as a function
+ * of x or of y, as ops.def says under `saved`. To add one: two functions below, one line in
+ * ops.def.
  *
- * Polynomials are minimax fits (Remez exchange on the relative error); each states its range and its
- * error. f32 results are within 3 ulp unless a comment says otherwise.
+ * Polynomials are minimax fits (Remez exchange on the relative error); each states its range and
+ * its error. f32 results are within 3 ulp unless a comment says otherwise.
  */
 #ifndef DS_SCALAR_H
 #define DS_SCALAR_H
@@ -66,8 +67,8 @@ DS_FUNC double ds_pow_f64(double a, double b)
 
 /* ---- elementary functions, f32 */
 
-/* x = n ln 2 + r with |r| ≤ ln 2 / 2: e^r (1 + r + r² p(r), relative error 2^-28), and what to shift
- * by 23 bits for 2^n. For x from -104 to 89. */
+/* x = n ln 2 + r with |r| ≤ ln 2 / 2: e^r (1 + r + r² p(r), relative error 2^-28), and what to
+ * shift by 23 bits for 2^n. For x from -104 to 89. */
 DS_FUNC float ds_exp_parts_f32(uint32_t *exponent, float x)
 {
     const float round = 0x1.8p23f; /* adding it leaves the nearest integer in the low bits */
@@ -552,7 +553,8 @@ DS_FUNC real R(gelu_slope)(real x)
     return slope;
 }
 
-/* ½ x (1 + tanh u) = x σ(2u) with u = √(2/π) (x + 0.044715 x³); the derivative is σ + x σ (1 - σ) 2u'. */
+/* ½ x (1 + tanh u) = x σ(2u) with u = √(2/π) (x + 0.044715 x³); the derivative is σ + x σ (1 - σ)
+ * 2u'. */
 DS_FUNC real R(gelu_tanh_both)(real *slope, real x)
 {
     const real twice = (real)1.59576912160573071176, cubic = (real)0.044715;

@@ -2,7 +2,7 @@
  *
  * A training step makes and drops some hundreds of tensors of a few dozen sizes. Asking the system
  * each time costs page faults on a CPU (64 ms for 256 MB) and a device synchronisation on a GPU. So
- * memory comes in segments of at least 8 MB; a segment is a chain of pieces, used or free; free ones
+ * memory comes in segments of at least 32 MB; a segment is a chain of pieces, used or free; free ones
  * wait in lists by size class, two levels of them (Masmano et al. 2004, "TLSF": power of two, then
  * sixteenths), so that finding one that fits is a look at two bitmaps, and the smallest class that
  * fits is taken. A freed piece merges with its free neighbours at once, which keeps the peak near
@@ -16,7 +16,7 @@
 #include <string.h>
 
 #define ALIGN 64
-#define SEGMENT_MIN ((int64_t)8 << 20)
+#define SEGMENT_MIN ((int64_t)32 << 20)
 #define SEGMENT_STEP ((int64_t)2 << 20) /* huge pages */
 #define SPLIT_MIN 512                   /* a smaller rest stays with its piece */
 #define FIRST_BITS 48
@@ -224,8 +224,11 @@ int ds_storage_take(ds_storage **out, int device, int64_t bytes)
     pthread_mutex_lock(&p->lock);
     s = list_find(p, bytes);
     if (!s) {
+        /* Segments that are free but too small would only wait beside the larger one. */
+        if (bytes >= SEGMENT_MIN)
+            flush_locked(device);
         rc = segment_take(&s, device, bytes);
-        if (rc == DS_ENOMEM) {
+        if (rc == DS_ENOMEM && bytes < SEGMENT_MIN) {
             flush_locked(device);
             rc = segment_take(&s, device, bytes);
         }

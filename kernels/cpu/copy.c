@@ -1,7 +1,8 @@
 /* copy.c - copying between any strides and dtypes; fill, arange, triangle, one_hot.
  *
- * Three ways to copy: runs of one row where both sides go along it, tiles where the source's rows are
- * the output's columns, and rows through a buffer where dtypes differ and strides fit nothing else.
+ * Three ways to copy: runs of one row where both sides go along it, tiles where the source's rows
+ * are the output's columns, and rows through a buffer where dtypes differ and strides fit nothing
+ * else.
  */
 #include "kernels/cpu/walk.h"
 
@@ -86,8 +87,8 @@ static void copy_part(const walk *w, int64_t begin, int64_t end)
 /* ---- tiles: y's rows are x's columns
  *
  * A tile is 64 bytes square in memory and goes through a small buffer, so that every cache line of
- * x and y is touched once. Going down a column element by element would touch as many lines as there
- * are rows, which at strides of a power of two all share a few sets of the cache. */
+ * x and y is touched once. Going down a column element by element would touch as many lines as
+ * there are rows, which at strides of a power of two all share a few sets of the cache. */
 
 #define TILE_BYTES 64
 
@@ -215,8 +216,8 @@ static int column_dim(const walk *w)
     return -1;
 }
 
-/* Tiles over dimensions `dim` (rows of y) and the last, for all positions in the other ones. They come
- * in groups of GROUP down the rows: so a row of x is read on over a few lines. */
+/* Tiles over dimensions `dim` (rows of y) and the last, for all positions in the other ones. They
+ * come in groups of GROUP down the rows: so a row of x is read on over a few lines. */
 #define GROUP 16
 
 static void copy_tiles(const walk *whole, int dim, int threads)

@@ -203,31 +203,74 @@ static ds_matrix rows_from(const ds_tensor *x, int64_t first)
                         x->stride[0], x->stride[1], x->dtype);
 }
 
+/* Classes at a time. oneDNN packs operands of bf16, which takes as much memory again: so a block
+ * of them, never all. */
+#define BLOCK 4096
+
+/* Classes `first` and on of w [V, K], dw, or (as columns) logits. */
+static ds_matrix classes_from(ds_matrix m, int64_t first, int64_t step)
+{
+    m.data += first * step * ds_bytes_of(m.dtype);
+    return m;
+}
+
+/* dx of a chunk is a sum over the blocks, in f32: it lies in scratch where dx is bf16 or f16. */
+static int start_sums(ds_matrix *sums, const task *t, int64_t first, int64_t rows)
+{
+    *sums = rows_from(t->dx, first);
+    if (t->dtype == DS_F32 || t->dtype == DS_F64)
+        return 0;
+    *sums = ds_matrix_of(ds_scratch(DS_SCRATCH_SUMS, (size_t)(rows * t->width) * sizeof(float)),
+                         t->width, 1, DS_F32);
+    return sums->data ? 0 : DS_ENOMEM;
+}
+
+static void store_dx(const task *t, ds_matrix sums, int64_t first, int64_t rows)
+{
+    ds_matrix dx = rows_from(t->dx, first);
+
+    for (int64_t i = 0; i < rows && sums.data != dx.data; i++)
+        ds_row_store(dx.data + i * dx.row * ds_bytes_of(dx.dtype),
+                     (float *)sums.data + i * t->width, dx.dtype, t->width, dx.col);
+}
+
 static int run_chunk(const task *t, int64_t first, int64_t rows)
 {
-    ds_matrix logits = ds_matrix_of(t->logits, t->stride, 1, t->dtype);
+    ds_matrix logits = ds_matrix_of(t->logits, t->stride, 1, t->dtype), sums = {0};
     ds_matrix x = rows_from(t->x, first), w = rows_from(t->w, 0);
-    ds_product forward = {.y = logits, .a = x, .b = w, .alpha = 1};
-    ds_product to_x = {.a = logits, .b = w, .alpha = 1};
-    ds_product to_w = {.a = logits, .b = x, .alpha = 1, .beta = t->accumulate || first > 0};
-    int rc;
+    ds_matrix dw = t->dw ? rows_from(t->dw, 0) : x;
+    int rc = t->dx ? start_sums(&sums, t, first, rows) : 0;
 
-    forward.m = rows, forward.n = t->classes, forward.k = t->width;
-    forward.b.row = w.col, forward.b.col = w.row;
-    rc = ds_product_run(&forward);
+    for (int64_t at = 0; at < t->classes && rc == 0; at += BLOCK) { /* logits = x wᵀ */
+        ds_product p = {.y = classes_from(logits, at, 1), .a = x, .alpha = 1};
+
+        p.b = classes_from(w, at, w.row), p.b.row = w.col, p.b.col = w.row;
+        p.m = rows, p.n = t->classes - at < BLOCK ? t->classes - at : BLOCK, p.k = t->width;
+        rc = ds_product_run(&p);
+    }
     if (rc == 0)
         rc = visit_chunk(t, first, rows);
-    if (rc == 0 && t->dx) {
-        to_x.y = rows_from(t->dx, first);
-        to_x.m = rows, to_x.n = t->width, to_x.k = t->classes;
-        rc = ds_product_run(&to_x);
+    for (int64_t at = 0; at < t->classes && rc == 0; at += BLOCK) {
+        int64_t classes = t->classes - at < BLOCK ? t->classes - at : BLOCK;
+        ds_matrix d = classes_from(logits, at, 1);
+
+        if (t->dx) { /* dx += dlogits w */
+            ds_product p = {.y = sums, .a = d, .alpha = 1, .beta = at > 0};
+
+            p.b = classes_from(w, at, w.row);
+            p.m = rows, p.n = t->width, p.k = classes;
+            rc = ds_product_run(&p);
+        }
+        if (t->dw && rc == 0) { /* dw += dlogitsᵀ x */
+            ds_product p = {.y = classes_from(dw, at, dw.row), .a = d, .b = x, .alpha = 1};
+
+            p.a.row = 1, p.a.col = t->stride;
+            p.m = classes, p.n = t->width, p.k = rows, p.beta = t->accumulate || first > 0;
+            rc = ds_product_run(&p);
+        }
     }
-    if (rc == 0 && t->dw) {
-        to_w.y = rows_from(t->dw, 0);
-        to_w.a.row = 1, to_w.a.col = t->stride;
-        to_w.m = t->classes, to_w.n = t->width, to_w.k = rows;
-        rc = ds_product_run(&to_w);
-    }
+    if (rc == 0 && t->dx)
+        store_dx(t, sums, first, rows);
     return rc;
 }
 

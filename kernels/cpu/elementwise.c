@@ -9,8 +9,8 @@
 
 #include "kernels/scalar.h"
 
-/* What a body is like: an addition or so; one that takes numbers for operands (BODY2); a polynomial,
- * which takes about eight times as long. */
+/* What a body is like: an addition or so; one that takes numbers for operands (BODY2); a
+ * polynomial, which takes about eight times as long. */
 enum cost { CHEAP, BROADCASTS, COSTLY };
 
 /* By the common dtype of the operands; NULL: not for this one. */

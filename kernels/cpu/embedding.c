@@ -51,8 +51,8 @@ int DS_CPU(embedding)(ds_tensor *y, const ds_tensor *w, const ds_tensor *index)
 
 /* ---- sums of rows by index */
 
-/* Rows grouped by index, in order within each group: those of v are at x + order[start[v]] and so on
- * to start[v + 1], in elements. */
+/* Rows grouped by index, in order within each group: those of v are at x + order[start[v]] and so
+ * on to start[v + 1], in elements. */
 typedef struct groups {
     int64_t *start; /* [values + 1] */
     int64_t *order; /* [n] */
@@ -262,8 +262,8 @@ int DS_CPU(embedding_backward)(ds_tensor *dw, const ds_tensor *dy, const ds_tens
     return rc;
 }
 
-/* ---- rotary (Su et al. 2021, "RoFormer"): pairs of a head's elements turned by an angle that grows
- * with the position */
+/* ---- rotary (Su et al. 2021, "RoFormer"): pairs of a head's elements turned by an angle that
+ * grows with the position */
 
 /* What a thread needs for one position and one head of D elements. */
 typedef struct rotation {

@@ -1,8 +1,8 @@
 /* index.c - reading and writing at indices: gather, scatter, select, one_hot, masks.
  *
- * Indices are read and checked first, so that nothing is half written when one is out of range. Work
- * is divided by places in the output, never by indices, and adds in the order of the indices: the
- * result does not depend on the number of threads.
+ * Indices are read and checked first, so that nothing is half written when one is out of range.
+ * Work is divided by places in the output, never by indices, and adds in the order of the indices:
+ * the result does not depend on the number of threads.
  */
 #include "kernels/cpu/index.h"
 

@@ -62,8 +62,8 @@ extern const ds_ops DS_CPU(table);
  *     }
  *
  * Only OpenMP makes threads, only the main thread of a process comes here. A region costs 0.6 µs
- * while its threads still spin, so small work stays on one. The team is one or all: changing its size
- * would make libgomp build a new one.
+ * while its threads still spin, so small work stays on one. The team is one or all: changing its
+ * size would make libgomp build a new one.
  */
 
 #define DS_PARALLEL_WORK 16384 /* about 2 µs of simple vector arithmetic */

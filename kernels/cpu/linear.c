@@ -3,7 +3,9 @@
  * The pass computes the activation and its derivative from one power, and keeps the derivative, so
  * that backward is one multiplication: cheaper than keeping the activation's input and, on the
  * shapes of a transformer, than having oneDNN apply it (8 to 14 % of the product). Without an
- * activation the bias is oneDNN's; with one it is added here, where it costs nothing.
+ * activation the bias is oneDNN's; with one it is added here, where it costs nothing. The pass is
+ * a kernel of its own too (activate), for layers that keep its input and make both again in
+ * backward: one tensor instead of two.
  */
 #include "kernels/cpu/matmul.h"
 #include "kernels/cpu/simd.h"
@@ -128,22 +130,24 @@ VF_FUNC both none(vf x, int fine)
     return (both){x, vf_set(1.0f)};
 }
 
-/* ---- n elements of one row: y[i] = act(y[i] + bias[i]), slope[i] = act′; dtype is a constant */
+/* ---- n elements of one row: y[i] = act(x[i] + bias[i]), slope[i] = act′; dtype is a constant.
+ * y or slope may be x: each vector is read before they are written */
 
 #define ACTIVATE(name)                                                                             \
-    VF_FUNC void row_##name(void *y, void *slope, const float *bias, int64_t n, int dtype)         \
+    VF_FUNC void row_##name(const void *x, void *y, void *slope, const float *bias, int64_t n,     \
+                            int dtype)                                                             \
     {                                                                                              \
         int64_t i = 0;                                                                             \
                                                                                                    \
         for (; i + VF_LANES <= n; i += VF_LANES) {                                                 \
-            both v = name(vf_load_as(y, i, dtype) + vf_load(bias + i), dtype != DS_BF16);          \
+            both v = name(vf_load_as(x, i, dtype) + vf_load(bias + i), dtype != DS_BF16);          \
                                                                                                    \
             vf_store_as(y, i, dtype, v.y);                                                         \
             if (slope)                                                                             \
                 vf_store_as(slope, i, dtype, v.slope);                                             \
         }                                                                                          \
         if (i < n) {                                                                               \
-            both v = name(vf_load_part_as(y, i, dtype, n - i) + vf_load_part(bias + i, n - i),     \
+            both v = name(vf_load_part_as(x, i, dtype, n - i) + vf_load_part(bias + i, n - i),     \
                           dtype != DS_BF16);                                                       \
                                                                                                    \
             vf_store_part_as(y, i, dtype, v.y, n - i);                                             \
@@ -151,24 +155,24 @@ VF_FUNC both none(vf x, int fine)
                 vf_store_part_as(slope, i, dtype, v.slope, n - i);                                 \
         }                                                                                          \
     }                                                                                              \
-    static void name##_f32(void *y, void *slope, const float *bias, int64_t n)                     \
+    static void name##_f32(const void *x, void *y, void *slope, const float *bias, int64_t n)      \
     {                                                                                              \
-        row_##name(y, slope, bias, n, DS_F32);                                                     \
+        row_##name(x, y, slope, bias, n, DS_F32);                                                  \
     }                                                                                              \
-    static void name##_bf16(void *y, void *slope, const float *bias, int64_t n)                    \
+    static void name##_bf16(const void *x, void *y, void *slope, const float *bias, int64_t n)     \
     {                                                                                              \
-        row_##name(y, slope, bias, n, DS_BF16);                                                    \
+        row_##name(x, y, slope, bias, n, DS_BF16);                                                 \
     }                                                                                              \
-    static void name##_f16(void *y, void *slope, const float *bias, int64_t n)                     \
+    static void name##_f16(const void *x, void *y, void *slope, const float *bias, int64_t n)      \
     {                                                                                              \
-        row_##name(y, slope, bias, n, DS_F16);                                                     \
+        row_##name(x, y, slope, bias, n, DS_F16);                                                  \
     }                                                                                              \
-    static void name##_f64(void *y, void *slope, const double *bias, int64_t n)                    \
+    static void name##_f64(const void *x, void *y, void *slope, const double *bias, int64_t n)     \
     {                                                                                              \
         for (int64_t i = 0; i < n; i++) {                                                          \
-            double s, x = ((double *)y)[i] + bias[i];                                              \
+            double s, v = ((const double *)x)[i] + bias[i];                                        \
                                                                                                    \
-            ((double *)y)[i] = ds_##name##_both_f64(&s, x);                                        \
+            ((double *)y)[i] = ds_##name##_both_f64(&s, v);                                        \
             if (slope)                                                                             \
                 ((double *)slope)[i] = s;                                                          \
         }                                                                                          \
@@ -193,18 +197,19 @@ ACTIVATIONS(ACTIVATE)
 #define ROW(name) {{name##_f32, name##_bf16, name##_f16}, name##_f64},
 
 static const struct {
-    void (*low[3])(void *y, void *slope, const float *bias, int64_t n); /* f32, bf16, f16 */
-    void (*f64)(void *y, void *slope, const double *bias, int64_t n);
+    void (*low[3])(const void *x, void *y, void *slope, const float *bias, int64_t n);
+    void (*f64)(const void *x, void *y, void *slope, const double *bias, int64_t n);
 } activations[] = {ACTIVATIONS(ROW)};
 
 #define ACTIVATION_COUNT ((int)(sizeof activations / sizeof *activations))
 
-/* ---- the pass over y [rows, cols] ---- */
+/* ---- the pass over [rows, cols] ---- */
 
 typedef struct pass {
-    char *y, *slope;            /* slope: dense, or NULL */
+    const char *x;
+    char *y, *slope;            /* may be x; slope: dense, or NULL */
     const void *bias;           /* [cols] f32 (f64 for f64), or NULL */
-    int64_t rows, cols, stride; /* of y */
+    int64_t rows, cols, stride; /* of x and y */
     int dtype, activation;
 } pass;
 
@@ -212,16 +217,17 @@ typedef struct pass {
 static void activate(const pass *p, int64_t row, int64_t col, int64_t n)
 {
     static const double zeros[CHUNK];
-    int64_t bytes = ds_bytes_of(p->dtype);
-    char *y = p->y + (row * p->stride + col) * bytes;
+    int64_t bytes = ds_bytes_of(p->dtype), at = (row * p->stride + col) * bytes;
+    const char *x = p->x + at;
+    char *y = p->y + at;
     char *slope = p->slope ? p->slope + (row * p->cols + col) * bytes : NULL;
 
     if (p->dtype == DS_F64)
-        activations[p->activation].f64(y, slope, p->bias ? (const double *)p->bias + col : zeros,
+        activations[p->activation].f64(x, y, slope, p->bias ? (const double *)p->bias + col : zeros,
                                        n);
     else
         activations[p->activation].low[p->dtype](
-            y, slope, p->bias ? (const float *)p->bias + col : (const float *)zeros, n);
+            x, y, slope, p->bias ? (const float *)p->bias + col : (const float *)zeros, n);
 }
 
 static void run_pass(pass p)
@@ -329,9 +335,26 @@ int DS_CPU(linear)(ds_tensor *y, ds_tensor *slope, const ds_tensor *x, const ds_
         return rc;
     if (b && !(q.bias = load_bias(b, y->dtype)))
         return DS_ENOMEM;
-    q.y = y->data, q.slope = slope ? slope->data : NULL;
+    q.x = q.y = y->data, q.slope = slope ? slope->data : NULL;
     q.rows = m, q.cols = p.n, q.stride = p.y.row;
     q.dtype = y->dtype, q.activation = activation;
+    run_pass(q);
+    return 0;
+}
+
+int DS_CPU(activate)(ds_tensor *y, ds_tensor *slope, const ds_tensor *h, int activation)
+{
+    pass q = {.x = h->data, .y = y->data, .slope = slope ? slope->data : NULL, .rows = 1};
+
+    if (activation < 1 || activation >= ACTIVATION_COUNT)
+        return ds_fail(DS_EINVAL, "activate has no activation %d", activation);
+    if (!ds_is_float(h->dtype) || y->dtype != h->dtype || y->numel != h->numel || !y->dense ||
+        !h->dense ||
+        (slope && (!slope->dense || slope->numel != h->numel || slope->dtype != h->dtype)))
+        return ds_fail(DS_EINVAL, "activate wants y and slope dense and like h, %lld %s",
+                       (long long)h->numel, ds_name_of(h->dtype));
+    q.cols = q.stride = h->numel;
+    q.dtype = h->dtype, q.activation = activation;
     run_pass(q);
     return 0;
 }

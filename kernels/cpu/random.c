@@ -1,7 +1,7 @@
 /* random.c - uniform, normal, integer random numbers and dropout, from Philox (philox.h).
  *
- * Element i of a tensor, counted in row-major order whatever its strides, is lane i % 4 of the block
- * at counter offset + i / 4.
+ * Element i of a tensor, counted in row-major order whatever its strides, is lane i % 4 of the
+ * block at counter offset + i / 4.
  */
 #include "kernels/cpu/walk.h"
 
@@ -11,8 +11,8 @@
 
 #define CHUNK 512 /* elements; a multiple of 4 */
 
-/* What a kernel makes of the words of up to CHUNK elements: `row` is f32 for f32, bf16 and f16, else
- * f64 or i64. In dropout it holds x and becomes y. */
+/* What a kernel makes of the words of up to CHUNK elements: `row` is f32 for f32, bf16 and f16,
+ * else f64 or i64. In dropout it holds x and becomes y. */
 typedef struct job {
     const char *name;
     uint64_t seed, offset;
@@ -84,7 +84,8 @@ static void normal_f64(void *row, const uint32_t *words, int64_t n, const job *j
     }
 }
 
-/* The upper half of word × range: uneven by at most range / 2^32, and ranges beyond 2^32 are refused. */
+/* The upper half of word × range: uneven by at most range / 2^32, and ranges beyond 2^32 are
+ * refused. */
 static void integers(void *row, const uint32_t *words, int64_t n, const job *job)
 {
     int64_t *y = row;

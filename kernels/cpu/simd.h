@@ -1,9 +1,11 @@
-/* simd.h - vectors of f32 of the level's width, for kernels that a compiler does not vectorise well.
+/* simd.h - vectors of f32 of the level's width, for kernels that a compiler does not vectorise
+ * well.
  *
- * Made of the vector extension of gcc and clang, so +, -, *, / and comparisons are plain C; intrinsics
- * stand only where the extension has no word. Loads and stores need no alignment. Low precision is
- * widened to f32 when loaded and rounded when stored. Most loops need none of this: the functions of
- * scalar.h are branch-free and `#pragma omp simd` over a row of f32 makes vectors of them.
+ * Made of the vector extension of gcc and clang, so +, -, *, / and comparisons are plain C;
+ * intrinsics stand only where the extension has no word. Loads and stores need no alignment. Low
+ * precision is widened to f32 when loaded and rounded when stored. Most loops need none of this:
+ * the functions of scalar.h are branch-free and `#pragma omp simd` over a row of f32 makes vectors
+ * of them.
  *
  * Last in the file: rows, which bring any dtype and stride to a dense row of f32 or f64 and back.
  */

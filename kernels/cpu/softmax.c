@@ -1,8 +1,9 @@
 /* softmax.c - softmax, log_softmax and cross-entropy, forward and backward.
  *
- * All of them work on lines along one dimension: a line is brought to dense f32 (f64 for f64) unless
- * it is that already, one function computes it, and it is stored. One pass takes the exponentials,
- * shifted by the line's maximum; sums are in f32 lanes for at most BLOCK elements, then in f64.
+ * All of them work on lines along one dimension: a line is brought to dense f32 (f64 for f64)
+ * unless it is that already, one function computes it, and it is stored. One pass takes the
+ * exponentials, shifted by the line's maximum; sums are in f32 lanes for at most BLOCK elements,
+ * then in f64.
  */
 #include "kernels/cpu/walk.h"
 
@@ -299,8 +300,8 @@ int DS_CPU(log_softmax_backward)(ds_tensor *dx, const ds_tensor *dy, const ds_te
 
 /* ---- cross-entropy
  *
- * loss = lse - (1 - smoothing) x[target] - smoothing mean(x), with lse = log Σ exp x (Szegedy et al.
- * 2016, section 7); dx = (exp(x - lse) - (1 - smoothing) [i = target] - smoothing / V) dloss. */
+ * loss = lse - (1 - smoothing) x[target] - smoothing mean(x), with lse = log Σ exp x (Szegedy et
+ * al. 2016, section 7); dx = (exp(x - lse) - (1 - smoothing) [i = target] - smoothing / V) dloss. */
 
 enum { PER_ROW, MEAN, SUM };
 

@@ -316,8 +316,8 @@ static void sink(item *heap, int64_t i, int64_t n)
     heap[i] = moved;
 }
 
-/* Brings the first k in order of n items to the front, in order. A heap holds the best k so far; most
- * items fail one comparison with its root. */
+/* Brings the first k in order of n items to the front, in order. A heap holds the best k so far;
+ * most items fail one comparison with its root. */
 static void select_first(item *items, item *other, int64_t n, int64_t k)
 {
     if (k < n && k > 0) {

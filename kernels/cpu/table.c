@@ -1,5 +1,5 @@
-/* table.c - the kernels of this level as a ds_ops, made from ops.def. A kernel that is not linked in
- * is an empty slot, because the references are weak. */
+/* table.c - the kernels of this level as a ds_ops, made from ops.def. A kernel that is not linked
+ * in is an empty slot, because the references are weak. */
 #define DS_CPU_LINKAGE __attribute__((weak))
 #include "kernels/cpu/level.h"
 

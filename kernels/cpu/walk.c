@@ -9,8 +9,9 @@
     128 /* rows from this length on are visited one by one, shorter ones are collected */
 #define SHORT_ROW 16 /* the same where no operand crosses the rows */
 
-/* bf16 and f16 go through buffers in pieces of this length. In longer ones loading and storing would
- * take turns, and the memory would wait: a vast tensor takes 1.33 ms then, 2.24 in pieces of 512. */
+/* bf16 and f16 go through buffers in pieces of this length. In longer ones loading and storing
+ * would take turns, and the memory would wait: a vast tensor takes 1.33 ms then, 2.24 in pieces of
+ * 512. */
 #define HALVES_CHUNK 128
 
 const char *DS_CPU(shape_text)(char text[128], const ds_tensor *t)
@@ -358,7 +359,8 @@ static void halves_store(char *memory, const float *buffer, int dtype, int64_t n
         ds_row_store(memory, buffer, dtype, n, 1);
 }
 
-/* A constant: once in the buffer if the body takes it so, else as many times as a piece has elements. */
+/* A constant: once in the buffer if the body takes it so, else as many times as a piece has
+ * elements. */
 static void constant_load(const feed *f, int64_t n)
 {
     float one;
@@ -442,8 +444,8 @@ static void run_plain(const walk *w, walk_body *body, const double *scalars, int
 
 /* ---- operands that lie across: contiguous in another dimension than the rows
  *
- * Reading one element by element would touch a cache line for each. So the walk is cut into blocks of
- * two dimensions, and the operand's part is transposed into a buffer first. */
+ * Reading one element by element would touch a cache line for each. So the walk is cut into blocks
+ * of two dimensions, and the operand's part is transposed into a buffer first. */
 
 #define ACROSS 64     /* rows of a block */
 #define ALONG 1024    /* elements of its rows */
@@ -468,8 +470,8 @@ static unsigned find_crossed(const walk *w, int *dim)
     return found;
 }
 
-/* A block of w: `rows` × `columns` elements in dimensions `dim` and the last from the cursor on, with
- * the crossed operands transposed into `buffer`. */
+/* A block of w: `rows` × `columns` elements in dimensions `dim` and the last from the cursor on,
+ * with the crossed operands transposed into `buffer`. */
 static void block_start(walk *sub, const walk *w, const cursor *c, int dim, unsigned crossed,
                         int64_t rows, int64_t columns, char *buffer)
 {

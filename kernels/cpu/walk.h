@@ -1,12 +1,13 @@
 /* walk.h - one loop over up to four tensors of different strides and storage dtypes.
  *
- * A walk visits the elements of the output, t[0], in row-major order of its memory; the other tensors
- * broadcast to its shape. Dimensions that lie in memory like one are merged. The loop body is an
- * ordinary function over dense rows: operand k of n elements lies at p[k], as f32 for f32, bf16 and
- * f16, and in its own type otherwise (bool as u8). Where memory looks like that, p[k] points into the
- * tensor; otherwise at a buffer in the L1 cache, filled before and, for the output, stored after.
- * So an operation is written once, and dense, broadcast, scalar and transposed operands all run as
- * vector code. Bodies may be called with p[0] equal to another p[k], never partly overlapping.
+ * A walk visits the elements of the output, t[0], in row-major order of its memory; the other
+ * tensors broadcast to its shape. Dimensions that lie in memory like one are merged. The loop body
+ * is an ordinary function over dense rows: operand k of n elements lies at p[k], as f32 for f32,
+ * bf16 and f16, and in its own type otherwise (bool as u8). Where memory looks like that, p[k]
+ * points into the tensor; otherwise at a buffer in the L1 cache, filled before and, for the output,
+ * stored after. So an operation is written once, and dense, broadcast, scalar and transposed
+ * operands all run as vector code. Bodies may be called with p[0] equal to another p[k], never
+ * partly overlapping.
  */
 #ifndef DS_CPU_WALK_H
 #define DS_CPU_WALK_H
@@ -20,8 +21,8 @@
  * DS_U8, DS_I32 and DS_I64. */
 #define WALK_RAW16 DS_DTYPES
 
-/* `ones`: bit k is set where operand k is the same for all n and lies at p[k] once; 0 unless the walk
- * allows it. */
+/* `ones`: bit k is set where operand k is the same for all n and lies at p[k] once; 0 unless the
+ * walk allows it. */
 typedef void walk_body(int64_t n, void *const *p, const double *scalars, unsigned ones);
 
 typedef struct walk {

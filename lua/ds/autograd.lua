@@ -1,8 +1,8 @@
 --- The tape: how an operation is defined, dispatched, recorded, and run backwards.
 --
 -- `define` turns the description of an operation into the function that users call. All of them
--- pass
--- through the same few steps, generated once per operation so that the JIT sees straight code:
+-- pass through the same few steps, generated once per operation so that the JIT sees straight
+-- code:
 --
 --     arguments are tensors and alive    (the one place where a parameter is unwrapped)
 --     infer(inputs, args)                the shape rule: checks, makes outputs; all that meta needs
@@ -10,11 +10,9 @@
 --     record                             if gradients are on and an input wants one
 --
 -- A record is a flat table of plain values: the inputs, arguments and outputs under their names,
--- `op`,
--- and `seq`, a number that grows. Outputs point at their record. backward() collects the records
--- reachable from a loss, walks them by falling `seq`, and drops each activation as soon as the
--- record
--- that made it is done: nothing recorded earlier can need it.
+-- `op`, and `seq`, a number that grows. Outputs point at their record. backward() collects the
+-- records reachable from a loss, walks them by falling `seq`, and drops each activation as soon as
+-- the record that made it is done: nothing recorded earlier can need it.
 
 local border = require "ds.ffi"
 local scope = require "ds.scope"
@@ -149,13 +147,15 @@ end
 --   infer    function(inputs…, args…) → outputs…, saved…: checks shapes and makes the tensors
 --   kernel   the kernel's name in ops.def; nil: infer does it all (views)
 --   call     the kernel's arguments by name, if not outputs, saved, inputs, args
+--   spare    backward reads no output, so its memory may be given to another tensor
 --   partial  with several outputs: backward takes missing gradients as false (default: zeros)
 --   backward function(r, d_output…) → one gradient (or nil) per input; r: the record
 function M.define(name, spec)
   if M.ops[name] then error(("operation '%s' is already defined"):format(name), 2) end
   local op = { name = name, id = #M.order + 1, args = spec.args or {},
     outputs = spec.outputs or { "y" }, kernel = spec.kernel, call = spec.call,
-    backward = spec.backward, partial = spec.partial, optional = {}, tables = {} }
+    backward = spec.backward, partial = spec.partial, spare = spec.spare, optional = {},
+    tables = {} }
   local function plain(names)
     local out = {}
     for i, n in ipairs(names or {}) do
@@ -179,6 +179,14 @@ function M.define(name, spec)
   end
 end
 
+--- Whether nothing reads t's values any more, so that its memory may be given to another tensor:
+-- not backward, no view of it, nobody who kept it.
+function M.spare(t)
+  local r = t._rec
+  if r and not r.op.spare or not r and t.requires_grad or t._keep then return false end
+  return t._c.dense == 1 and not tensor.shared(t)
+end
+
 -- ---- backward
 
 M.owner = nil -- parameters with another `_engine` get no gradient; nil: all do; a set of engines
@@ -192,8 +200,8 @@ end
 local needs = M.needs
 
 --- The gradient buffer of a leaf that is to be overwritten, for an op that knows its gradient in
--- forward already. One op at a time has it; if another gradient comes first, the lent one moves
--- out.
+-- forward already. One op at a time has it; if another gradient comes first, the lent one
+-- moves out.
 -- @treturn Tensor|nil a handle on t.grad's memory
 function M.claim(t, dtype)
   local g = t.grad
@@ -221,8 +229,7 @@ end
 
 --- Where a kernel may write the gradient of t directly.
 -- For a leaf that is t.grad itself; for anything else (and for leaves that others write as well) a
--- new
--- tensor. Return what you get: accumulating notices that it is there already.
+-- new tensor. Return what you get: accumulating notices that it is there already.
 -- @treturn Tensor of t's shape; f32 for a leaf in the engine's flat buffer, else t's dtype
 -- @treturn number 1: add to it, 0: overwrite it
 function M.sink(t)
@@ -384,10 +391,10 @@ local function step(r)
   local outputs = op.outputs
   local n = #outputs
   local d1 = r[outputs[1]]._g
-  local g1, g2, g3, g4
+  local g1, g2, g3, g4, g5
   if n == 1 then
     if not d1 then return end
-    g1, g2, g3, g4 = op.backward(r, op.many and { d1 } or d1)
+    g1, g2, g3, g4, g5 = op.backward(r, op.many and { d1 } or d1)
   else
     local d, any = {}, false
     for i = 1, n do
@@ -401,7 +408,7 @@ local function step(r)
     if op.many then
       g1 = op.backward(r, d)
     else
-      g1, g2, g3, g4 = op.backward(r, unpack(d, 1, n))
+      g1, g2, g3, g4, g5 = op.backward(r, unpack(d, 1, n))
     end
   end
   local inputs = op.inputs
@@ -422,6 +429,8 @@ local function step(r)
   if g3 and needs(t) then accumulate(t, g3) end
   t = r[inputs[4]]
   if g4 and needs(t) then accumulate(t, g4) end
+  t = r[inputs[5]]
+  if g5 and needs(t) then accumulate(t, g5) end
 end
 
 local function walk(placed, low, high, temporary, retain)
@@ -561,8 +570,7 @@ local function pack_values(...) return { n = select("#", ...), ... } end
 
 --- An operation with its own gradient, written in Lua.
 -- `forward(ctx, …)` computes with tensor methods (unrecorded) and `ctx:save(…)`s what backward
--- needs;
--- `backward(ctx, dy…)` returns one gradient, or nil, for each argument of forward, in order.
+-- needs; `backward(ctx, dy…)` returns one gradient, or nil, for each argument of forward, in order.
 -- @usage local sign = ds.Function("sign_ste", { forward = …, backward = … }); y = sign(x)
 function M.Function(name, spec)
   if type(name) ~= "string" or type(spec) ~= "table" or type(spec.forward) ~= "function"

@@ -18,6 +18,7 @@ local scope = require "ds.scope"
 local tensor = require "ds.tensor"
 local autograd = require "ds.autograd"
 local F = require "ds.functional"
+local products = require "ds.products"
 local nn = require "ds.nn"
 local optim = require "ds.optim"
 local schedule = require "ds.schedule"
@@ -210,6 +211,7 @@ function M.initialize(options)
   self.optimizer = make_optimizer(options.optimizer, params, settings)
   if self.optimizer then flatten(self) end
   settle(self)
+  tensor.empty_cache(self.device) -- where the parameters were before
   self.lr_scheduler = make_scheduler(options.lr_scheduler, self.optimizer, settings)
   if options.training_data then
     self.training_dataloader =
@@ -282,7 +284,7 @@ end
 
 local function leave(self, s, outer, seed, ok, ...)
   scope.enter(outer)
-  F.loss_seed = seed
+  products.loss_seed = seed
   if not ok then
     scope.close(s, "when forward() failed")
     nn.reset_place()
@@ -304,9 +306,9 @@ function Engine:forward(...)
   if not self.optimizer then
     raise("engine: training needs an optimizer; name one in the config")
   end
-  local s, seed = scope.new(), F.loss_seed
+  local s, seed = scope.new(), products.loss_seed
   local outer = scope.enter(s)
-  F.loss_seed = self.loss_scale / self.gas
+  products.loss_seed = self.loss_scale / self.gas
   self.pending = self.pending + 1
   return leave(self, s, outer, seed, xpcall(self.module, border.note, lower(self, ...)))
 end

@@ -1,4 +1,5 @@
---- F: linear algebra, activations, norms, attention, losses. Functions, no parameters.
+--- F: activations, dropout, norms, attention, losses, and the products of products.lua. Functions
+-- that hold no parameters.
 
 local border = require "ds.ffi"
 local scope = require "ds.scope"
@@ -7,171 +8,21 @@ local autograd = require "ds.autograd"
 local shapes = require "ds.shapes"
 local ops = require "ds.ops"
 local views = require "ds.views"
+local products = require "ds.products"
 require "ds.reductions"
 
 local raise, shape_string = border.raise, border.shape_string
-local options_of, need_floating, sum_to = shapes.options_of, shapes.need_floating, shapes.sum_to
+local options_of, need_floating = shapes.options_of, shapes.need_floating
+local need_like, need_targets, fine = shapes.need_like, shapes.need_targets, shapes.fine
 local define, needs, sink = autograd.define, autograd.needs, autograd.sink
 local new, dim_of, floating, run = tensor.new, tensor.dim_of, tensor.floating, tensor.run
-local methods, is_tensor, numel_of = tensor.methods, tensor.is_tensor, tensor.numel_of
-local rows, columns, swapped, heads =
-  tensor.borrow.rows, tensor.borrow.columns, tensor.borrow.swapped, tensor.borrow.heads
+local methods, numel_of = tensor.methods, tensor.numel_of
+local heads = tensor.borrow.heads
 
-local F = {}
-
-local function same_dtype(what, a, b, name)
-  if b and a.dtype ~= b.dtype then
-    raise("%s: %s is %s but the input is %s; use t:to(\"%s\")",
-      what, name, b.dtype, a.dtype, a.dtype)
-  end
-  if b and a.device ~= b.device then
-    raise("%s: %s is on %s but the input on %s", what, name, b.device, a.device)
-  end
-end
+local F = { matmul = products.matmul, linear = products.linear, mlp = products.mlp,
+  linear_cross_entropy = products.linear_cross_entropy }
 
 F.options_of = options_of
-
--- ---- products
-
---- The batch dimensions of `shape` and then rows x columns.
-local function product_shape(shape, rows_, columns_, n)
-  local out = { unpack(shape, 1, n - 2) }
-  out[n - 1], out[n] = rows_, columns_
-  return out
-end
-
-local matmul = define("matmul", {
-  inputs = { "a", "b" }, kernel = "matmul", call = { "y", "a", "b", "1", "0" },
-  infer = function(a, b)
-    need_floating(a, "matmul")
-    same_dtype("matmul", a, b, "the second factor")
-    local m, n = #a.shape, #b.shape
-    if a.shape[m] ~= b.shape[n - 1] then
-      raise("matmul: %s times %s: the inner sizes %d and %d differ", shape_string(a.shape),
-        shape_string(b.shape), a.shape[m], b.shape[n - 1])
-    end
-    local shape, batch = {}, math.max(m, n) - 2
-    for i = 1, batch do
-      local x, y = a.shape[m - 2 - batch + i] or 1, b.shape[n - 2 - batch + i] or 1
-      if x ~= y and x ~= 1 and y ~= 1 then
-        raise("matmul: the batches of %s and %s do not broadcast",
-          shape_string(a.shape), shape_string(b.shape))
-      end
-      shape[i] = x == 1 and y or x
-    end
-    shape[batch + 1], shape[batch + 2] = a.shape[m - 1], b.shape[n]
-    return new(shape, a.dtype, a.device)
-  end,
-  backward = function(r, dy)
-    local da, db
-    local a, b, n = r.a, r.b, #dy.shape
-    if needs(a) then
-      da = new(product_shape(dy.shape, a.shape[#a.shape - 1], a.shape[#a.shape], n),
-        a.dtype, a.device)
-      run("matmul", a.device, da._c, dy._c, swapped(1, b), 1, 0)
-      da = sum_to(da, a.shape)
-    end
-    if needs(b) then
-      db = new(product_shape(dy.shape, b.shape[#b.shape - 1], b.shape[#b.shape], n),
-        b.dtype, b.device)
-      run("matmul", b.device, db._c, swapped(1, a), dy._c, 1, 0)
-      db = sum_to(db, b.shape)
-    end
-    return da, db
-  end,
-})
-
---- Matrix product over the last two dimensions, the ones before broadcast; vectors as PyTorch's.
-function methods:matmul(other)
-  tensor.need_tensor(self, "matmul", 1)
-  tensor.need_tensor(other, "matmul", 2)
-  local m, n = #self.shape, #other.shape
-  if m == 0 or n == 0 then raise("matmul: expects at least one dimension, got %s and %s",
-    shape_string(self.shape), shape_string(other.shape)) end
-  if m >= 2 and n >= 2 then return matmul(self, other) end
-  local a = m == 1 and self:unsqueeze(1) or self
-  local b = n == 1 and other:unsqueeze(2) or other
-  local y = matmul(a, b)
-  if n == 1 then y = y:squeeze(-1) end
-  if m == 1 then y = y:squeeze(n == 1 and -1 or -2) end
-  return y
-end
-F.matmul = methods.matmul
-methods.mm, methods.bmm = methods.matmul, methods.matmul
---- The inner product of two vectors.
-function methods:dot(other) return (self * other):sum() end
-
-local activations = { [false] = 0, none = 0, gelu = 1, gelu_tanh = 2, relu = 3, silu = 4 }
-
--- x here is dense; w [N x K] as PyTorch's Linear. The kernel sees matrices.
-local linear = define("linear", {
-  inputs = { "x", "w", "b?" }, args = { "activation" }, saved = { "slope?" }, kernel = nil,
-  infer = function(x, w, b, activation)
-    need_floating(x, "linear")
-    local n = #x.shape
-    if #w.shape ~= 2 or n < 1 or x.shape[n] ~= w.shape[2] then
-      raise("linear: input %s does not match weight %s (last dimension must be %s)",
-        shape_string(x.shape), shape_string(w.shape), tostring(w.shape[2]))
-    end
-    same_dtype("linear", x, w, "the weight")
-    same_dtype("linear", x, b, "the bias")
-    if b and (#b.shape ~= 1 or b.shape[1] ~= w.shape[1]) then
-      raise("linear: bias %s does not match weight %s (must be [%d])", shape_string(b.shape),
-        shape_string(w.shape), w.shape[1])
-    end
-    local shape = {}
-    for i = 1, n - 1 do shape[i] = x.shape[i] end
-    shape[n] = w.shape[1]
-    local y = new(shape, x.dtype, x.device)
-    local slope = activation ~= 0 and scope.grad
-      and (x.requires_grad or w.requires_grad or (b and b.requires_grad))
-      and new(shape, x.dtype, x.device) or nil
-    if x.device ~= "meta" then
-      run("linear", x.device, rows(1, y), slope and rows(2, slope) or nil, rows(3, x), w._c,
-        b and b._c or nil, activation)
-    end
-    return y, slope
-  end,
-  backward = function(r, dy)
-    local x, w, b = r.x, r.w, r.b
-    local dense = dy:contiguous()
-    local dh, db, dw = dense, nil, nil
-    local meta = dy.device == "meta"
-    if r.slope or needs(b) then
-      local add = 0
-      if needs(b) then db, add = sink(b) end
-      if r.slope then dh = new(dy.shape, dy.dtype, dy.device) end
-      if not meta then
-        run("linear_backward_bias", dy.device, r.slope and rows(1, dh) or nil, db and db._c or nil,
-          rows(2, dense), r.slope and rows(3, r.slope) or nil, add)
-      end
-    end
-    if needs(w) then
-      local add
-      dw, add = sink(w)
-      if not meta then
-        run("matmul", dy.device, dw._c, columns(1, dh), rows(2, x), 1, add)
-      end
-    end
-    local dx
-    if needs(x) then
-      dx = new(x.shape, x.dtype, x.device)
-      if not meta then run("matmul", dy.device, rows(1, dx), rows(2, dh), w._c, 1, 0) end
-    end
-    return dx, dw, db
-  end,
-})
-
---- y = activation(x wᵀ + b): x [… K], w [N x K], b [N] or nil.
--- @tparam[opt] table options { activation = "gelu" | "gelu_tanh" | "relu" | "silu" }: fused
-function F.linear(x, w, b, options)
-  options = options_of("linear", options, { activation = true })
-  local code = activations[options.activation or false]
-  if not code then raise("linear: unknown activation '%s'; there are gelu, gelu_tanh, relu, silu",
-    tostring(options.activation)) end
-  if is_tensor(x) and x._c.dense ~= 1 then x = x:contiguous() end
-  return linear(x, w, b, code)
-end
 
 -- ---- activations
 
@@ -193,6 +44,7 @@ local dropout = define("dropout", {
     need_floating(x, "dropout")
     return new(x.shape, x.dtype, x.device)
   end,
+  spare = true,
   backward = function(r, dy) return F.dropout_(dy:contiguous(), r.p, r.seed, r.offset) end,
 })
 F.dropout_ = dropout
@@ -237,7 +89,7 @@ local function norm_shapes(what, x, delta, w, b)
   for i, t in ipairs { w or false, b or false } do
     local name = i == 1 and "weight" or "bias"
     if t then
-      same_dtype(what, x, t, "the " .. name)
+      need_like(what, x, t, "the " .. name)
       if #t.shape ~= 1 or t.shape[1] ~= width then
         raise("%s: %s %s does not match input %s (must be [%d])", what, name, shape_string(t.shape),
           shape_string(x.shape), width)
@@ -245,7 +97,7 @@ local function norm_shapes(what, x, delta, w, b)
     end
   end
   if delta then
-    same_dtype(what, x, delta, "the second input")
+    need_like(what, x, delta, "the second input")
     if shape_string(delta.shape) ~= shape_string(x.shape) then
       raise("%s: inputs %s and %s differ", what, shape_string(x.shape), shape_string(delta.shape))
     end
@@ -291,12 +143,12 @@ local function define_norm(name, with_mean)
     backward = function(r, dy) return norm_gradients(r, r.x, dy) end,
   })
   local fused = define("add_" .. name, {
-    inputs = { "x", "delta", "w?", "b?" }, args = { "eps" }, outputs = { "sum", "y" },
+    inputs = { "x", "delta", "w?", "b?" }, args = { "eps", "into" }, outputs = { "sum", "y" },
     saved = saved, kernel = "norm",
     call = { "y", "sum", mean_arg, "rstd", "x", "delta", "w", "b", "eps" }, partial = true,
-    infer = function(x, delta, w, b)
+    infer = function(x, delta, w, b, _, into)
       local lead, dtype = norm_shapes(name, x, delta, w, b)
-      return new(x.shape, x.dtype, x.device), new(x.shape, x.dtype, x.device),
+      return into or new(x.shape, x.dtype, x.device), new(x.shape, x.dtype, x.device),
         stats(lead, dtype, x.device)
     end,
     backward = function(r, dsum, dy)
@@ -305,12 +157,20 @@ local function define_norm(name, with_mean)
       return dx, dx, dw, db
     end,
   })
+  local why = ("by %s { inplace = true }, whose sum has its memory"):format(name)
   --- With `delta`, normalises x + delta and returns the sum as well: `sum, y`.
-  F[name] = function(x, w, b, eps, delta)
+  -- @tparam[opt] table options { inplace = true }: where nothing else needs delta, the sum takes
+  --   its memory, and delta is gone
+  F[name] = function(x, w, b, eps, delta, options)
     eps = eps or 1e-5
-    if delta then return fused(x:contiguous(), delta:contiguous(), w, b, eps) end
     tensor.need_tensor(x, name, 1)
-    return plain(x:contiguous(), w, b, eps)
+    if not delta then return plain(x:contiguous(), w, b, eps) end
+    tensor.need_tensor(delta, name, 5)
+    local into = options and options.inplace and delta.device ~= "meta" and autograd.spare(delta)
+      and tensor.view.alias(delta) or nil
+    local sum, y = fused(x:contiguous(), delta:contiguous(), w, b, eps, into)
+    if into then scope.release(delta, why) end
+    return sum, y
   end
 end
 define_norm("layer_norm", true)
@@ -365,8 +225,8 @@ end
 
 local function check_attention(q, k, v, mask)
   need_floating(q, "attention")
-  same_dtype("attention", q, k, "the key")
-  same_dtype("attention", q, v, "the value")
+  need_like("attention", q, k, "the key")
+  need_like("attention", q, v, "the value")
   local a, b, c = q.shape, k.shape, v.shape
   if #a ~= 4 or #b ~= 4 or #c ~= 4 or a[1] ~= b[1] or a[4] ~= b[4]
     or shape_string(b) ~= shape_string(c) or b[3] == 0 or a[3] % b[3] ~= 0 then
@@ -495,21 +355,6 @@ end
 
 local loss_reductions = { none = 0, mean = 1, sum = 2 }
 
-local function check_targets(what, logits, target)
-  need_floating(logits, what)
-  if floating[target.dtype] or target.dtype == "bool" then
-    raise("%s: targets must be class indices, i64 or i32, not %s", what, target.dtype)
-  end
-  if numel_of(logits.shape) / math.max(1, logits.shape[#logits.shape] or 1)
-    ~= numel_of(target.shape) or #logits.shape < 1 then
-    raise("%s: %s %s and targets %s: one target for each row is expected",
-      what, what == "cross_entropy" and "logits" or "input",
-      shape_string(logits.shape), shape_string(target.shape))
-  end
-end
-
-local function fine(x) return x.dtype == "f64" and "f64" or "f32" end
-
 local cross_entropy = define("cross_entropy", {
   inputs = { "logits", "target" }, args = { "ignore", "smoothing", "reduction" },
   outputs = { "loss" }, saved = { "lse" }, kernel = "cross_entropy",
@@ -536,7 +381,7 @@ function F.cross_entropy(logits, target, options)
   })
   tensor.need_tensor(logits, "cross_entropy", 1)
   tensor.need_tensor(target, "cross_entropy", 2)
-  check_targets("cross_entropy", logits, target)
+  need_targets("cross_entropy", logits, target)
   local reduction = loss_reductions[options.reduction or "mean"]
   if not reduction then
     raise("cross_entropy: unknown reduction '%s'; there are mean, sum, none", options.reduction)
@@ -545,64 +390,6 @@ function F.cross_entropy(logits, target, options)
   local loss = cross_entropy(logits:reshape(-1, v):contiguous(), target:reshape(-1):contiguous(),
     options.ignore_index or -100, options.label_smoothing or 0, reduction)
   return reduction == 0 and loss:reshape(target.shape) or loss
-end
-
--- How many rows of logits exist at a time: about 16 MB of them, at least 64 rows.
-local function chunk_rows(n, v, bytes)
-  local rows_ = math.floor(16 * 2 ^ 20 / (v * bytes) / 64) * 64
-  return math.min(n, math.max(64, math.min(rows_, 1024)))
-end
-
--- The gradient of the loss that backward will most likely start from; the engine sets it.
-F.loss_seed = 1
-
--- The gradients are made in forward, chunk by chunk, for a loss gradient of `seed`; backward
--- rescales them if it turns out to be another. A weight whose gradient buffer waits to be
--- overwritten lends it: for GPT-2 that is 154 MB and a pass over them.
-local linear_cross_entropy = define("linear_cross_entropy", {
-  inputs = { "x", "w", "target" }, args = { "ignore", "seed" },
-  outputs = { "loss" }, saved = { "dx?", "dw?" },
-  infer = function(x, w, target, ignore, seed)
-    local n, v = x.shape[1], w.shape[1]
-    local loss = new({}, fine(x), x.device)
-    local want_x, want_w = scope.grad and needs(x), scope.grad and needs(w)
-    local dx = want_x and new(x.shape, x.dtype, x.device) or nil
-    local dw = want_w and (autograd.claim(w, fine(w)) or new(w.shape, fine(w), w.device)) or nil
-    if x.device == "meta" then return loss, dx, dw end
-    local scratch = new({ chunk_rows(n, v, x:element_size()), math.ceil(v / 16) * 16 },
-      x.dtype, x.device)
-    run("linear_cross_entropy", x.device, loss._c, dx and dx._c or nil, dw and dw._c or nil,
-      scratch._c, x._c, w._c, target._c, ignore, seed, 0)
-    scope.release(scratch)
-    return loss, dx, dw
-  end,
-  backward = function(r, dloss)
-    local factor = dloss.device == "meta" and 1 or dloss:item() / r.seed
-    local dx, dw = r.dx, r.dw
-    for _, g in ipairs { dx or dw, dx and dw or nil } do
-      if factor ~= 1 then run("mul_scalar", g.device, g._c, g._c, factor, 0) end
-    end
-    if dw and autograd.claimed(r.w, dw) then dw = r.w.grad end
-    return needs(r.x) and dx or nil, needs(r.w) and dw or nil
-  end,
-})
-
---- Mean cross-entropy of the projection x wᵀ, without ever holding all logits: x [… K], w [V x K].
--- @tparam[opt] table options { ignore_index = −100 }
-function F.linear_cross_entropy(x, w, target, options)
-  options = options_of("linear_cross_entropy", options, { ignore_index = true })
-  tensor.need_tensor(x, "linear_cross_entropy", 1)
-  tensor.need_tensor(w, "linear_cross_entropy", 2)
-  tensor.need_tensor(target, "linear_cross_entropy", 3)
-  check_targets("linear_cross_entropy", x, target)
-  same_dtype("linear_cross_entropy", x, w, "the weight")
-  local k = x.shape[#x.shape]
-  if #w.shape ~= 2 or w.shape[2] ~= k then
-    raise("linear_cross_entropy: input %s does not match weight %s (last dimension must be %s)",
-      shape_string(x.shape), shape_string(w.shape), tostring(w.shape[2]))
-  end
-  return linear_cross_entropy(x:reshape(-1, k):contiguous(), w:contiguous(),
-    target:reshape(-1):contiguous(), options.ignore_index or -100, F.loss_seed)
 end
 
 --- Mean squared error; { reduction = "mean" | "sum" | "none" }.

@@ -29,7 +29,7 @@ local functions = {
 
 for _, name in ipairs {
   "empty", "zeros", "ones", "full", "rand", "randn", "randint", "arange", "linspace", "eye",
-  "tensor", "seed", "memory", "on", "is_tensor",
+  "tensor", "seed", "memory", "empty_cache", "on", "is_tensor",
   "empty_like", "zeros_like", "ones_like", "rand_like", "randn_like", "full_like",
 } do
   M[name] = tensor[name]

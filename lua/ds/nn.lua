@@ -455,15 +455,18 @@ local function norm_layer(name, f, default_eps, with_bias)
   local class = M.module(name)
   M[name] = class
   function class:init(width, options)
-    options = options_of(name, options, { bias = true, eps = true })
+    options = options_of(name, options, { bias = true, eps = true, inplace = true })
     size(name, "the width", width)
     self.eps = options.eps or default_eps
+    self.options = { inplace = options.inplace }
     self.weight = M.Parameter(tensor.ones(width))
     if with_bias and options.bias ~= false then self.bias = M.Parameter(tensor.zeros(width)) end
   end
   --- `norm(x)`, or `sum, y = norm(x, delta)`: normalises x + delta, fused, and returns that sum
-  -- too.
-  function class:forward(x, delta) return F[f](x, self.weight, self.bias, self.eps, delta) end
+  -- too. With { inplace = true } the sum may take delta's memory, and delta is gone.
+  function class:forward(x, delta)
+    return F[f](x, self.weight, self.bias, self.eps, delta, self.options)
+  end
   function class:extra() return ("%d, eps = %g"):format(self.weight.shape[1], self.eps) end
 end
 norm_layer("LayerNorm", "layer_norm", 1e-5, true)

@@ -36,6 +36,35 @@ function M.same_dtype(what, a, b)
   M.same_device(what, a, b)
 end
 
+--- A parameter (`name` in messages; nil is fine) has the dtype and device of the input x.
+function M.need_like(what, x, t, name)
+  if t and x.dtype ~= t.dtype then
+    raise("%s: %s is %s but the input is %s; use t:to(\"%s\")", what, name, t.dtype, x.dtype,
+      x.dtype)
+  end
+  if t and x.device ~= t.device then
+    raise("%s: %s is on %s but the input on %s", what, name, t.device, x.device)
+  end
+end
+
+--- One class index for each row of x [… V].
+function M.need_targets(what, x, target)
+  M.need_floating(x, what)
+  if floating[target.dtype] or target.dtype == "bool" then
+    raise("%s: targets must be class indices, i64 or i32, not %s", what, target.dtype)
+  end
+  if #x.shape < 1
+    or tensor.numel_of(x.shape) / math.max(1, x.shape[#x.shape]) ~= tensor.numel_of(target.shape)
+  then
+    raise("%s: %s %s and targets %s: one target for each row is expected",
+      what, what == "cross_entropy" and "logits" or "input",
+      shape_string(x.shape), shape_string(target.shape))
+  end
+end
+
+--- The dtype that losses and statistics of x have: f32, f64 for f64.
+function M.fine(x) return x.dtype == "f64" and "f64" or "f32" end
+
 local rank = { bool = 1, u8 = 2, i32 = 3, i64 = 4, bf16 = 5, f16 = 5, f32 = 6, f64 = 7 }
 
 --- The dtype that holds both, as PyTorch promotes: the wider one; f32 for bf16 with f16.

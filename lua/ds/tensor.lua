@@ -111,13 +111,18 @@ local function wrap(c, shape, dtype, device)
 end
 M.wrap = wrap
 
+--- Gives memory that is cached for new tensors back to the system. @tparam[opt="cpu"] string device
+function M.empty_cache(device)
+  C.ds_memory_flush(devices[device or "cpu"])
+end
+
 --- Out of memory: collect, give cached blocks back, try once more, then say what lives.
 local function try_again(c, shape, dtype, device, rc)
   local message = ffi.string(C.ds_error())
   if rc ~= -2 then raise("%s", message) end
   collectgarbage()
   collectgarbage()
-  C.ds_memory_flush(devices[device])
+  M.empty_cache(device)
   local dims = sizes(unpack(shape))
   if C.ds_empty(c, codes[dtype], devices[device], #shape, dims) == 0 then return end
   raise("%s; wanted %s for a tensor %s %s; %s", message,

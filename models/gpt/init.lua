@@ -34,13 +34,14 @@ end
 local MLP = nn.module "MLP"
 
 function MLP:init(c)
-  self.c_fc = nn.Linear(c.n_embd, 4 * c.n_embd, { bias = c.bias, activation = "gelu" })
+  self.c_fc = nn.Linear(c.n_embd, 4 * c.n_embd, { bias = c.bias })
   self.c_proj = nn.Linear(4 * c.n_embd, c.n_embd, { bias = c.bias })
   self.drop = nn.Dropout(c.dropout)
 end
 
 function MLP:forward(x)
-  return self.drop(self.c_proj(self.c_fc(x)))
+  local up, down = self.c_fc, self.c_proj
+  return self.drop(F.mlp(x, up.weight, up.bias, down.weight, down.bias, { activation = "gelu" }))
 end
 
 -- ---- a block
@@ -48,14 +49,15 @@ end
 local Block = nn.module "Block"
 
 function Block:init(c)
-  self.ln_1 = nn.LayerNorm(c.n_embd, { bias = c.bias })
+  self.ln_1 = nn.LayerNorm(c.n_embd, { bias = c.bias, inplace = true })
   self.attn = Attention(c)
-  self.ln_2 = nn.LayerNorm(c.n_embd, { bias = c.bias })
+  self.ln_2 = nn.LayerNorm(c.n_embd, { bias = c.bias, inplace = true })
   self.mlp = MLP(c)
 end
 
 --- x + attn(ln_1(x)), then x + mlp(ln_2(x)). The second sum is left to the norm that comes next,
--- which adds and normalises in one pass over memory: `sum, normed = norm(x, delta)`.
+-- which adds and normalises in one pass over memory: `sum, normed = norm(x, delta)`. Its `inplace`
+-- lets the sum have delta's memory.
 -- @tparam Tensor x [B x T x C]
 -- @tparam[opt] Tensor delta what the block before left to be added
 -- @treturn Tensor x
@@ -95,7 +97,7 @@ function GPT:init(config)
   self.wpe = nn.Embedding(c.block_size, c.n_embd)
   self.drop = nn.Dropout(c.dropout)
   self.h = nn.list(c.n_layer, function() return Block(c) end)
-  self.ln_f = nn.LayerNorm(c.n_embd, { bias = c.bias })
+  self.ln_f = nn.LayerNorm(c.n_embd, { bias = c.bias, inplace = true })
   self:init_weights()
 end
 

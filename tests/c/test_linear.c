@@ -140,6 +140,42 @@ static void activations_hold_at_the_extremes(void **state)
         }
 }
 
+/* The activation as a kernel of its own is that of the layer, also where an output is its input. */
+static void activation_alone_matches(void **state)
+{
+    enum { APART, OVER_Y, OVER_SLOPE, NO_SLOPE_WANTED, WAYS };
+
+    (void)state;
+    for (int dtype = DS_F32; dtype <= DS_F64; dtype++)
+        for (int activation = GELU; activation < ACTIVATIONS; activation++)
+            for (int way = APART; way < WAYS; way++) {
+                int64_t shape[] = {37, 45};
+                ds_tensor h = make(dtype, ROWS, 2, shape), kept = make(dtype, ROWS, 2, shape);
+                ds_tensor y = make(dtype, ROWS, 2, shape), slope = make(dtype, ROWS, 2, shape);
+
+                randomise(&h, 3);
+                for (int64_t i = 0; i < h.numel; i++)
+                    set(&kept, i, get(&h, i));
+                assert_int_equal(ops->activate(way == OVER_Y ? &h : &y,
+                                               way == NO_SLOPE_WANTED ? NULL
+                                               : way == OVER_SLOPE    ? &h
+                                                                      : &slope,
+                                               &h, activation),
+                                 0);
+                for (int64_t i = 0; i < h.numel; i++) {
+                    double s, want = activate(&s, get(&kept, i), activation);
+                    double eps = 4 * eps_of(dtype), tiny = dtype == DS_F64 ? 1e-14 : 1e-6;
+
+                    near(get(way == OVER_Y ? &h : &y, i), want, eps * fabs(want) + tiny, "y", i);
+                    if (way != NO_SLOPE_WANTED)
+                        near(get(way == OVER_SLOPE ? &h : &slope, i), s, eps + tiny, "slope", i);
+                }
+                assert_int_equal(ops->activate(&y, NULL, &h, NONE), DS_EINVAL);
+                assert_int_equal(ops->activate(&y, NULL, &h, ACTIVATIONS), DS_EINVAL);
+                drop(&h), drop(&kept), drop(&y), drop(&slope);
+            }
+}
+
 static void an_empty_sum_leaves_the_bias(void **state)
 {
     (void)state;
@@ -280,6 +316,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(random_layers_match),
         cmocka_unit_test(leading_dimensions_are_rows),
         cmocka_unit_test(activations_hold_at_the_extremes),
+        cmocka_unit_test(activation_alone_matches),
         cmocka_unit_test(an_empty_sum_leaves_the_bias),
         cmocka_unit_test(backward_matches),
         cmocka_unit_test(backward_without_db_writes_dh),

@@ -103,6 +103,41 @@ describe("layers", function()
     local y = scores:softmax(-1):matmul(heads(v)):transpose(2, 3):reshape(2, 5, 8)
     close(m(x), m.proj(y), { rtol = 1e-4, atol = 1e-5 })
   end)
+  describe("LayerNorm with inplace", function()
+    local function outcome(inplace, f)
+      ds.seed(5)
+      local x, d = ds.randn(3, 6), ds.randn(3, 6)
+      x.requires_grad, d.requires_grad = true, true
+      local ln = nn.LayerNorm(6, { inplace = inplace })
+      local delta = f(d)
+      local sum, y = ln(x, delta)
+      local bytes = sum:clone()
+      ;(sum * y):sum():backward()
+      return { sum = bytes, dx = x.grad, dd = d.grad }, delta
+    end
+    local function same(f)
+      local a, b = outcome(false, f), outcome(true, f)
+      for key in pairs(a) do assert.is_true(a[key]:eq(b[key]):all():item(), key) end
+    end
+    local w = ds.randn(6, 6)
+
+    it("gives what it gives without", function()
+      same(function(d) return ds.F.linear(d, w) end)
+      same(function(d) return d:tanh() end)           -- tanh's backward reads what it made
+      same(function(d) return d end)                  -- a leaf
+      same(function(d) return ds.F.linear(d, w):reshape(3, 6) end)
+    end)
+
+    it("takes the memory of a delta that nobody needs, and says so", function()
+      ds.scope(function()
+        local delta = ds.F.linear(ds.randn(3, 6), w)
+        local sum = nn.LayerNorm(6, { inplace = true })(ds.randn(3, 6), delta)
+        says("layer_norm { inplace = true }", function() return delta + 1 end)
+        assert.equal(18, sum:numel())
+      end)
+    end)
+  end)
+
   it("LayerNorm adds its second input first", function()
     local ln = nn.LayerNorm(6)
     local x, d = ds.randn(3, 6), ds.randn(3, 6)

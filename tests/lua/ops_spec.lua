@@ -102,6 +102,12 @@ local cases = {
     return function(x, w, b) return F.linear(x, w, b, { activation = "gelu" }) + F.linear(x, w) end,
       { randn(2, 3, 4), randn(5, 4), randn(5) }
   end,
+  mlp = function()
+    return function(x, w1, b1, w2, b2)
+      return F.mlp(x, w1, b1, w2, b2, { activation = "gelu" }) * 2
+        + F.mlp(x, w1, nil, w2, nil, { activation = "silu" })
+    end, { randn(2, 3, 4), randn(5, 4), randn(5), randn(2, 5), randn(2) }
+  end,
   dropout = function() return function(a) return F.dropout(a, 0.4) end, { randn(4, 5) } end,
   softmax = function() return function(a) return a:softmax(2) end, { randn(2, 3, 4) } end,
   log_softmax = function() return function(a) return a:log_softmax(-1) end, { randn(3, 4) } end,

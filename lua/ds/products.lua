@@ -1,0 +1,294 @@
+--- Matrix products and the layers made of them: matmul, linear, mlp, linear_cross_entropy.
+--
+-- What a layer keeps for backward is what costs memory, so each keeps the least that saves a
+-- product: linear its input (and, fused with an activation, that one's slope), mlp its input and
+-- the hidden layer before the activation, linear_cross_entropy no logits at all.
+
+local border = require "ds.ffi"
+local scope = require "ds.scope"
+local tensor = require "ds.tensor"
+local autograd = require "ds.autograd"
+local shapes = require "ds.shapes"
+
+local raise, shape_string = border.raise, border.shape_string
+local options_of, need_floating, sum_to = shapes.options_of, shapes.need_floating, shapes.sum_to
+local need_like, need_targets, fine = shapes.need_like, shapes.need_targets, shapes.fine
+local define, needs, sink = autograd.define, autograd.needs, autograd.sink
+local new, run, methods, is_tensor = tensor.new, tensor.run, tensor.methods, tensor.is_tensor
+local rows, columns, swapped = tensor.borrow.rows, tensor.borrow.columns, tensor.borrow.swapped
+
+local M = {}
+
+--- The batch dimensions of `shape` and then rows x columns.
+local function product_shape(shape, rows_, columns_, n)
+  local out = { unpack(shape, 1, n - 2) }
+  out[n - 1], out[n] = rows_, columns_
+  return out
+end
+
+local matmul = define("matmul", {
+  inputs = { "a", "b" }, kernel = "matmul", call = { "y", "a", "b", "1", "0" },
+  infer = function(a, b)
+    need_floating(a, "matmul")
+    need_like("matmul", a, b, "the second factor")
+    local m, n = #a.shape, #b.shape
+    if a.shape[m] ~= b.shape[n - 1] then
+      raise("matmul: %s times %s: the inner sizes %d and %d differ", shape_string(a.shape),
+        shape_string(b.shape), a.shape[m], b.shape[n - 1])
+    end
+    local shape, batch = {}, math.max(m, n) - 2
+    for i = 1, batch do
+      local x, y = a.shape[m - 2 - batch + i] or 1, b.shape[n - 2 - batch + i] or 1
+      if x ~= y and x ~= 1 and y ~= 1 then
+        raise("matmul: the batches of %s and %s do not broadcast",
+          shape_string(a.shape), shape_string(b.shape))
+      end
+      shape[i] = x == 1 and y or x
+    end
+    shape[batch + 1], shape[batch + 2] = a.shape[m - 1], b.shape[n]
+    return new(shape, a.dtype, a.device)
+  end,
+  backward = function(r, dy)
+    local da, db
+    local a, b, n = r.a, r.b, #dy.shape
+    if needs(a) then
+      da = new(product_shape(dy.shape, a.shape[#a.shape - 1], a.shape[#a.shape], n),
+        a.dtype, a.device)
+      run("matmul", a.device, da._c, dy._c, swapped(1, b), 1, 0)
+      da = sum_to(da, a.shape)
+    end
+    if needs(b) then
+      db = new(product_shape(dy.shape, b.shape[#b.shape - 1], b.shape[#b.shape], n),
+        b.dtype, b.device)
+      run("matmul", b.device, db._c, swapped(1, a), dy._c, 1, 0)
+      db = sum_to(db, b.shape)
+    end
+    return da, db
+  end,
+})
+
+--- Matrix product over the last two dimensions, the ones before broadcast; vectors as PyTorch's.
+function methods:matmul(other)
+  tensor.need_tensor(self, "matmul", 1)
+  tensor.need_tensor(other, "matmul", 2)
+  local m, n = #self.shape, #other.shape
+  if m == 0 or n == 0 then raise("matmul: expects at least one dimension, got %s and %s",
+    shape_string(self.shape), shape_string(other.shape)) end
+  if m >= 2 and n >= 2 then return matmul(self, other) end
+  local a = m == 1 and self:unsqueeze(1) or self
+  local b = n == 1 and other:unsqueeze(2) or other
+  local y = matmul(a, b)
+  if n == 1 then y = y:squeeze(-1) end
+  if m == 1 then y = y:squeeze(n == 1 and -1 or -2) end
+  return y
+end
+M.matmul = methods.matmul
+methods.mm, methods.bmm = methods.matmul, methods.matmul
+--- The inner product of two vectors.
+function methods:dot(other) return (self * other):sum() end
+
+-- ---- linear layers. x is dense; w is [N x K], as PyTorch's Linear. The kernels see matrices.
+
+local activations = { [false] = 0, none = 0, gelu = 1, gelu_tanh = 2, relu = 3, silu = 4 }
+
+local function activation_code(what, name)
+  local code = activations[name or false]
+  if not code then
+    raise("%s: unknown activation '%s'; there are gelu, gelu_tanh, relu, silu", what,
+      tostring(name))
+  end
+  return code
+end
+
+--- The shape of x wᵀ + b, after checking that there is one.
+local function linear_shape(what, x, w, b)
+  need_floating(x, what)
+  local n = #x.shape
+  if #w.shape ~= 2 or n < 1 or x.shape[n] ~= w.shape[2] then
+    raise("%s: input %s does not match weight %s (last dimension must be %s)", what,
+      shape_string(x.shape), shape_string(w.shape), tostring(w.shape[2]))
+  end
+  need_like(what, x, w, "the weight")
+  need_like(what, x, b, "the bias")
+  if b and (#b.shape ~= 1 or b.shape[1] ~= w.shape[1]) then
+    raise("%s: bias %s does not match weight %s (must be [%d])", what, shape_string(b.shape),
+      shape_string(w.shape), w.shape[1])
+  end
+  local shape = {}
+  for i = 1, n - 1 do shape[i] = x.shape[i] end
+  shape[n] = w.shape[1]
+  return shape
+end
+
+local function linear_run(y, slope, x, w, b, activation)
+  if x.device == "meta" then return end
+  run("linear", x.device, rows(1, y), slope and rows(2, slope) or nil, rows(3, x), w._c,
+    b and b._c or nil, activation)
+end
+
+--- dw and db of y = act(x wᵀ + b), and dh = dy ∘ slope, which goes to `into` (may be dy) or, if
+-- slope is nil, is dy.
+local function weight_gradients(x, w, b, dy, slope, into)
+  local meta = dy.device == "meta"
+  local dh, dw, db, add = slope and into or dy, nil, nil, 0
+  if needs(b) then db, add = sink(b) end
+  if (slope or db) and not meta then
+    run("linear_backward_bias", dy.device, slope and rows(1, dh) or nil, db and db._c or nil,
+      rows(2, dy), slope and rows(3, slope) or nil, add)
+  end
+  if needs(w) then
+    dw, add = sink(w)
+    if not meta then run("matmul", dy.device, dw._c, columns(1, dh), rows(2, x), 1, add) end
+  end
+  return dw, db, dh
+end
+
+--- dx = dh w, of x's shape.
+local function input_gradient(shape, w, dh)
+  local dx = new(shape, dh.dtype, dh.device)
+  if dh.device ~= "meta" then run("matmul", dh.device, rows(1, dx), rows(2, dh), w._c, 1, 0) end
+  return dx
+end
+
+local linear = define("linear", {
+  inputs = { "x", "w", "b?" }, args = { "activation" }, saved = { "slope?" }, spare = true,
+  infer = function(x, w, b, activation)
+    local shape = linear_shape("linear", x, w, b)
+    local y = new(shape, x.dtype, x.device)
+    local slope = activation ~= 0 and scope.grad
+      and (x.requires_grad or w.requires_grad or (b and b.requires_grad))
+      and new(shape, x.dtype, x.device) or nil
+    linear_run(y, slope, x, w, b, activation)
+    return y, slope
+  end,
+  backward = function(r, dy)
+    local into = r.slope and new(dy.shape, dy.dtype, dy.device)
+    local dw, db, dh = weight_gradients(r.x, r.w, r.b, dy:contiguous(), r.slope, into)
+    return needs(r.x) and input_gradient(r.x.shape, r.w, dh) or nil, dw, db
+  end,
+})
+
+--- y = activation(x wᵀ + b): x [… K], w [N x K], b [N] or nil.
+-- @tparam[opt] table options { activation = "gelu" | "gelu_tanh" | "relu" | "silu" }: fused
+function M.linear(x, w, b, options)
+  options = options_of("linear", options, { activation = true })
+  local code = activation_code("linear", options.activation)
+  if is_tensor(x) and x._c.dense ~= 1 then x = x:contiguous() end
+  return linear(x, w, b, code)
+end
+
+--- y [and slope] = act(h) [and act′(h)].
+local function activate(h, activation, with_slope)
+  local y = new(h.shape, h.dtype, h.device)
+  local slope = with_slope and new(h.shape, h.dtype, h.device) or nil
+  if h.device ~= "meta" then
+    run("activate", h.device, y._c, slope and slope._c or nil, h._c, activation)
+  end
+  return y, slope
+end
+
+local mlp = define("mlp", {
+  inputs = { "x", "w1", "b1?", "w2", "b2?" }, args = { "activation" }, saved = { "h" },
+  spare = true,
+  infer = function(x, w1, b1, w2, b2, activation)
+    local h = new(linear_shape("mlp", x, w1, b1), x.dtype, x.device)
+    linear_run(h, nil, x, w1, b1, 0)
+    local a = activate(h, activation)
+    local y = new(linear_shape("mlp", a, w2, b2), x.dtype, x.device)
+    linear_run(y, nil, a, w2, b2, 0)
+    scope.release(a)
+    return y, h
+  end,
+  backward = function(r, dy)
+    dy = dy:contiguous()
+    local a, slope = activate(r.h, r.activation, true)
+    local dw2, db2 = weight_gradients(a, r.w2, r.b2, dy)
+    scope.release(a)
+    if not (needs(r.x) or needs(r.w1) or needs(r.b1)) then return nil, nil, nil, dw2, db2 end
+    local da = input_gradient(a.shape, r.w2, dy)
+    local dw1, db1, dh = weight_gradients(r.x, r.w1, r.b1, da, slope, da)
+    scope.release(slope)
+    return needs(r.x) and input_gradient(r.x.shape, r.w1, dh) or nil, dw1, db1, dw2, db2
+  end,
+})
+
+--- Two linear layers with an activation between: y = activation(x w1ᵀ + b1) w2ᵀ + b2.
+-- As `linear` twice, but keeps for backward only what is before the activation and makes the rest
+-- again from that: half the memory for a hundredth of the time.
+-- @tparam Tensor x [… K]
+-- @tparam Tensor w1 [H x K]
+-- @tparam Tensor|nil b1 [H]
+-- @tparam Tensor w2 [N x H]
+-- @tparam Tensor|nil b2 [N]
+-- @tparam table options { activation = "gelu" | "gelu_tanh" | "relu" | "silu" }
+-- @treturn Tensor [… N]
+function M.mlp(x, w1, b1, w2, b2, options)
+  options = options_of("mlp", options, { activation = true })
+  local code = activation_code("mlp", options.activation)
+  if code == 0 then raise("mlp: expects an activation; there are gelu, gelu_tanh, relu, silu") end
+  if is_tensor(x) and x._c.dense ~= 1 then x = x:contiguous() end
+  return mlp(x, w1, b1, w2, b2, code)
+end
+
+-- ---- the output projection and its loss
+
+-- How many rows of logits exist at a time: up to 64 MB of them, 64 rows or more, in even chunks.
+local function chunk_rows(n, v, bytes)
+  local most = math.max(64, math.min(math.floor(64 * 2 ^ 20 / (v * bytes)), 1024))
+  local chunks = math.max(1, math.ceil(n / most))
+  return math.min(n, math.ceil(n / chunks / 16) * 16)
+end
+
+-- The gradient of the loss that backward will most likely start from; the engine sets it.
+M.loss_seed = 1
+
+-- The gradients are made in forward, chunk by chunk, for a loss gradient of `seed`; backward
+-- rescales them if it turns out to be another. A weight whose gradient buffer waits to be
+-- overwritten lends it: for GPT-2 that is 154 MB and a pass over them.
+local linear_cross_entropy = define("linear_cross_entropy", {
+  inputs = { "x", "w", "target" }, args = { "ignore", "seed" },
+  outputs = { "loss" }, saved = { "dx?", "dw?" },
+  infer = function(x, w, target, ignore, seed)
+    local n, v = x.shape[1], w.shape[1]
+    local loss = new({}, fine(x), x.device)
+    local want_x, want_w = scope.grad and needs(x), scope.grad and needs(w)
+    local dx = want_x and new(x.shape, x.dtype, x.device) or nil
+    local dw = want_w and (autograd.claim(w, fine(w)) or new(w.shape, fine(w), w.device)) or nil
+    if x.device == "meta" then return loss, dx, dw end
+    local scratch = new({ chunk_rows(n, v, x:element_size()), math.ceil(v / 16) * 16 },
+      x.dtype, x.device)
+    run("linear_cross_entropy", x.device, loss._c, dx and dx._c or nil, dw and dw._c or nil,
+      scratch._c, x._c, w._c, target._c, ignore, seed, 0)
+    scope.release(scratch)
+    return loss, dx, dw
+  end,
+  backward = function(r, dloss)
+    local factor = dloss.device == "meta" and 1 or dloss:item() / r.seed
+    local dx, dw = r.dx, r.dw
+    for _, g in ipairs { dx or dw, dx and dw or nil } do
+      if factor ~= 1 then run("mul_scalar", g.device, g._c, g._c, factor, 0) end
+    end
+    if dw and autograd.claimed(r.w, dw) then dw = r.w.grad end
+    return needs(r.x) and dx or nil, needs(r.w) and dw or nil
+  end,
+})
+
+--- Mean cross-entropy of the projection x wᵀ, without ever holding all logits: x [… K], w [V x K].
+-- @tparam[opt] table options { ignore_index = −100 }
+function M.linear_cross_entropy(x, w, target, options)
+  options = options_of("linear_cross_entropy", options, { ignore_index = true })
+  tensor.need_tensor(x, "linear_cross_entropy", 1)
+  tensor.need_tensor(w, "linear_cross_entropy", 2)
+  tensor.need_tensor(target, "linear_cross_entropy", 3)
+  need_targets("linear_cross_entropy", x, target)
+  need_like("linear_cross_entropy", x, w, "the weight")
+  local k = x.shape[#x.shape]
+  if #w.shape ~= 2 or w.shape[2] ~= k then
+    raise("linear_cross_entropy: input %s does not match weight %s (last dimension must be %s)",
+      shape_string(x.shape), shape_string(w.shape), tostring(w.shape[2]))
+  end
+  return linear_cross_entropy(x:reshape(-1, k):contiguous(), w:contiguous(),
+    target:reshape(-1):contiguous(), options.ignore_index or -100, M.loss_seed)
+end
+
+return M
