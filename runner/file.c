@@ -370,48 +370,128 @@ fail:
     return rc;
 }
 
-/* Hashes a window of the file without copying it. 0: not here; then nothing was hashed. Populating
- * first turns what would be a fatal signal, a page that can't be read, into an error. */
-static int hash_window(ds_file *f, int64_t at, int64_t bytes)
+/* Windows of a file, mapped and brought in from the disk by one thread while another hashes the one
+ * before: so neither the disk nor the hash waits, and nothing is copied. */
+#define WINDOWS 4
+
+struct ahead {
+    pthread_mutex_t lock;
+    pthread_cond_t moved;
+    struct ds_file *file;
+    int64_t filled, emptied; /* windows so far; filled - emptied lie in `data` */
+    int stop;
+    void *data[WINDOWS]; /* NULL: could not be mapped and read, which read() will explain */
+};
+
+static int64_t window_bytes(const ds_file *f, int64_t i)
+{
+    return f->bytes - i * WINDOW < WINDOW ? f->bytes - i * WINDOW : WINDOW;
+}
+
+/* Populating turns what would be a fatal signal, a page that can't be read, into an error. */
+static void *map_window(const ds_file *f, int64_t i)
 {
 #ifdef MADV_POPULATE_READ
-    void *p = mmap(NULL, (size_t)bytes, PROT_READ, MAP_SHARED, f->fd, at);
-    int done = 0;
+    size_t bytes = (size_t)window_bytes(f, i);
+    void *p = mmap(NULL, bytes, PROT_READ, MAP_SHARED, f->fd, i * WINDOW);
 
     if (p == MAP_FAILED)
-        return 0;
-    if (madvise(p, (size_t)bytes, MADV_POPULATE_READ) == 0) {
-        XXH3_64bits_update(f->hash, p, (size_t)bytes);
-        done = 1;
-    }
-    munmap(p, (size_t)bytes);
-    return done;
+        return NULL;
+    if (madvise(p, bytes, MADV_POPULATE_READ) == 0)
+        return p;
+    munmap(p, bytes);
 #else
-    (void)f, (void)at, (void)bytes;
-    return 0;
+    (void)f, (void)i;
 #endif
+    return NULL;
+}
+
+static void *read_ahead(void *argument)
+{
+    struct ahead *a = argument;
+
+    pthread_mutex_lock(&a->lock);
+    while (!a->stop && a->filled * WINDOW < a->file->bytes) {
+        void *p;
+
+        if (a->filled - a->emptied == WINDOWS) {
+            pthread_cond_wait(&a->moved, &a->lock);
+            continue;
+        }
+        pthread_mutex_unlock(&a->lock);
+        p = map_window(a->file, a->filled); /* only this thread changes `filled` */
+        pthread_mutex_lock(&a->lock);
+        a->data[a->filled++ % WINDOWS] = p;
+        pthread_cond_signal(&a->moved);
+    }
+    pthread_mutex_unlock(&a->lock);
+    return NULL;
+}
+
+static void *next_window(struct ahead *a)
+{
+    void *p;
+
+    pthread_mutex_lock(&a->lock);
+    while (a->filled == a->emptied)
+        pthread_cond_wait(&a->moved, &a->lock);
+    p = a->data[a->emptied % WINDOWS];
+    pthread_mutex_unlock(&a->lock);
+    return p;
+}
+
+static void window_done(struct ahead *a, void *p, int stop)
+{
+    pthread_mutex_lock(&a->lock);
+    if (p)
+        munmap(p, (size_t)window_bytes(a->file, a->emptied));
+    a->emptied++;
+    a->stop = stop;
+    pthread_cond_signal(&a->moved);
+    pthread_mutex_unlock(&a->lock);
+}
+
+/* The window by plain reads, where it could not be mapped. */
+static int hash_read(ds_file *f, char **buffer, int64_t i)
+{
+    int64_t bytes = window_bytes(f, i);
+    int rc;
+
+    if (!*buffer && !(*buffer = malloc((size_t)(f->bytes < WINDOW ? f->bytes : WINDOW))))
+        return ds_fail(DS_ENOMEM, "out of host memory");
+    rc = ds_file_read(f, *buffer, bytes, i * WINDOW);
+    if (rc >= 0)
+        XXH3_64bits_update(f->hash, *buffer, (size_t)bytes);
+    return rc;
 }
 
 int ds_file_hash(ds_file *f, char *hash)
 {
+    struct ahead a = {
+        .lock = PTHREAD_MUTEX_INITIALIZER, .moved = PTHREAD_COND_INITIALIZER, .file = f};
+    int64_t windows = (f->bytes + WINDOW - 1) / WINDOW;
     char *buffer = NULL;
-    int64_t n;
-    int rc = 0;
+    pthread_t helper;
+    int rc = 0, helped;
 
-    posix_fadvise(f->fd, 0, 0, POSIX_FADV_SEQUENTIAL);
     XXH3_64bits_reset(f->hash);
-    for (int64_t at = 0; at < f->bytes && rc >= 0; at += n) {
-        n = f->bytes - at < WINDOW ? f->bytes - at : WINDOW;
-        if (n > SMALL && hash_window(f, at, n))
-            continue;
-        if (!buffer && !(buffer = malloc((size_t)(f->bytes < WINDOW ? f->bytes : WINDOW))))
-            rc = ds_fail(DS_ENOMEM, "out of host memory");
-        if (rc >= 0)
-            rc = ds_file_read(f, buffer, n, at);
-        if (rc >= 0)
-            XXH3_64bits_update(f->hash, buffer, (size_t)n);
+    helped = f->bytes > SMALL && pthread_create(&helper, NULL, read_ahead, &a) == 0;
+    for (int64_t i = 0; i < windows && rc >= 0; i++) {
+        void *p = helped ? next_window(&a) : NULL;
+
+        if (p)
+            XXH3_64bits_update(f->hash, p, (size_t)window_bytes(f, i));
+        else
+            rc = hash_read(f, &buffer, i);
+        if (helped)
+            window_done(&a, p, rc < 0);
     }
-    posix_fadvise(f->fd, 0, 0, POSIX_FADV_NORMAL);
+    if (helped) {
+        pthread_join(helper, NULL);
+        for (; a.emptied < a.filled; a.emptied++) /* after an error */
+            if (a.data[a.emptied % WINDOWS])
+                munmap(a.data[a.emptied % WINDOWS], (size_t)window_bytes(f, a.emptied));
+    }
     free(buffer);
     if (rc >= 0)
         hash_text(hash, XXH3_64bits_digest(f->hash));
