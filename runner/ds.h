@@ -337,20 +337,21 @@ int ds_test(ds_work *work); /* 1 done, 0 not yet, negative: it failed */
 
 /* ---- the partitioned optimizer's layout (zero.h, zero.c) */
 
-/* Parameters in flat buffers, one a group. numel and group: [n_params], groups ascending; every
- * group's size is a multiple of 16 × world. Buckets hold at most bucket_numel elements, or one
- * parameter. */
+/* Parameters in flat buffers, one a group, cut into buckets, each in as many parts as there are ranks:
+ * part r is rank r's. numel and group: [n_params], groups ascending; whole: [n_groups], 1: parts end
+ * where parameters do, balanced over the group; 0: a bucket's parts are even. Buckets hold at most
+ * bucket_numel elements, or one parameter. */
 typedef struct ds_zero ds_zero;
 typedef struct ds_zero_bucket {
     int32_t group, first, last; /* parameters first to last, 0-based, both included */
     int64_t start, numel;       /* elements of the group's buffer */
+    const int64_t *borders;     /* [world + 1] from 0 to numel, elements of the bucket: multiples of 16 */
 } ds_zero_bucket;
 int ds_zero_make(ds_zero **out, int n_params, const int64_t *numel, const int32_t *group,
-                 int n_groups, int world, int64_t bucket_numel);
+                 const int32_t *whole, int n_groups, int world, int64_t bucket_numel);
 void ds_zero_free(ds_zero *z);
-int64_t ds_zero_group_numel(const ds_zero *z, int group);
-int64_t ds_zero_offset(const ds_zero *z, int param); /* in its group's buffer */
-void ds_zero_shard(int64_t *start, int64_t *numel, const ds_zero *z, int group, int rank);
+int64_t ds_zero_group_numel(const ds_zero *z, int group); /* with padding, a multiple of 16 */
+int64_t ds_zero_offset(const ds_zero *z, int param);      /* in its group's buffer */
 int ds_zero_owner(const ds_zero *z, int group, int64_t element); /* a rank; -1: no such element */
 /* In the order in which backward completes them; returns how many, *out belongs to z. */
 int ds_zero_buckets(const ds_zero_bucket **out, const ds_zero *z);
@@ -363,7 +364,9 @@ typedef struct ds_control {
     int32_t version;  /* of settings changed while running */
     int32_t attach;   /* somebody wants to look */
 } ds_control;
-int ds_control_agree(ds_control *word, ds_comm *comm);
+/* In one exchange: agrees on the word, and each of the n <= 8 sums becomes the sum over the ranks, in
+ * their order, so that all have the same bits. */
+int ds_control_agree(ds_control *word, double *sums, int n, ds_comm *comm);
 
 /* ds.h: end ffi */
 

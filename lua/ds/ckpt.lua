@@ -5,7 +5,12 @@
 --     dir/TAG/state.json             counters, schedule, random numbers …; the user's client_state
 --     dir/TAG/weights/…              model-0000i-of-0000n.safetensors and their index, as Hugging
 --                                    Face's tools want them
---     dir/TAG/optim/host-0.safetensors
+--     dir/TAG/optim/rank-R.safetensors
+--                                    what rank R owned of the optimizer: whole vectors, or
+--                                    stretches of them as NAME@FIRST
+--
+-- Every rank calls save and load. Each writes its share of the files, rank 0 the rest; all of them
+-- succeed, or all raise what went wrong on one. Any number of ranks may load what another saved.
 --
 -- A save writes all of this into dir/.tmp-…, brings it to the disk, and then renames the folder.
 -- A tag that exists is swapped with the new folder in one call, so for a moment `latest` still has
@@ -20,6 +25,8 @@ local border = require "ds.ffi"
 local json = require "ds.json"
 local files = require "ds.saveload"
 local tensor = require "ds.tensor"
+local comm = require "ds.comm"
+local together = require "ds.together"
 
 local C, check, raise = border.C, border.check, border.raise
 
@@ -243,40 +250,67 @@ local function shards_of(weights, limit)
   return shards
 end
 
---- Writes all files of a checkpoint into `folder`, the manifest last, and brings them to the disk.
--- @treturn string the manifest's hash
-local function write_files(folder, tag, content, texts, options)
-  local written = {}
-  local function note(path, hash)
-    local f = files.file(folder .. "/" .. path)
-    written[#written + 1] = { path = path, bytes = f.bytes, hash = hash }
-    f:close()
-  end
+--- The entry of a written file in the manifest.
+local function entry_of(folder, path, hash)
+  local f = files.file(folder .. "/" .. path)
+  local bytes = f.bytes
+  f:close()
+  return { path = path, bytes = bytes, hash = hash }
+end
+
+local function shard_name(i, n) return ("model-%05d-of-%05d.safetensors"):format(i, n) end
+
+--- Writes this rank's files and brings them to the disk: every so manieth shard of the weights, and
+-- what it owns of the optimizer.
+-- @treturn table entries for the manifest
+local function write_own(folder, shards, optim)
+  local written, ranks, rank = {}, comm.world_size(), comm.rank()
   local function write_tensors(path, tensors)
-    note(path, files.write(folder .. "/" .. path, tensors,
+    written[#written + 1] = entry_of(folder, path, files.write(folder .. "/" .. path, tensors,
       { meta = { "format", "pt" }, what = "save_checkpoint" }))
   end
-
-  check(C.ds_folder_make(folder .. "/weights"))
-  local shards = shards_of(content.weights, options.max_shard_bytes or SHARD)
-  local map = {}
   for i, shard in ipairs(shards) do
-    local name = ("model-%05d-of-%05d.safetensors"):format(i, #shards)
-    write_tensors("weights/" .. name, shard)
-    for _, item in ipairs(shard) do map[item[1]] = name end
+    if (i - 1) % ranks == rank then write_tensors("weights/" .. shard_name(i, #shards), shard) end
   end
-  local index = { metadata = { total_size = files.bytes(content.weights) }, weight_map = map }
-  local path = "weights/model.safetensors.index.json"
-  note(path, put(folder .. "/" .. path, json.encode(index, { indent = 2 }) .. "\n"))
   check(C.ds_folder_sync(folder .. "/weights"))
-
-  if #content.optim > 0 then
-    check(C.ds_folder_make(folder .. "/optim"))
-    write_tensors("optim/host-0.safetensors", content.optim)
+  if #optim > 0 then
+    write_tensors(("optim/rank-%d.safetensors"):format(rank), optim)
     check(C.ds_folder_sync(folder .. "/optim"))
   end
+  return written
+end
 
-  note("state.json", put(folder .. "/state.json", texts.state))
+--- Writes what there is once: index, state and, last, the manifest.
+-- @tparam table lists the entries of each rank's files, as JSON
+-- @treturn string the manifest's hash
+local function write_rest(folder, tag, shards, texts, lists)
+  local written, map = {}, {}
+  local function note(path, text)
+    written[#written + 1] = entry_of(folder, path, put(folder .. "/" .. path, text))
+  end
+  for _, own in ipairs(lists) do
+    for _, entry in ipairs(json.decode(own, "entries")) do
+      if kind(folder .. "/" .. entry.path) ~= C.DS_PATH_FILE then
+        raise("save_checkpoint: rank 0 does not see '%s/%s', which another rank wrote; the folder "
+          .. "must be one that all machines share", folder, entry.path)
+      end
+      written[#written + 1] = entry
+    end
+  end
+  table.sort(written, function(a, b) -- weights before the optimizer
+    local one, other = a.path:match "^%w+", b.path:match "^%w+"
+    if one ~= other then return one > other end
+    return a.path < b.path
+  end)
+  local size = 0
+  for i, shard in ipairs(shards) do
+    size = size + files.bytes(shard)
+    for _, item in ipairs(shard) do map[item[1]] = shard_name(i, #shards) end
+  end
+  note("weights/model.safetensors.index.json",
+    json.encode({ metadata = { total_size = size }, weight_map = map }, { indent = 2 }) .. "\n")
+  check(C.ds_folder_sync(folder .. "/weights"))
+  note("state.json", texts.state)
   local manifest = manifest_text { format = FORMAT, tag = tag, step = texts.step,
     world_size = texts.world_size, files = written }
   put(folder .. "/manifest.json", manifest)
@@ -361,7 +395,7 @@ local function keep_last(dir, tag, n)
 end
 
 --- Refuses early: before anything is written.
-local function check_room(dir, tag, content, texts)
+local function check_room(dir, tag, need)
   local target = dir .. "/" .. tag
   local there = kind(target)
   if there ~= C.DS_PATH_NONE and (there ~= C.DS_PATH_FOLDER
@@ -371,25 +405,28 @@ local function check_room(dir, tag, content, texts)
   end
   local free = ffi.new("int64_t[1]")
   check(C.ds_disk_free(free, dir))
-  local need = files.bytes(content.weights) + files.bytes(content.optim) + #texts.state + SLACK
   if need > tonumber(free[0]) then
     raise("save_checkpoint: the disk is full: '%s' needs %d bytes and %d are free in '%s'; "
       .. "nothing was changed", tag, need, tonumber(free[0]), dir)
   end
 end
 
-local function save_locked(dir, tag, content, texts, options, locked)
-  local later = clean(dir, locked)
-  check_room(dir, tag, content, texts)
-  local folder, hash = temporary(dir), nil
-  local ok, message = xpcall(function()
-    check(C.ds_folder_make(folder))
-    hash = write_files(folder, tag, content, texts, options)
-  end, border.note)
-  if not ok then
-    C.ds_remove(folder)
-    error(message, 0)
-  end
+--- Bytes that all ranks together will write.
+local function bytes_needed(content, texts)
+  local own, total = files.bytes(content.optim), files.bytes(content.weights) + #texts.state + SLACK
+  for _, n in ipairs(together.texts(("%d"):format(own))) do total = total + tonumber(n) end
+  return total
+end
+
+--- Weights in as many files as it takes to give every rank a share.
+local function make_shards(weights, options)
+  local limit = math.min(options.max_shard_bytes or SHARD,
+    math.ceil(files.bytes(weights) / comm.world_size()))
+  return shards_of(weights, math.max(1, limit))
+end
+
+--- Gives the finished folder its name, and `latest` its content; then what they replaced goes.
+local function name_it(dir, folder, tag, hash, later, options)
   local latest = read_latest(dir)
   later[#later + 1] = publish(dir, folder, tag)
   if options.save_latest ~= false or latest and latest.tag == tag then
@@ -403,6 +440,31 @@ local function save_locked(dir, tag, content, texts, options, locked)
     end
   end
   if options.keep_last then keep_last(dir, tag, options.keep_last) end
+end
+
+--- Rank 0 has the folder locked, or could not.
+local function save_locked(dir, tag, content, texts, options, locked)
+  local later
+  local need = bytes_needed(content, texts)
+  local folder = together.first(function()
+    later = clean(dir, locked)
+    check_room(dir, tag, need)
+    local path = temporary(dir)
+    check(C.ds_folder_make(path .. "/weights"))
+    check(C.ds_folder_make(path .. "/optim"))
+    return path
+  end)
+  local shards = make_shards(content.weights, options)
+  local ok, message = xpcall(function()
+    local own = together.all(write_own, folder, shards, content.optim)
+    local lists = together.texts(json.encode(json.array(own)))
+    return together.first(write_rest, folder, tag, shards, texts, lists)
+  end, border.note)
+  if not ok then
+    if comm.rank() == 0 then C.ds_remove(folder) end
+    error(message, 0)
+  end
+  together.first(name_it, dir, folder, tag, message, later, options)
 end
 
 --- Where in plain data there is a tensor: JSON would take it for a table.
@@ -446,9 +508,12 @@ function M.save(dir, tag, content, options)
     encode(content.client_state or {}, "client_state"), encode(state, "state"))
   content = { weights = content.weights or {}, optim = content.optim or {} }
 
-  check(C.ds_folder_make(dir))
-  local lock = C.ds_folder_lock(dir, LOCK_MS)
-  if lock < 0 and lock ~= C.DS_FOLDER_NO_LOCK then check(lock, "save_checkpoint") end
+  local lock = -1
+  together.first(function()
+    check(C.ds_folder_make(dir))
+    lock = C.ds_folder_lock(dir, LOCK_MS)
+    if lock < 0 and lock ~= C.DS_FOLDER_NO_LOCK then check(lock, "save_checkpoint") end
+  end)
   local ok, message = xpcall(save_locked, border.note, dir, tag, content, texts, options, lock >= 0)
   if lock >= 0 then C.ds_folder_unlock(lock) end
   if not ok then error(message, 0) end
@@ -473,14 +538,14 @@ local function advice(dir, broken)
     table.concat(whole, ", "), dir, whole[#whole])
 end
 
---- Opens a file of the manifest and compares all of it.
-local function open_checked(folder, entry)
+--- Opens a file of the manifest; `whole`: compares all of it.
+local function open_checked(folder, entry, whole)
   local path = folder .. "/" .. entry.path
   local f = files.file(path, "load_checkpoint")
   if f.bytes ~= entry.bytes then
     raise("load_checkpoint: '%s' has %d bytes and should have %d", path, f.bytes, entry.bytes)
   end
-  local hash = f:hash()
+  local hash = whole and f:hash() or entry.hash
   if hash ~= entry.hash then
     raise("load_checkpoint: '%s' is damaged: its hash is %s and should be %s", path, hash,
       entry.hash)
@@ -496,19 +561,37 @@ local function read_state(saved, f)
   saved.state, saved.client_state = all.state, all.client_state
 end
 
---- Opens and checks all files; small ones first, they fail fast.
+--- Notes where a tensor, or a stretch of one, lies.
+local function add_piece(saved, part, f, entry)
+  local name, first = entry, 0
+  if part == "optim" then
+    local base, at = entry:match "^(.*)@(%d+)$"
+    if base then name, first = base, tonumber(at) end
+  end
+  local pieces = saved._in[part][name]
+  if not pieces then
+    pieces = { whole = name == entry }
+    saved._in[part][name] = pieces
+    table.insert(saved.names[part], name)
+  end
+  local dtype, shape = f:info(entry)
+  pieces[#pieces + 1] = { file = f, entry = entry, first = first, dtype = dtype, shape = shape,
+    stop = first + tensor.numel_of(shape) }
+end
+
+--- Opens all files and checks this rank's share of them; small ones first, they fail fast.
 local function open_all(saved, manifest, only)
-  local order = {}
+  local order, ranks, rank = {}, comm.world_size(), comm.rank()
   for i, entry in ipairs(manifest.files) do order[i] = entry end
   table.sort(order, function(a, b)
     if a.bytes ~= b.bytes then return a.bytes < b.bytes end
     return a.path < b.path
   end)
   local found = {}
-  for _, entry in ipairs(order) do
+  for i, entry in ipairs(order) do
     local part = entry.path:match("^(%w+)/.*%.safetensors$")
     if not (part and only and not only[part]) then
-      local f = open_checked(saved.path, entry)
+      local f = open_checked(saved.path, entry, not part or i % ranks == rank)
       if part then found[entry.path] = f:parse() end
       if entry.path == "state.json" then read_state(saved, f) end
       if not part then f:close() end
@@ -516,22 +599,18 @@ local function open_all(saved, manifest, only)
   end
   for _, entry in ipairs(manifest.files) do -- in the manifest's order
     local f, part = found[entry.path], entry.path:match("^(%w+)/")
-    for _, name in ipairs(f and f.names or {}) do
-      table.insert(saved.names[part], name)
-      saved._in[part][name] = f
-    end
+    for _, name in ipairs(f and f.names or {}) do add_piece(saved, part, f, name) end
     saved._files[#saved._files + 1] = f
+  end
+  for _, pieces in pairs(saved._in.optim) do
+    table.sort(pieces, function(a, b) return a.first < b.first end)
   end
   if not saved.state then raise("load_checkpoint: '%s' has no state.json", saved.path) end
 end
 
---- Opens a checkpoint and checks every byte of it.
--- @tparam string dir
--- @tparam[opt] string|number tag default: what `latest` names
--- @tparam[opt] table options `only` = { "weights" }: leave the other tensors alone, unread
--- @treturn table|nil `path`, `tag`, `state`, `client_state`, `names` = { weights = {…}, optim =
---   {…} }, and the methods `read`, `info`, `close`; nil if no tag is given and there is no `latest`
-function M.load(dir, tag, options)
+--- The checkpoint that is meant. On rank 0.
+-- @treturn string|nil its folder, tag and manifest as JSON; nil: no tag is given and there is none
+local function look_up(dir, tag)
   local hash, why
   if tag == nil then
     if not is_folder(dir) then return nil end
@@ -548,39 +627,80 @@ function M.load(dir, tag, options)
     raise("load_checkpoint: %s%s%s", manifest, hash and (", and '%s/latest' names it"):format(dir)
       or "", advice(dir))
   end
+  return json.encode { folder = folder, tag = tag, manifest = manifest }
+end
+
+--- Opens a checkpoint and checks every byte of it; the ranks share that work.
+-- @tparam string dir
+-- @tparam[opt] string|number tag default: what `latest` names
+-- @tparam[opt] table options `only` = { "weights" }: leave the other tensors alone, unread
+-- @treturn table|nil `path`, `tag`, `state`, `client_state`, `names` = { weights = {…}, optim =
+--   {…} }, and the methods `read`, `info`, `close`; nil if no tag is given and there is no `latest`
+function M.load(dir, tag, options)
+  local found = together.first(look_up, dir, tag)
+  if not found then return nil end
+  found = json.decode(found, "the manifest")
   local only
   for _, part in ipairs(options and options.only or {}) do
     only = only or {}
     only[part] = true
   end
-  local saved = setmetatable({ path = folder, tag = tag, names = { weights = {}, optim = {} },
-    _in = { weights = {}, optim = {} }, _files = {} }, Saved)
-  local ok, message = xpcall(open_all, border.note, saved, manifest, only)
-  if not ok then error(message .. advice(dir, tag), 0) end
+  local saved = setmetatable({ path = found.folder, tag = found.tag,
+    names = { weights = {}, optim = {} }, _in = { weights = {}, optim = {} }, _files = {} }, Saved)
+  local ok, message = xpcall(together.all, border.note, open_all, saved, found.manifest, only)
+  if not ok then error(message .. advice(dir, found.tag), 0) end
   return saved
 end
 
-local function file_of(saved, part, name)
-  local f = saved._in[part] and saved._in[part][name]
-  if not f then
+local function pieces_of(saved, part, name)
+  local pieces = saved._in[part] and saved._in[part][name]
+  if not pieces then
     raise("load_checkpoint: '%s' has no tensor '%s' in %s", saved.path, name, tostring(part))
   end
-  return f
+  return pieces
+end
+
+--- Fills the flat tensor t with elements `from` and on, out of stretches.
+local function read_pieces(saved, name, pieces, t, from)
+  local next, stop = from, from + t:numel()
+  for _, piece in ipairs(pieces) do
+    local last = math.min(stop, piece.stop)
+    if piece.first <= next and next < last then
+      piece.file:read(piece.entry, tensor.view.slice_flat(t, next - from, { last - next }),
+        { from = next - piece.first })
+      next = last
+    end
+  end
+  if next < stop then
+    raise("load_checkpoint: '%s' lacks elements %d to %d of '%s'", saved.path, next, stop - 1, name)
+  end
 end
 
 --- Fills a tensor; shape must agree, the dtype is converted.
 -- @tparam string part "weights" or "optim"
 -- @tparam string name
 -- @tparam Tensor t
--- @tparam[opt] table options `from`: as for a file's read(), a range of elements
+-- @tparam[opt] table options `from`: fill t, of any shape, with the elements from that one on
+-- (0-based, row-major)
 -- @treturn Tensor t
 function Saved:read(part, name, t, options)
-  return file_of(self, part, name):read(name, t, options)
+  local pieces = pieces_of(self, part, name)
+  if pieces.whole then return pieces[1].file:read(pieces[1].entry, t, options) end
+  if t._c.dense == 1 then
+    read_pieces(self, name, pieces, t:view(-1), options and options.from or 0)
+  else
+    local dense = tensor.new({ t:numel() }, t.dtype, t.device)
+    read_pieces(self, name, pieces, dense, options and options.from or 0)
+    tensor.run("copy", t.device, t._c, dense:view(unpack(t.shape))._c)
+  end
+  return t
 end
 
---- dtype and shape of a saved tensor.
+--- dtype and shape of a saved tensor; of one in stretches, { how many elements }.
 function Saved:info(part, name)
-  return file_of(self, part, name):info(name)
+  local pieces = pieces_of(self, part, name)
+  if pieces.whole then return pieces[1].dtype, pieces[1].shape end
+  return pieces[1].dtype, { pieces[#pieces].stop }
 end
 
 function Saved:close()

@@ -22,13 +22,13 @@ local products = require "ds.products"
 local nn = require "ds.nn"
 local optim = require "ds.optim"
 local schedule = require "ds.schedule"
+local zero = require "ds.zero"
 local config = require "ds.config"
 local data = require "ds.data"
 local comm = require "ds.comm"
 local log = require "ds.log"
 
-local C, check, raise = border.C, border.check, border.raise
-local run, slice = tensor.run, tensor.view.slice_flat
+local C, raise = border.C, border.raise
 
 local Engine = {}
 Engine.__index = Engine
@@ -87,48 +87,17 @@ local function make_scheduler(given, optimizer, settings)
   return schedule.scheduler(optimizer, given)
 end
 
---- Lays the trained parameters into flat buffers, group by group.
-local function flatten(self)
-  local groups = self.optimizer.param_groups
-  local numel, group_of, params = {}, {}, {}
-  for g, group in ipairs(groups) do
-    table.sort(group.params, function(a, b) return a._parameter < b._parameter end)
-    for _, p in ipairs(group.params) do
-      if p._engine then raise("initialize: a parameter belongs to another engine already") end
-      params[#params + 1] = p
-      numel[#params], group_of[#params] = p:numel(), g - 1
-    end
-  end
-  local out = ffi.new("ds_zero *[1]")
-  check(C.ds_zero_make(out, #params, ffi.new("int64_t[?]", #params, numel),
-    ffi.new("int32_t[?]", #params, group_of), #groups, comm.world_size(),
-    self.config.zero_optimization.reduce_bucket_size), "initialize")
-  self.zero = ffi.gc(out[0], C.ds_zero_free)
-  self.flat, self.params = {}, params
-  local segments = {}
-  for g = 1, #groups do
-    local n = tonumber(C.ds_zero_group_numel(self.zero, g - 1))
-    local function buffer(dtype)
-      return tensor.zeros(n, { dtype = dtype, device = self.device }):keep()
-    end
-    local weights = buffer(self.dtype)
-    local master = self.dtype == "f32" and weights or buffer("f32")
-    self.flat[g] = { weights = weights, master = master, grad = buffer("f32") }
-    segments[g] = { p = master, g = self.flat[g].grad, low = master ~= weights and weights or nil }
-  end
-  for i, p in ipairs(params) do
-    local flat, at = self.flat[group_of[i] + 1], tonumber(C.ds_zero_offset(self.zero, i - 1))
-    local master, weight = slice(flat.master, at, p.shape), slice(flat.weights, at, p.shape)
-    run("copy", self.device, master._c, p._c)
-    if flat.master ~= flat.weights then run("copy", self.device, weight._c, p._c) end
-    p.requires_grad = false
-    tensor.repoint(p, weight)
-    p.requires_grad = true
-    p.grad = slice(flat.grad, at, p.shape):keep()
-    p._fresh, p._engine = true, self
-    p._flat = { group = group_of[i] + 1, offset = at }
-  end
-  self.optimizer:bind(segments)
+--- The partitioned optimizer: flat buffers, and what this rank updates of them.
+local function partition(self)
+  local zero_config = self.config.zero_optimization
+  self.zero = zero.new(self.optimizer.param_groups, {
+    dtype = self.dtype, device = self.device, stage = zero_config.stage,
+    granularity = self.optimizer.rule.granularity, op = self.config.gradient_allreduce_op,
+    reduce_bucket_size = zero_config.reduce_bucket_size,
+  })
+  self.params = self.zero.params
+  for _, p in ipairs(self.params) do p._engine = self end
+  self.optimizer:bind(self.zero.segments)
 end
 
 --- Casts what does not train, and checks that all ranks have the same parameters.
@@ -209,7 +178,7 @@ function M.initialize(options)
     for i, e in ipairs(self.named) do params[i] = e.parameter end
   end
   self.optimizer = make_optimizer(options.optimizer, params, settings)
-  if self.optimizer then flatten(self) end
+  if self.optimizer then partition(self) end
   settle(self)
   tensor.empty_cache(self.device) -- where the parameters were before
   self.lr_scheduler = make_scheduler(options.lr_scheduler, self.optimizer, settings)
@@ -377,29 +346,17 @@ end
 --- Decides the boundary by hand; nil: by counting again.
 function Engine:set_gradient_accumulation_boundary(on) self.forced_boundary = on end
 
---- Gradients of parameters that nothing reached since the last update are zero.
-local function complete_gradients(self)
-  for _, p in ipairs(self.params) do
-    if p._fresh then
-      run("fill", self.device, p.grad._c, 0)
-      p._fresh = false
-    end
-  end
-end
-
-local cell = ffi.new("double[1]")
-
---- Norm of all gradients, unscaled; inf or NaN if one is.
-local function gradient_norm(self)
-  local total = 0
-  for _, flat in ipairs(self.flat) do
-    run("sum_squares", self.device, cell, flat.grad._c)
-    total = total + cell[0]
-  end
-  return math.sqrt(total) / self.loss_scale
-end
-
 local control = ffi.new("ds_control")
+
+--- What all ranks must know before they update: the global norm, the mean loss, signals.
+-- @treturn number norm of all gradients, unscaled; inf or NaN if one is
+local function agree(self)
+  control.overflow, control.stop, control.save = 0, C.ds_signal_pending(), 0
+  local squares
+  squares, self.loss_sum, self.losses =
+    self.zero:agree(control, self.zero:sum_squares(), self.loss_sum, self.losses)
+  return math.sqrt(squares) / self.loss_scale
+end
 
 local function finish_step(self, applied, norm)
   for _, p in ipairs(self.params) do p._fresh, p._claim = true, nil end
@@ -437,14 +394,12 @@ function Engine:step()
     self.accumulated = true
     return false
   end
-  complete_gradients(self)
-  local norm = gradient_norm(self)
-  local finite = norm - norm == 0
+  self.zero:complete()
+  self.zero:reduce()
+  local norm = agree(self)
+  local finite, stop = norm - norm == 0, control.stop
   control.overflow = not finite and self.dtype ~= "f32"
     and self.config.bf16.check_grad_overflow and 1 or 0
-  control.stop, control.save = C.ds_signal_pending(), 0
-  check(C.ds_control_agree(control, comm.world()), "step")
-  local stop = control.stop
   if control.overflow ~= 0 then
     self.skipped_steps = self.skipped_steps + 1
     log.warning("step %d skipped: a gradient is not finite", self.global_steps + 1)
@@ -457,6 +412,7 @@ function Engine:step()
     local clip = self.config.gradient_clipping
     local factor = clip > 0 and norm + 1e-6 > clip and clip / (norm + 1e-6) or 1
     self.optimizer:step(factor / self.loss_scale)
+    self.zero:gather()
     finish_step(self, true, norm)
     if self.lr_scheduler then self.lr_scheduler:step() end
   end

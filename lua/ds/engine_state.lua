@@ -11,6 +11,7 @@ local tensor = require "ds.tensor"
 local ckpt = require "ds.ckpt"
 local log = require "ds.log"
 local comm = require "ds.comm"
+local together = require "ds.together"
 local F = require "ds.functional"
 
 local raise, run, slice = border.raise, tensor.run, tensor.view.slice_flat
@@ -38,22 +39,34 @@ local function model_tensors(engine)
   return list
 end
 
---- { name, tensor } of the optimizer's vectors, cut by parameter.
-local function optimizer_tensors(engine)
-  local list = {}
+--- Calls f(name, tensor, key, parameter, from) for each stretch of the optimizer's vectors: the
+-- fp32 master ("fp32/NAME", where weights are of lower precision) and its state ("exp_avg/NAME").
+-- @tparam string which "each_owned": what this rank saves; "each_piece": what it holds
+local function each_vector(engine, which, f)
+  local zero = engine.zero
   for _, e in ipairs(engine.named) do
     local p = e.parameter
-    local at = p._flat
-    if at then
-      local flat, segment = engine.flat[at.group], engine.optimizer.segments[at.group]
-      if flat.master ~= flat.weights then
-        list[#list + 1] = { "fp32/" .. e.name, slice(flat.master, at.offset, p.shape) }
-      end
-      for _, key in ipairs(engine.optimizer.rule.state) do
-        list[#list + 1] = { key .. "/" .. e.name, slice(segment.state[key], at.offset, p.shape) }
-      end
+    if p._flat then
+      zero[which](zero, p, function(piece, from, segment, at)
+        local shape = piece.shape
+        local function give(key, flat)
+          f(key .. "/" .. e.name, slice(flat:view(-1), at, shape), p, from)
+        end
+        if segment.low then give("fp32", segment.p) end
+        for _, key in ipairs(engine.optimizer.rule.state) do give(key, segment.state[key]) end
+      end)
     end
   end
+end
+
+--- { name, tensor } of what this rank saves; a stretch that is not all of it is named NAME@FIRST.
+local function optimizer_tensors(engine)
+  local list = {}
+  each_vector(engine, "each_owned", function(name, t, p, from)
+    local whole = t:numel() == p:numel()
+    list[#list + 1] = { whole and name or ("%s@%d"):format(name, from),
+      whole and t:view(unpack(p.shape)) or t }
+  end)
   return list
 end
 
@@ -132,24 +145,53 @@ local function same_shape(saved, w, path)
   end
 end
 
---- Reads one tensor into place; trained parameters by way of their fp32 master.
-local function read_weight(engine, saved, w, fp32)
-  local p, at = w.own, w.own._flat
-  local target = at and slice(engine.flat[at.group].master, at.offset, p.shape) or p
-  if fp32 then
-    saved:read("optim", fp32, target)
-  elseif w.transposed then
-    local t = tensor.new({ p.shape[2], p.shape[1] }, target.dtype, "cpu")
-    saved:read("weights", w.name, t)
-    run("copy", p.device, target._c, t:t()._c)
-  elseif target._c.dense == 1 then
-    saved:read("weights", w.name, target)
-  else
-    local t = tensor.new(p.shape, target.dtype, "cpu")
-    saved:read("weights", w.name, t)
-    run("copy", p.device, target._c, t._c)
+--- A whole saved weight, in fp32 if it is trained; straight into `target` where that can be.
+local function read_whole(engine, saved, w, fp32, target)
+  if fp32 then return saved:read("optim", fp32, target) end
+  local t = target
+  if w.transposed then
+    t = tensor.new({ w.own.shape[2], w.own.shape[1] }, target.dtype, "cpu")
+  elseif target._c.dense ~= 1 then
+    t = tensor.new(w.own.shape, target.dtype, "cpu")
   end
-  if target ~= p then run("copy", p.device, p._c, target._c) end
+  saved:read("weights", w.name, t)
+  if t ~= target then
+    run("copy", engine.device, target._c, (w.transposed and t:t() or t)._c)
+  end
+  return target
+end
+
+--- Reads one tensor into place; where there is an fp32 master, into what this rank has of it too.
+local function read_weight(engine, saved, w, fp32)
+  local p = w.own
+  if not p._flat or p.dtype == "f32" then return read_whole(engine, saved, w, fp32, p) end
+  local master
+  engine.zero:each_piece(p, function(piece)
+    if piece:numel() == p:numel() then master = piece:view(unpack(p.shape)) end
+  end)
+  local values = master or tensor.new(p.shape, "f32", engine.device)
+  read_whole(engine, saved, w, fp32, values)
+  run("copy", p.device, p._c, values._c)
+  if master then return end
+  engine.zero:each_piece(p, function(piece, from)
+    run("copy", p.device, piece._c, slice(values:view(-1), from, piece.shape)._c)
+  end)
+  scope.release(values, "after it was loaded")
+end
+
+local function check_vectors(engine, saved, has)
+  each_vector(engine, "each_piece", function(name, _, p)
+    if name:sub(1, 5) == "fp32/" then return end
+    if not has[name] then
+      raise("load_checkpoint: %s has no %s; load without the optimizer: " ..
+        "{ load_optimizer_states = false }", saved.path, name)
+    end
+    local _, shape = saved:info("optim", name)
+    if tensor.numel_of(shape) ~= p:numel() then
+      raise("load_checkpoint: %s: %s has %d elements and should have %d", saved.path, name,
+        tensor.numel_of(shape), p:numel())
+    end
+  end)
 end
 
 local function restore_state(engine, state, options)
@@ -197,18 +239,9 @@ function M.load_checkpoint(engine, dir, tag, options)
   local whole = not options.load_module_only
   local has = {}
   for _, name in ipairs(saved.names.optim) do has[name] = true end
-  local vectors = {}
-  if whole and engine.optimizer and options.load_optimizer_states ~= false then
-    vectors = optimizer_tensors(engine)
-    for _, v in ipairs(vectors) do
-      if not has[v[1]] and v[1]:sub(1, 5) ~= "fp32/" then
-        raise("load_checkpoint: %s has no %s; load without the optimizer: " ..
-          "{ load_optimizer_states = false }",
-          saved.path, v[1])
-      end
-    end
-  end
-  scope.no_grad(function()
+  local with_optimizer = whole and engine.optimizer and options.load_optimizer_states ~= false
+  if with_optimizer then check_vectors(engine, saved, has) end
+  local function read_all()
     local inner = {}
     for _, e in ipairs(engine.named) do inner[e.parameter] = e.name end
     for _, w in ipairs(weights) do
@@ -217,10 +250,13 @@ function M.load_checkpoint(engine, dir, tag, options)
         read_weight(engine, saved, w, fp32 and has[fp32] and w.own._flat and fp32 or nil)
       end
     end
-    for _, v in ipairs(vectors) do
-      if has[v[1]] and v[1]:sub(1, 5) ~= "fp32/" then saved:read("optim", v[1], v[2]) end
+    if with_optimizer then
+      each_vector(engine, "each_piece", function(name, t, _, from)
+        if name:sub(1, 5) ~= "fp32/" then saved:read("optim", name, t, { from = from }) end
+      end)
     end
-  end)
+  end
+  together.all(scope.no_grad, read_all)
   if whole then restore_state(engine, saved.state, options) end
   engine:zero_grad()
   engine.new_step = true

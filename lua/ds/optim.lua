@@ -229,11 +229,13 @@ local function new_state(rule, group, p)
   return state
 end
 
---- Segments made by the engine: one a group, in order, { p, g, low }; dense vectors.
+--- Segments made by the engine, { group = number of its group, p, g, low }, any number a group.
 function Optimizer:bind(segments)
-  self.segments = segments
-  for i, s in ipairs(segments) do
-    s.state = new_state(self.rule, self.param_groups[i], s.p)
+  self.segments = {}
+  for i in ipairs(self.param_groups) do self.segments[i] = {} end
+  for _, s in ipairs(segments) do
+    s.state = new_state(self.rule, self.param_groups[s.group], s.p)
+    table.insert(self.segments[s.group], s)
   end
 end
 
@@ -266,7 +268,7 @@ function Optimizer:step(gscale)
   scope.no_grad(function()
     for i, group in ipairs(self.param_groups) do
       group.step = self.steps
-      for _, s in ipairs(self.segments and { self.segments[i] } or own_segments(self, group)) do
+      for _, s in ipairs(self.segments and self.segments[i] or own_segments(self, group)) do
         if self.rule.fused then
           self.rule.fused(s, group, gscale)
         else

@@ -201,59 +201,6 @@ static void steady_state_takes_nothing(void **state)
     assert_int_equal(ds_memory_of(DS_CPU)->takes, takes);
 }
 
-static void zero_map(void **state)
-{
-    int64_t numel[5] = {100, 7, 3000, 1, 64};
-    int32_t group[5] = {0, 0, 0, 1, 1};
-
-    (void)state;
-    for (int world = 1; world <= 7; world++) {
-        const ds_zero_bucket *buckets;
-        int64_t covered[2] = {0, 0}, last_end = 0;
-        ds_zero *z;
-        int n;
-
-        assert_int_equal(ds_zero_make(&z, 5, numel, group, 2, world, 500), 0);
-        for (int g = 0; g < 2; g++) {
-            int64_t size = ds_zero_group_numel(z, g), start, share, sum = 0;
-
-            assert_int_equal(size % (world * 16), 0);
-            for (int r = 0; r < world; r++) {
-                ds_zero_shard(&start, &share, z, g, r);
-                assert_int_equal(start, sum);
-                sum += share;
-                assert_int_equal(ds_zero_owner(z, g, start), r);
-                assert_int_equal(ds_zero_owner(z, g, start + share - 1), r);
-            }
-            assert_int_equal(sum, size);
-            assert_int_equal(ds_zero_owner(z, g, size), -1);
-        }
-        for (int i = 0; i < 5; i++) {
-            assert_int_equal(ds_zero_offset(z, i) % 16, 0);
-            if (i && group[i] == group[i - 1])
-                assert_true(ds_zero_offset(z, i) >= ds_zero_offset(z, i - 1) + numel[i - 1]);
-        }
-        n = ds_zero_buckets(&buckets, z);
-        for (int b = 0; b < n; b++) {
-            covered[buckets[b].group] += buckets[b].numel;
-            if (b && buckets[b].group == buckets[b - 1].group)
-                assert_int_equal(buckets[b].start + buckets[b].numel, last_end);
-            last_end = buckets[b].start;
-            assert_true(buckets[b].numel <= 500 + world * 16 ||
-                        buckets[b].first == buckets[b].last);
-        }
-        assert_int_equal(covered[0], ds_zero_group_numel(z, 0));
-        assert_int_equal(covered[1], ds_zero_group_numel(z, 1));
-        ds_zero_free(z);
-    }
-    {
-        ds_zero *z;
-        int32_t descending[2] = {1, 0};
-
-        assert_int_equal(ds_zero_make(&z, 2, numel, descending, 2, 1, 500), DS_EINVAL);
-    }
-}
-
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -262,7 +209,6 @@ int main(void)
         cmocka_unit_test(refused_shapes),
         cmocka_unit_test(allocator_under_load),
         cmocka_unit_test(steady_state_takes_nothing),
-        cmocka_unit_test(zero_map),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -167,7 +167,7 @@ describe("a checkpoint", function()
 
   it("can leave the optimizer unread", function()
     save(1)
-    write_file(dir .. "/s1/optim/host-0.safetensors", "broken")
+    write_file(dir .. "/s1/optim/rank-0.safetensors", "broken")
     local saved = ckpt.load(dir, nil, { only = { "weights" } })
     assert.same({ "wte", "norm.bias" }, saved.names.weights)
     assert.same({}, saved.names.optim)
@@ -292,7 +292,7 @@ describe("damage", function()
   local function files_of(tag)
     return { "latest", tag .. "/manifest.json", tag .. "/state.json",
       tag .. "/weights/model.safetensors.index.json",
-      tag .. "/weights/model-00001-of-00001.safetensors", tag .. "/optim/host-0.safetensors" }
+      tag .. "/weights/model-00001-of-00001.safetensors", tag .. "/optim/rank-0.safetensors" }
   end
 
   --- Loading must be refused, the file named, and the way out told.
