@@ -345,7 +345,8 @@ typedef struct ds_zero ds_zero;
 typedef struct ds_zero_bucket {
     int32_t group, first, last; /* parameters first to last, 0-based, both included */
     int64_t start, numel;       /* elements of the group's buffer */
-    const int64_t *borders;     /* [world + 1] from 0 to numel, elements of the bucket: multiples of 16 */
+    const int64_t
+        *borders; /* [world + 1] from 0 to numel, elements of the bucket: multiples of 16 */
 } ds_zero_bucket;
 int ds_zero_make(ds_zero **out, int n_params, const int64_t *numel, const int32_t *group,
                  const int32_t *whole, int n_groups, int world, int64_t bucket_numel);

@@ -138,7 +138,8 @@ local zero_fields = {
     later = { [2] = RANKS, [3] = RANKS } },
   idle("contiguous_gradients", "boolean", true, "gradients lie in one buffer; here they always do"),
   idle("reduce_scatter", "boolean", true, "reduce-scatter instead of all-reduce"),
-  idle("reduce_bucket_size", "integer", 5e8, "most elements reduced at a time", positive),
+  { "reduce_bucket_size", "integer", 5e8, "most elements reduced at a time; an eighth of the " ..
+    "model if that is less, but a million at least", min = 1 },
   idle("use_multi_rank_bucket_allreduce", "boolean", true, "one bucket for several owners"),
   idle("allgather_partitions", "boolean", true, "all-gather instead of broadcasts"),
   idle("allgather_bucket_size", "integer", 5e8, "most elements gathered at a time", positive),
@@ -330,10 +331,13 @@ M.groups = {
       strict = true },
   } },
   { "Communication", {
-    idle("prescale_gradients", "boolean", false, "divide before the sum over the ranks"),
+    idle("prescale_gradients", "boolean", false, "divide before the sum over the ranks; sums " ..
+      "are made in fp32 here, which cannot overflow"),
     idle("gradient_predivide_factor", "number", 1, "by how much of it", { above = 0 }),
-    idle("gradient_allreduce_op", "string", "mean", "how ranks' gradients are combined",
-      { enum = { "mean", "sum" } }),
+    { "gradient_allreduce_op", "string", "mean", "how ranks' gradients are combined",
+      enum = { "mean", "sum" } },
+    { "replica_check_interval", "integer", 0, "optimizer steps between two comparisons of the " ..
+      "ranks' weights, which must not differ by a bit; 0: none", min = 0 },
     idle("communication_data_type", "string", nil, "type on the wire", { enum = dtype }),
     idle("seq_parallel_communication_data_type", "string", "fp32", "the same for sequence " ..
       "parallelism", { enum = dtype }),

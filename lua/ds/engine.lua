@@ -23,6 +23,8 @@ local nn = require "ds.nn"
 local optim = require "ds.optim"
 local schedule = require "ds.schedule"
 local zero = require "ds.zero"
+local replicas = require "ds.replicas"
+local together = require "ds.together"
 local config = require "ds.config"
 local data = require "ds.data"
 local comm = require "ds.comm"
@@ -100,7 +102,7 @@ local function partition(self)
   self.optimizer:bind(self.zero.segments)
 end
 
---- Casts what does not train, and checks that all ranks have the same parameters.
+--- Casts what does not train.
 local function settle(self)
   for _, e in ipairs(self.named) do
     local p = e.parameter
@@ -111,6 +113,18 @@ local function settle(self)
       p.requires_grad = grad
     end
   end
+end
+
+--- The same model and seed on all ranks, and then random numbers of each rank's own.
+local function join(self)
+  together.meet("ds.initialize")
+  local model = self.module
+  local buffers = type(model) == "table" and model.named_buffers and model:named_buffers() or {}
+  replicas.compare(self.named, buffers, self.config)
+  replicas.send_out(self.named, buffers)
+  local seed = replicas.share_seed(tensor.generator.seed)
+  self.seed = self.config.seed or seed
+  if comm.world_size() > 1 then tensor.generator.seed = replicas.seed_of(seed, comm.rank()) end
 end
 
 local known = {
@@ -177,6 +191,7 @@ function M.initialize(options)
     params = {}
     for i, e in ipairs(self.named) do params[i] = e.parameter end
   end
+  join(self)
   self.optimizer = make_optimizer(options.optimizer, params, settings)
   if self.optimizer then partition(self) end
   settle(self)
@@ -202,7 +217,7 @@ function Engine:deepspeed_io(dataset, options)
   local c = self.config
   return data.loader(dataset, {
     batch_size = options.batch_size or c.train_micro_batch_size_per_gpu,
-    seed = c.seed or tensor.generator.seed,
+    seed = self.seed,
     shuffle = options.shuffle == nil and c.dataloader_shuffle or options.shuffle or false,
     drop_last = options.drop_last == nil and c.dataloader_drop_last or options.drop_last or false,
     collate_fn = options.collate_fn, rank = comm.rank(), world_size = comm.world_size(),
@@ -386,6 +401,7 @@ function Engine:step()
     raise("step: backward() has not been called since the last step; "
       .. "the order is engine(…), engine:backward(loss), engine:step()")
   end
+  if self.unsynced then raise("step: not inside no_sync(); call it after that") end
   local boundary = self:is_gradient_accumulation_boundary()
   self.micro_steps = self.micro_steps + 1
   if not boundary then
@@ -394,6 +410,7 @@ function Engine:step()
     self.accumulated = true
     return false
   end
+  together.meet(("engine:step() number %d"):format(self.global_steps + 1))
   self.zero:complete()
   self.zero:reduce()
   local norm = agree(self)
@@ -416,8 +433,25 @@ function Engine:step()
     finish_step(self, true, norm)
     if self.lr_scheduler then self.lr_scheduler:step() end
   end
+  local every = self.config.replica_check_interval
+  if every > 0 and self.global_steps % every == 0 then
+    replicas.check(self.zero:all_weights(), self.global_steps)
+  end
   if stop ~= 0 then self:stop(stop) end
   return true
+end
+
+--- Runs f(…), in which gradients are only added up on this rank; the boundary's step, after it,
+-- reduces them all. Steps in between belong into it, the boundary's does not.
+-- @usage engine:no_sync(function() engine:backward(engine(x, y)) end)
+function Engine:no_sync(f, ...)
+  if self.unsynced then raise("no_sync: it is already on; it can't be nested") end
+  self.unsynced = true
+  return (function(ok, ...)
+    self.unsynced = false
+    if not ok then error((...), 0) end
+    return ...
+  end)(xpcall(f, border.note, ...))
 end
 
 --- A signal asked to stop: save where checkpoints go, if the script saves any, and end.
@@ -535,6 +569,7 @@ function Engine:evaluate(dataset, options)
     shuffle = false, drop_last = false, collate_fn = options.collate_fn,
     rank = comm.rank(), world_size = comm.world_size(),
   })
+  together.meet("engine:evaluate()")
   local training, total, samples = self.training, 0, 0
   self:eval()
   local ok, message = pcall(function()
@@ -554,7 +589,10 @@ function Engine:evaluate(dataset, options)
   end)
   self:train(training)
   if not ok then error(message, 0) end
-  return total / samples
+  local sums = scope.no_grad(function()
+    return comm.all_reduce(tensor.tensor({ total, samples }, "f64")):tolist()
+  end)
+  return sums[1] / sums[2]
 end
 
 -- Loaded with the first checkpoint.

@@ -12,6 +12,8 @@ local ckpt = require "ds.ckpt"
 local log = require "ds.log"
 local comm = require "ds.comm"
 local together = require "ds.together"
+local replicas = require "ds.replicas"
+local json = require "ds.json"
 local F = require "ds.functional"
 
 local raise, run, slice = border.raise, tensor.run, tensor.view.slice_flat
@@ -70,13 +72,23 @@ local function optimizer_tensors(engine)
   return list
 end
 
+--- Where each rank's random numbers are.
+local function random_state()
+  local generator, rng = tensor.generator, { seeds = json.array {}, offsets = json.array {} }
+  local texts = together.texts(("%.17g %.17g"):format(generator.seed, generator.offset))
+  for i, text in ipairs(texts) do
+    local seed, offset = text:match "^(%S+) (%S+)$"
+    rng.seeds[i], rng.offsets[i] = tonumber(seed), tonumber(offset)
+  end
+  return rng
+end
+
 local function plain_state(engine)
-  local generator = tensor.generator
   return {
     global_steps = engine.global_steps, micro_steps = engine.micro_steps,
     skipped_steps = engine.skipped_steps,
     global_samples = engine.global_samples, loss_scale = engine.loss_scale, dtype = engine.dtype,
-    rng = { seed = generator.seed, offset = generator.offset }, world_size = comm.world_size(),
+    rng = random_state(), world_size = comm.world_size(),
     zero_stage = engine.config.zero_optimization.stage,
     loader = engine.training_dataloader and engine.training_dataloader:state() or nil,
     optimizer = engine.optimizer and engine.optimizer:state_dict() or nil,
@@ -102,6 +114,8 @@ function M.save_checkpoint(engine, dir, tag, client_state, options)
       "save when step() returned true",
       engine.micro_steps % engine.gas + (engine.backwards > 0 and 1 or 0), engine.gas)
   end
+  tag = tag or ("global_step%d"):format(engine.global_steps)
+  together.meet(("save_checkpoint(%s)"):format(tostring(tag)))
   engine.save_dir, engine.client_state = dir, client_state
   local keep = engine.config.checkpoint.keep_last
   if type(client_state) == "function" then client_state = client_state(engine) end
@@ -110,7 +124,7 @@ function M.save_checkpoint(engine, dir, tag, client_state, options)
     for i, w in ipairs(model_tensors(engine)) do
       weights[i] = { w.name, w.transposed and w.own:t():contiguous() or w.own:contiguous() }
     end
-    ckpt.save(dir, tag or ("global_step%d"):format(engine.global_steps), {
+    ckpt.save(dir, tag, {
       weights = weights, optim = engine.optimizer and optimizer_tensors(engine) or {},
       state = plain_state(engine), client_state = client_state or {},
     }, { keep_last = keep > 0 and keep or nil, save_latest = options.save_latest })
@@ -194,6 +208,15 @@ local function check_vectors(engine, saved, has)
   end)
 end
 
+--- Where each rank's random numbers go on; ranks that were not there when it was saved begin after
+-- all the others.
+local function restore_random(rng)
+  local generator, place, furthest = tensor.generator, comm.rank() + 1, 0
+  for _, offset in ipairs(rng.offsets) do furthest = math.max(furthest, offset) end
+  generator.seed = rng.seeds[place] or replicas.seed_of(rng.seeds[1], comm.rank())
+  generator.offset = rng.offsets[place] or furthest
+end
+
 local function restore_state(engine, state, options)
   engine.global_steps, engine.micro_steps = state.global_steps, state.micro_steps
   engine.skipped_steps, engine.global_samples = state.skipped_steps, state.global_samples
@@ -203,7 +226,7 @@ local function restore_state(engine, state, options)
   if options.load_lr_scheduler_states ~= false and engine.lr_scheduler and state.scheduler then
     engine.lr_scheduler:load_state_dict(state.scheduler)
   end
-  tensor.generator.seed, tensor.generator.offset = state.rng.seed, state.rng.offset
+  restore_random(state.rng)
   if engine.training_dataloader and state.loader then
     engine.training_dataloader:load_state(state.loader)
   end
@@ -224,6 +247,7 @@ function M.load_checkpoint(engine, dir, tag, options)
   if type(dir) ~= "string" or dir == "" then
     raise("load_checkpoint: expects a folder, got %s", tostring(dir))
   end
+  together.meet(("load_checkpoint(%s)"):format(tag == nil and "" or tostring(tag)))
   local saved = ckpt.load(dir, tag)
   engine.save_dir = engine.save_dir or dir
   if not saved then return nil end

@@ -206,6 +206,13 @@ function Zero:gather()
   end
 end
 
+--- The flat weights of all groups.
+function Zero:all_weights()
+  local out = {}
+  for g, flat in ipairs(self.flat) do out[g] = flat.weights end
+  return out
+end
+
 local cell, sums = ffi.new("double[1]"), ffi.new("double[8]")
 
 --- Squares of the reduced gradients, of this rank's parts: at every stage the same, so that the

@@ -36,8 +36,8 @@ static layout random_layout(void)
     }
     for (int g = 0; g < GROUPS; g++)
         l.whole[g] = (int32_t)below(2);
-    assert_int_equal(
-        ds_zero_make(&l.z, l.n, l.numel, l.group, l.whole, GROUPS, l.world, l.bucket), 0);
+    assert_int_equal(ds_zero_make(&l.z, l.n, l.numel, l.group, l.whole, GROUPS, l.world, l.bucket),
+                     0);
     return l;
 }
 
