@@ -1,0 +1,226 @@
+-- Training on several ranks: as one process does it, whatever the stage; checkpoints between
+-- numbers of ranks; calls that not every rank makes. Every case starts dsrun, most of them with
+-- tests/dist/train.lua.
+--
+-- A pairwise cover of the settings; DS_SOAK=1 runs all of them.
+
+local host = require "ds.host"
+
+local dsrun, script = host.executable, host.base .. "/tests/dist/train.lua"
+local soak = os.getenv "DS_SOAK" == "1"
+
+local folder = os.tmpname()
+os.remove(folder)
+assert(os.execute("mkdir -p '" .. folder .. "'") == 0)
+teardown(function() os.execute("rm -rf '" .. folder .. "'") end)
+
+local function read(path)
+  local file = assert(io.open(path))
+  local text = file:read "*a"
+  file:close()
+  return text
+end
+
+--- Runs Lua on several ranks.
+-- @treturn number exit code
+-- @treturn string what it printed
+-- @treturn string its standard error
+local function run(ranks, what)
+  local launch = ranks > 1 and ("--num_gpus %d"):format(ranks) or ""
+  local status = os.execute(
+    ("cd '%s' && OMP_NUM_THREADS=1 timeout 120 '%s' %s %s >out 2>err </dev/null"):format(folder,
+      dsrun, launch, what))
+  return math.floor(status / 256), read(folder .. "/out"), read(folder .. "/err")
+end
+
+local function write(name, text)
+  local file = assert(io.open(folder .. "/" .. name, "w"))
+  file:write(text)
+  file:close()
+  return folder .. "/" .. name
+end
+
+--- What tests/dist/train.lua prints.
+local function train(ranks, words)
+  local code, out, err = run(ranks, ("'%s' %s"):format(script, words))
+  assert(code == 0, ("%d ranks, %s: code %d\n%s"):format(ranks, words, code, err))
+  local result = { losses = {}, norms = {}, weights = {}, text = out }
+  for loss, norm in out:gmatch "step (%S+) (%S+)" do
+    table.insert(result.losses, tonumber(loss))
+    table.insert(result.norms, tonumber(norm))
+  end
+  result.samples, result.eval = out:match "samples ([^\n]+)", tonumber(out:match "eval (%S+)")
+  for hash in out:match("weights ([^\n]+)"):gmatch "%S+" do table.insert(result.weights, hash) end
+  return result
+end
+
+local done = {}
+local function once(ranks, words)
+  local key = ranks .. " " .. words
+  done[key] = done[key] or train(ranks, words)
+  return done[key]
+end
+
+local function near(want, got, tolerance, what)
+  assert.equal(#want, #got, what)
+  for i = 1, #want do
+    assert(math.abs(got[i] - want[i]) <= tolerance * math.abs(want[i]),
+      ("%s: value %d is %.9g and should be %.9g"):format(what, i, got[i], want[i]))
+  end
+end
+
+-- ---- the settings
+
+local fine = { fp32 = 1e-5, bf16 = 2e-2, fp16 = 2e-2 }
+
+local cases = {}
+if soak then
+  for _, ranks in ipairs { 2, 4 } do
+    for _, model in ipairs { "gpt", "odd" } do
+      for _, dtype in ipairs { "fp32", "bf16", "fp16" } do
+        for _, gas in ipairs { 1, 3 } do
+          for _, optimizer in ipairs { "SGD", "AdamW", "Lamb", "Muon", "LuaSGD" } do
+            cases[#cases + 1] = { ranks, model, dtype, gas, optimizer }
+          end
+        end
+      end
+    end
+  end
+else
+  cases = {
+    { 2, "gpt", "fp32", 1, "AdamW" }, { 4, "odd", "fp32", 3, "AdamW" },
+    { 2, "odd", "bf16", 1, "AdamW" }, { 4, "gpt", "fp16", 3, "AdamW" },
+    { 2, "gpt", "bf16", 3, "SGD" }, { 4, "odd", "fp32", 1, "SGD" },
+    { 2, "odd", "fp16", 3, "Lamb" }, { 4, "gpt", "fp32", 1, "Lamb" },
+    { 4, "gpt", "bf16", 1, "Muon" }, { 2, "odd", "fp32", 3, "Muon" },
+    { 2, "gpt", "fp32", 3, "LuaSGD" }, { 4, "odd", "bf16", 3, "LuaSGD" },
+    { 2, "odd", "fp16", 1, "SGD" },
+  }
+end
+
+describe("training on several ranks", function()
+  for _, case in ipairs(cases) do
+    local ranks, model, dtype, gas, optimizer = unpack(case)
+    it(("%d ranks, %s, %s, accumulation %d, %s"):format(unpack(case)), function()
+      local words = ("model=%s dtype=%s gas=%d optimizer=%s"):format(model, dtype, gas, optimizer)
+      local alone = once(1, words)
+      local zero = train(ranks, words .. " stage=0")
+      local one = train(ranks, words .. " stage=1")
+      local tolerance = math.max(fine[dtype], optimizer == "Muon" and 1e-4 or 0)
+      near(alone.losses, zero.losses, tolerance, "stage 0 against one rank, loss")
+      near({ alone.eval }, { zero.eval }, tolerance, "evaluation")
+      assert.equal(alone.samples, zero.samples)
+      assert.same(zero.losses, one.losses) -- to the last bit
+      assert.same(zero.norms, one.norms)
+      assert.same(zero.weights, one.weights)
+      assert.equal(ranks, #one.weights)
+      for _, hash in ipairs(one.weights) do assert.equal(one.weights[1], hash) end
+      assert.is_true(zero.losses[20] < zero.losses[1])
+    end)
+  end
+end)
+
+describe("a checkpoint", function()
+  local moves = soak and {} or {
+    { 2, 1, 2, 1, "fp32", "AdamW" }, { 2, 1, 1, 0, "bf16", "AdamW" },
+    { 1, 0, 4, 1, "bf16", "AdamW" }, { 4, 0, 2, 1, "fp32", "Lamb" },
+    { 4, 1, 2, 0, "fp16", "AdamW" }, { 2, 1, 4, 1, "fp32", "Muon" },
+  }
+  if soak then
+    for _, n in ipairs { 1, 2, 4 } do
+      for _, m in ipairs { 1, 2, 4 } do
+        for stages = 0, 3 do
+          for _, dtype in ipairs { "fp32", "bf16", "fp16" } do
+            for _, optimizer in ipairs { "AdamW", "Lamb", "Muon" } do
+              moves[#moves + 1] = { n, stages % 2, m, math.floor(stages / 2), dtype, optimizer }
+            end
+          end
+        end
+      end
+    end
+  end
+  for _, move in ipairs(moves) do
+    local n, from_stage, m, to_stage, dtype, optimizer = unpack(move)
+    local name = "of %d ranks at stage %d goes on with %d at stage %d, %s, %s"
+    it(name:format(unpack(move)), function()
+      local words = ("model=odd dtype=%s optimizer=%s "):format(dtype, optimizer)
+      local dir = ("%s/ckpt"):format(folder)
+      os.execute("rm -rf '" .. dir .. "'")
+      local whole = once(n, words .. "steps=12 stage=" .. from_stage)
+      train(n, words .. ("steps=6 stage=%d save=%s"):format(from_stage, dir))
+      local rest = train(m, words .. ("steps=12 stage=%d load=%s"):format(to_stage, dir))
+      local want = {}
+      for i = 7, 12 do want[i - 6] = whole.losses[i] end
+      if n == m then
+        assert.same(want, rest.losses)
+        assert.same(whole.weights, rest.weights)
+      else
+        near(want, rest.losses, math.max(fine[dtype], optimizer == "Muon" and 1e-4 or 0), "losses")
+      end
+    end)
+  end
+
+  it("that one rank can't read is refused on all of them, by the file's name", function()
+    local dir = folder .. "/broken"
+    train(2, "steps=2 stage=1 save=" .. dir)
+    local path = dir .. "/global_step2/optim/rank-1.safetensors"
+    local text = read(path)
+    local file = assert(io.open(path, "r+"))
+    file:seek("set", #text - 3)
+    file:write "x"
+    file:close()
+    local code, _, err = run(2, ("'%s' steps=3 stage=1 load=%s"):format(script, dir))
+    assert.equal(1, code)
+    assert.truthy(err:find("optim/rank-1.safetensors' is damaged", 1, true), err)
+  end)
+end)
+
+describe("calls that not every rank makes", function()
+  local head = [[
+    local ds = require "ds"
+    local w = ds.nn.Parameter(ds.ones(4))
+    local engine = ds.initialize { model = function(x) return (x * w):sum() end,
+      model_parameters = { w }, config = { train_micro_batch_size_per_gpu = 1, steps_per_print = 0,
+        optimizer = { type = "SGD", params = { lr = 0.1 } } } }
+    local function step() engine:backward(engine(ds.ones(4))) engine:step() end
+    step()
+  ]]
+  for name, case in pairs {
+    ["a save on rank 0 alone, the others train on"] = {
+      'if ds.rank() == 0 then engine:save_checkpoint("x") end step()',
+      "rank 0 in save_checkpoint(global_step1), rank 1 in engine:step() number 2" },
+    ["a save on rank 0 alone, at the end"] = {
+      'if ds.rank() == 0 then engine:save_checkpoint("x") end',
+      "rank 0 in save_checkpoint(global_step1), rank 1 in the end of the script" },
+    ["tags that differ"] = { 'engine:save_checkpoint("x", "t" .. ds.rank())',
+      "rank 0 in save_checkpoint(t0), rank 1 in save_checkpoint(t1)" },
+    ["another model on one rank"] = { [[
+      local p = ds.nn.Parameter(ds.ones(4 + ds.rank()))
+      ds.initialize { model = function() return p:sum() end, model_parameters = { p },
+        config = { train_micro_batch_size_per_gpu = 1,
+        optimizer = { type = "SGD", params = { lr = 0.1 } } } }
+      ]], "rank 0 has parameter 'param.0' f32 [4]; rank 1 has parameter 'param.0' f32 [5]" },
+    ["weights that one rank changed"] = { [[
+      engine.config.replica_check_interval = 1
+      if ds.rank() == 1 then ds.no_grad(function() w:add_(1) end) end
+      step()
+      ]], "the weights of rank 1 are not those of rank 0" },
+  } do
+    it(name, function()
+      local code, _, err = run(2, write("script.lua", head .. case[1]))
+      assert.equal(1, code, err)
+      assert.truthy(err:find(case[2], 1, true), err)
+    end)
+  end
+end)
+
+it("a signal to one rank saves on all of them, at the same step, and ends the job", function()
+  local dir = folder .. "/stopped"
+  local code = run(2, ("'%s' steps=3 save=%s"):format(script, dir))
+  assert.equal(0, code)
+  local stopped, out = run(2, ("'%s' steps=20 load=%s stop_at=6"):format(script, dir))
+  assert.equal(128 + 15, stopped)
+  assert.is_nil(out:find("eval", 1, true))
+  local after = train(2, "steps=8 load=" .. dir)
+  assert.equal(2, #after.losses) -- 7 and 8
+end)
