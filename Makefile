@@ -22,6 +22,7 @@ endif
 # ---- flags
 
 packages := luajit jansson libxxhash
+mpi      := ompi-c
 WARNINGS := -Wall -Wextra -Wpedantic
 STRICT   := $(if $(WERROR),-Werror)
 SANITIZE ?=
@@ -32,7 +33,7 @@ BASE     := -std=c11 -D_GNU_SOURCE -I. -fopenmp $(WARNINGS) $(CHECKED) \
             $(shell pkg-config --cflags $(packages) 2>/dev/null)
 KERNEL   := $(if $(SANITIZE),-O1,-O3) -fno-math-errno -fno-trapping-math
 LINK     := -fopenmp -Wl,-E -Wl,--as-needed -Wl,-O1 $(CHECKED) $(LDFLAGS)
-LDLIBS   := $(shell pkg-config --libs $(packages) 2>/dev/null) -ldnnl -luring -ldl -lm -lpthread
+LDLIBS   := $(shell pkg-config --libs $(packages) $(mpi) 2>/dev/null) -ldnnl -luring -ldl -lm -lpthread
 
 # ---- levels of the CPU's instruction set
 
@@ -89,6 +90,9 @@ $(BUILD)/kernels/cpu/%.$(1).o: kernels/cpu/%.c $(BUILD)/kernel.flags
 endef
 $(foreach level,$(LEVELS),$(eval $(call level_rule,$(level))))
 
+# One file sees MPI.
+flags_runner/comm_mpi := $(shell pkg-config --cflags-only-I $(mpi) 2>/dev/null)
+
 # The commit is told to one file only, so that committing does not rebuild the rest.
 commit := $(shell GIT_OPTIONAL_LOCKS=0 git describe --always --dirty --abbrev=10 2>/dev/null || echo unknown)
 flags_runner/version := -DDS_VERSION='"$(VERSION)"' -DDS_COMMIT='"$(commit)"'
@@ -99,7 +103,7 @@ text_once    := $(CC) $(BASE) $(CFLAGS) $(shell $(CC) --version 2>/dev/null | he
 text_kernel  := $(text_once) $(KERNEL) $(march_v4bf16) $(LEVELS)
 text_link    := $(CC) $(LINK) $(LDLIBS) $(objects)
 text_version := $(VERSION) $(commit)
-missing      := $(if $(shell pkg-config --exists $(packages) 2>/dev/null && echo no),,yes)
+missing      := $(if $(shell pkg-config --exists $(packages) $(mpi) 2>/dev/null && echo no),,yes)
 $(BUILD)/%.flags: FORCE
 	@$(if $(missing),echo 'packages are missing: run make setup' >&2; exit 1)
 	@mkdir -p $(@D)

@@ -12,6 +12,7 @@
 /* ds.h: begin ffi */
 enum ds_dtype { DS_F32, DS_BF16, DS_F16, DS_F64, DS_I64, DS_I32, DS_U8, DS_BOOL, DS_DTYPES };
 enum ds_device { DS_CPU, DS_CUDA, DS_META };
+enum ds_reduction { DS_SUM, DS_MEAN, DS_MAX, DS_MIN, DS_REDUCTIONS }; /* of several ranks */
 
 typedef struct ds_storage ds_storage;
 

@@ -4,10 +4,12 @@
 #include "runner/comm.h"
 
 #include <pthread.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "kernels/error.h"
+#include "runner/process.h"
 
 static const char *const reductions[DS_REDUCTIONS] = {
     [DS_SUM] = "sum", [DS_MEAN] = "mean", [DS_MAX] = "max", [DS_MIN] = "min"};
@@ -18,16 +20,19 @@ enum { EACH = -1 };
 static const struct {
     const char *name;
     int in, out;
-    int reduces, has_peer;
+    int reduces, in_place, has_peer; /* in_place: out may be in */
 } kinds[DS_COLLECTIVES] = {
-    [DS_ALL_REDUCE] = {"all_reduce", 1, 1, 1, 0},
-    [DS_REDUCE_SCATTER] = {"reduce_scatter", EACH, 1, 1, 0},
-    [DS_ALL_GATHER] = {"all_gather", 1, EACH, 0, 0},
-    [DS_ALL_TO_ALL] = {"all_to_all", EACH, EACH, 0, 0},
-    [DS_BROADCAST] = {"broadcast", 0, 1, 0, 1},
-    [DS_SEND] = {"send", 1, 0, 0, 1},
-    [DS_RECV] = {"recv", 0, 1, 0, 1},
-    [DS_BARRIER] = {"barrier", 0, 0, 0, 0},
+    [DS_ALL_REDUCE] = {"all_reduce", 1, 1, 1, 1, 0},
+    [DS_REDUCE_SCATTER] = {"reduce_scatter", EACH, 1, 1, 0, 0},
+    [DS_REDUCE_PARTS] = {"reduce_parts", 1, 1, 1, 1, 0},
+    [DS_ALL_GATHER] = {"all_gather", 1, EACH, 0, 0, 0},
+    [DS_GATHER_PARTS] = {"gather_parts", 1, 1, 0, 1, 0},
+    [DS_ALL_TO_ALL] = {"all_to_all", EACH, EACH, 0, 0, 0},
+    [DS_BROADCAST] = {"broadcast", 0, 1, 0, 0, 1},
+    [DS_SEND] = {"send", 1, 0, 0, 0, 1},
+    [DS_RECV] = {"recv", 0, 1, 0, 0, 1},
+    [DS_BARRIER] = {"barrier", 0, 0, 0, 0, 0},
+    [DS_SPLIT] = {"group", 0, 0, 0, 0, 0},
 };
 
 const char *ds_collective_name(int kind)
@@ -38,6 +43,39 @@ const char *ds_collective_name(int kind)
 const char *ds_reduction_name(int op)
 {
     return op >= 0 && op < DS_REDUCTIONS ? reductions[op] : "?";
+}
+
+/* ---- what is counted, and what a watchdog reads */
+
+/* Of all groups, whether they are still there or not. */
+static struct {
+    _Atomic int64_t calls, bytes, number;
+    _Atomic int running;
+} all_groups = {.running = DS_COLLECTIVES};
+
+/* What the watchdog reads: this rank is inside a collective, or (DS_COLLECTIVES) inside none. */
+static void inside(ds_comm *c, int kind, int64_t number)
+{
+    if (number)
+        c->number = all_groups.number = number;
+    c->running = all_groups.running = kind;
+}
+
+/* Only what all ranks of the group take part in is counted, so that they count alike. */
+static int64_t count(ds_comm *c, int kind)
+{
+    if (kind == DS_SEND || kind == DS_RECV)
+        return 0;
+    all_groups.calls++;
+    return ++c->calls;
+}
+
+/* Whether ranks compare what they are about to do (DS_CHECK=comm). */
+static int checked(const ds_comm *c)
+{
+    const char *wanted = getenv("DS_CHECK");
+
+    return c->size > 1 && wanted && strstr(wanted, "comm");
 }
 
 /* ---- groups */
@@ -73,25 +111,30 @@ static ds_comm *new_group(const ds_transport *const *transport)
 
 /* The job is the process's, so there is one world, whatever the number of Lua states. */
 static pthread_mutex_t world_lock = PTHREAD_MUTEX_INITIALIZER;
-static ds_comm *world;
+static ds_comm *_Atomic world;
+
+static void close_group(ds_comm *c)
+{
+    for (int device = 0; device < DS_META; device++)
+        if (c->transport[device]->close)
+            c->transport[device]->close(c);
+    free(c);
+}
 
 static int open_world(ds_comm **out)
 {
+    static const ds_transport no_cuda = {.name = "CUDA on several ranks"};
     static const ds_transport *const alone[DS_META] = {&ds_transport_self, &ds_transport_self};
+    static const ds_transport *const many[DS_META] = {&ds_transport_mpi, &no_cuda};
     const char *variable;
-    int ranks = ds_comm_launched(&variable), rc = 0;
-    ds_comm *c;
+    ds_comm *c = new_group(ds_comm_launched(&variable) > 1 ? many : alone);
+    int rc = 0;
 
-    if (ranks > 1)
-        return ds_fail(DS_ENOSYS,
-                       "%d ranks were started (%s), and this dsrun trains in one process; start it "
-                       "without mpirun or srun",
-                       ranks, variable);
-    c = new_group(alone);
     if (!c)
         return ds_fail(DS_ENOMEM, "out of memory: the group of all ranks");
     for (int device = 0; rc == 0 && device < DS_META; device++)
-        rc = c->transport[device]->open(c);
+        if (c->transport[device]->open)
+            rc = c->transport[device]->open(c);
     if (rc < 0)
         free(c);
     else
@@ -104,18 +147,11 @@ int ds_comm_world(ds_comm **out)
     int rc = 0;
 
     pthread_mutex_lock(&world_lock);
-    if (!world)
-        rc = open_world(&world);
     *out = world;
+    if (!*out && (rc = open_world(out)) == 0)
+        world = *out;
     pthread_mutex_unlock(&world_lock);
     return rc;
-}
-
-static void close_group(ds_comm *c)
-{
-    for (int device = 0; device < DS_META; device++)
-        c->transport[device]->close(c);
-    free(c);
 }
 
 void ds_comm_finish(void)
@@ -127,23 +163,56 @@ void ds_comm_finish(void)
     pthread_mutex_unlock(&world_lock);
 }
 
+/* A process that failed ends the job: the others would wait for it. */
+static void at_end(void *data, int code)
+{
+    ds_comm *c = world;
+
+    (void)data;
+    if (c && c->aborted && code == 0)
+        code = 1;
+    for (int device = 0; c && code != 0 && device < DS_META; device++)
+        if (c->transport[device]->quit)
+            c->transport[device]->quit(c, code);
+    ds_comm_finish();
+}
+
+int ds_comm_join(void)
+{
+    const char *variable;
+    ds_comm *c;
+    int rc;
+
+    if (ds_comm_launched(&variable) == 1)
+        return 0;
+    rc = ds_comm_world(&c);
+    return rc < 0 ? rc : ds_at_end(at_end, NULL);
+}
+
 int ds_comm_split(ds_comm **out, ds_comm *parent, int color, int key)
 {
+    int64_t number;
     ds_comm *c;
     int rc = 0;
 
-    if (parent->aborted)
-        return ds_fail(DS_ECOMM, "split: the job was ended");
+    *out = NULL;
+    if (ds_comm_aborted(parent))
+        return ds_comm_fail_aborted(parent, DS_SPLIT);
     c = new_group(parent->transport);
     if (!c)
         return ds_fail(DS_ENOMEM, "out of memory: a group of ranks");
+    number = count(parent, DS_SPLIT);
+    inside(parent, DS_SPLIT, number);
+    if (checked(parent))
+        rc = ds_comm_compare(parent, &(ds_call){.kind = DS_SPLIT}, number);
     for (int device = 0; rc == 0 && device < DS_META; device++)
-        rc = c->transport[device]->split(c, parent, color, key);
-    if (rc < 0 || color < 0) {
+        if (c->transport[device]->split)
+            rc = c->transport[device]->split(c, parent, color, key);
+    inside(parent, DS_COLLECTIVES, number);
+    if (rc < 0 || color < 0)
         free(c);
-        c = NULL;
-    }
-    *out = c;
+    else
+        *out = c;
     return rc;
 }
 
@@ -175,12 +244,53 @@ int ds_comm_local_size(const ds_comm *c)
     return c->local_size;
 }
 
+/* ---- the end, and counters */
+
+/* Written once, before the first group is marked. */
+static char reason[160];
+static atomic_flag has_reason = ATOMIC_FLAG_INIT;
+
 void ds_comm_abort(ds_comm *c, const char *why)
 {
+    if (!atomic_flag_test_and_set(&has_reason))
+        snprintf(reason, sizeof reason, "%s", why);
     c->aborted = 1;
     for (int device = 0; device < DS_META; device++)
         if (c->transport[device]->abort)
             c->transport[device]->abort(c, why);
+}
+
+int ds_comm_aborted(const ds_comm *c)
+{
+    const ds_comm *all = world;
+
+    return c->aborted || (all && all->aborted);
+}
+
+int ds_comm_fail_aborted(const ds_comm *c, int kind)
+{
+    return ds_fail(DS_ECOMM, "%s: the job was ended: %s",
+                   ds_collective_name(kind == DS_COLLECTIVES ? c->running : kind), reason);
+}
+
+void ds_comm_moved(ds_comm *c, int64_t bytes)
+{
+    c->bytes += bytes;
+    all_groups.bytes += bytes;
+}
+
+void ds_comm_stats(int64_t *collectives, int64_t *bytes, const ds_comm *c)
+{
+    *collectives = c ? c->calls : all_groups.calls;
+    *bytes = c ? c->bytes : all_groups.bytes;
+}
+
+void ds_comm_where(ds_comm_place *out)
+{
+    *out = (ds_comm_place){.kind = all_groups.running,
+                           .number = all_groups.number,
+                           .calls = all_groups.calls,
+                           .bytes = all_groups.bytes};
 }
 
 /* ---- collectives */
@@ -211,6 +321,12 @@ static int check_reduction(const ds_call *call)
 
     if (call->op < 0 || call->op >= DS_REDUCTIONS)
         return ds_fail(DS_EINVAL, "%s: there is no reduction %d", name, call->op);
+    if (!floating[dtype] && call->scale != 1)
+        return ds_fail(DS_EINVAL, "%s: %s cannot be scaled by %g", name, ds_dtype_name(dtype),
+                       call->scale);
+    if (call->wire != dtype && (call->wire < 0 || call->wire > DS_F16 || dtype > DS_F16))
+        return ds_fail(DS_EINVAL, "%s: %s cannot travel as %s; f32, bf16 and f16 can as each other",
+                       name, ds_dtype_name(dtype), ds_dtype_name(call->wire));
     if (call->op == DS_MEAN && !floating[dtype])
         return ds_fail(DS_EINVAL, "%s: a mean of %s is no %s; use sum", name, ds_dtype_name(dtype),
                        ds_dtype_name(dtype));
@@ -235,10 +351,21 @@ static int check_pair(const ds_comm *c, const ds_call *call)
     if (in->numel % parts_in || in->numel / parts_in * parts_out != out->numel)
         return ds_fail(DS_EINVAL, "%s: %lld elements in and %lld out don't fit %d ranks", name,
                        (long long)in->numel, (long long)out->numel, c->size);
-    if (call->kind == DS_ALL_REDUCE && a == b)
+    if (kinds[call->kind].in_place && a == b)
         return 0;
     if (a < b + out->numel * bytes && b < a + in->numel * bytes)
         return ds_fail(DS_EINVAL, "%s: in and out overlap", name);
+    return 0;
+}
+
+static int check_borders(const ds_comm *c, const ds_call *call)
+{
+    const int64_t *b = call->borders;
+
+    for (int r = 0; r <= c->size; r++)
+        if (b[r] < (r ? b[r - 1] : 0) || b[r] > call->in->numel)
+            return ds_fail(DS_ERANGE, "%s: border %d is %lld in a buffer of %lld; they ascend",
+                           kinds[call->kind].name, r, (long long)b[r], (long long)call->in->numel);
     return 0;
 }
 
@@ -247,8 +374,8 @@ static int check_call(const ds_comm *c, const ds_call *call)
     const char *name = kinds[call->kind].name;
     int rc = 0;
 
-    if (c->aborted)
-        return ds_fail(DS_ECOMM, "%s: the job was ended", name);
+    if (ds_comm_aborted(c))
+        return ds_comm_fail_aborted(c, call->kind);
     if (kinds[call->kind].has_peer && (call->peer < 0 || call->peer >= c->size))
         return ds_fail(DS_ERANGE, "%s: rank %d of a group of %d; ranks count from 0", name,
                        call->peer, c->size);
@@ -262,14 +389,9 @@ static int check_call(const ds_comm *c, const ds_call *call)
         rc = check_reduction(call);
     if (rc == 0 && kinds[call->kind].in && kinds[call->kind].out)
         rc = check_pair(c, call);
+    if (rc == 0 && call->borders)
+        rc = check_borders(c, call);
     return rc;
-}
-
-/* What the watchdog reads: this rank is inside a collective, or (DS_COLLECTIVES) inside none. */
-static void inside(ds_comm *c, int kind, int64_t number)
-{
-    c->number = number;
-    c->running = kind;
 }
 
 int ds_comm_start(ds_comm *c, const ds_call *call, ds_work *work)
@@ -288,10 +410,14 @@ int ds_comm_start(ds_comm *c, const ds_call *call, ds_work *work)
     if (!transport->start[call->kind])
         return work->code =
                    ds_fail(DS_ENOSYS, "%s has no %s", transport->name, kinds[call->kind].name);
-    work->number = ++c->calls;
-    work->done = 0;
+    work->number = count(c, call->kind);
     inside(c, call->kind, work->number);
-    rc = transport->start[call->kind](c, call, work);
+    if (work->number && checked(c))
+        work->code = rc = ds_comm_compare(c, call, work->number);
+    if (rc == 0) {
+        work->done = 0;
+        rc = transport->start[call->kind](c, call, work);
+    }
     inside(c, DS_COLLECTIVES, work->number);
     return work == &own ? ds_wait(work) : rc;
 }
@@ -321,44 +447,73 @@ int ds_test(ds_work *work)
     return rc < 0 ? rc : work->done;
 }
 
+static int reduce(int kind, ds_tensor *out, const ds_tensor *in, const int64_t *borders, int op,
+                  double scale, int wire, ds_comm *c, ds_work *work)
+{
+    int own = in ? in->dtype : DS_F32;
+
+    if (wire < 0 || (wire == DS_F32 && (own == DS_BF16 || own == DS_F16)))
+        wire = own; /* rounding to more digits changes nothing */
+    return ds_comm_start(c, &(ds_call){kind, op, 0, out, in, borders, scale, wire}, work);
+}
+
 int ds_all_reduce(ds_tensor *out, const ds_tensor *in, int op, ds_comm *c, ds_work *work)
 {
-    return ds_comm_start(c, &(ds_call){DS_ALL_REDUCE, op, 0, out, in}, work);
+    return reduce(DS_ALL_REDUCE, out, in, NULL, op, 1, -1, c, work);
+}
+
+int ds_all_reduce_scaled(ds_tensor *out, const ds_tensor *in, int op, double scale, int wire,
+                         ds_comm *c, ds_work *work)
+{
+    return reduce(DS_ALL_REDUCE, out, in, NULL, op, scale, wire, c, work);
 }
 
 int ds_reduce_scatter(ds_tensor *out, const ds_tensor *in, int op, ds_comm *c, ds_work *work)
 {
-    return ds_comm_start(c, &(ds_call){DS_REDUCE_SCATTER, op, 0, out, in}, work);
+    return reduce(DS_REDUCE_SCATTER, out, in, NULL, op, 1, -1, c, work);
+}
+
+int ds_reduce_parts(ds_tensor *buffer, const int64_t *borders, int op, double scale, int wire,
+                    ds_comm *c, ds_work *work)
+{
+    return reduce(DS_REDUCE_PARTS, buffer, buffer, borders, op, scale, wire, c, work);
 }
 
 int ds_all_gather(ds_tensor *out, const ds_tensor *in, ds_comm *c, ds_work *work)
 {
-    return ds_comm_start(c, &(ds_call){DS_ALL_GATHER, 0, 0, out, in}, work);
+    return ds_comm_start(c, &(ds_call){.kind = DS_ALL_GATHER, .out = out, .in = in}, work);
+}
+
+int ds_gather_parts(ds_tensor *buffer, const int64_t *borders, ds_comm *c, ds_work *work)
+{
+    const ds_call call = {.kind = DS_GATHER_PARTS, .out = buffer, .in = buffer, .borders = borders};
+
+    return ds_comm_start(c, &call, work);
 }
 
 int ds_all_to_all(ds_tensor *out, const ds_tensor *in, ds_comm *c, ds_work *work)
 {
-    return ds_comm_start(c, &(ds_call){DS_ALL_TO_ALL, 0, 0, out, in}, work);
+    return ds_comm_start(c, &(ds_call){.kind = DS_ALL_TO_ALL, .out = out, .in = in}, work);
 }
 
 int ds_broadcast(ds_tensor *t, int root, ds_comm *c, ds_work *work)
 {
-    return ds_comm_start(c, &(ds_call){DS_BROADCAST, 0, root, t, NULL}, work);
+    return ds_comm_start(c, &(ds_call){.kind = DS_BROADCAST, .peer = root, .out = t}, work);
 }
 
 int ds_send(const ds_tensor *in, int to, ds_comm *c, ds_work *work)
 {
-    return ds_comm_start(c, &(ds_call){DS_SEND, 0, to, NULL, in}, work);
+    return ds_comm_start(c, &(ds_call){.kind = DS_SEND, .peer = to, .in = in}, work);
 }
 
 int ds_recv(ds_tensor *out, int from, ds_comm *c, ds_work *work)
 {
-    return ds_comm_start(c, &(ds_call){DS_RECV, 0, from, out, NULL}, work);
+    return ds_comm_start(c, &(ds_call){.kind = DS_RECV, .peer = from, .out = out}, work);
 }
 
 int ds_barrier(ds_comm *c, ds_work *work)
 {
-    return ds_comm_start(c, &(ds_call){DS_BARRIER, 0, 0, NULL, NULL}, work);
+    return ds_comm_start(c, &(ds_call){.kind = DS_BARRIER}, work);
 }
 
 /* ---- self: one rank, whose share is the whole */
@@ -381,19 +536,31 @@ static void self_close(ds_comm *c)
     (void)c;
 }
 
+static int self_scale(const ds_call *call, const ds_ops *ops)
+{
+    const void *const parts[] = {call->in->data};
+
+    if (!ops->reduce_ranks)
+        return ds_fail(DS_ENOSYS, "this device has no kernel to scale what ranks reduce");
+    return ops->reduce_ranks(call->out, parts, call->in->dtype, 1, call->op, call->scale);
+}
+
 /* As many elements in as out, for there is one share: copied, if they are not in place already. */
 static int self_copy(ds_comm *c, const ds_call *call, ds_work *work)
 {
     ds_tensor out, in;
     const ds_ops *ops;
+    int scaled = kinds[call->kind].reduces && call->scale != 1;
 
     (void)c;
     work->done = 1;
-    if (!call->in || !call->out || call->in->data == call->out->data)
+    if (!call->in || !call->out || (call->in->data == call->out->data && !scaled))
         return 0;
     ops = ds_ops_of(call->in->device);
     if (!ops)
         return work->code = DS_ENOSYS; /* ds_error() says why */
+    if (scaled)
+        return work->code = self_scale(call, ops);
     if (!ops->copy)
         return work->code = ds_fail(DS_ENOSYS, "this device has no copy kernel");
     out = *call->out; /* dense, so shapes may be flattened: kernels compare them */
@@ -412,7 +579,9 @@ const ds_transport ds_transport_self = {
     /* send and receive stay empty: there is nobody else, and check_call() says so */
     .start = {[DS_ALL_REDUCE] = self_copy,
               [DS_REDUCE_SCATTER] = self_copy,
+              [DS_REDUCE_PARTS] = self_copy,
               [DS_ALL_GATHER] = self_copy,
+              [DS_GATHER_PARTS] = self_copy,
               [DS_ALL_TO_ALL] = self_copy,
               [DS_BROADCAST] = self_copy,
               [DS_BARRIER] = self_copy},

@@ -16,12 +16,15 @@
 enum ds_collective {
     DS_ALL_REDUCE,
     DS_REDUCE_SCATTER,
+    DS_REDUCE_PARTS,
     DS_ALL_GATHER,
+    DS_GATHER_PARTS,
     DS_ALL_TO_ALL,
     DS_BROADCAST,
     DS_SEND,
     DS_RECV,
     DS_BARRIER,
+    DS_SPLIT, /* has a slot of its own in ds_transport */
     DS_COLLECTIVES
 };
 
@@ -29,10 +32,13 @@ enum ds_collective {
  * of sizes that fit; they stay where they are until the work is done. */
 typedef struct ds_call {
     int kind;
-    int op;              /* enum ds_reduction; of all_reduce and reduce_scatter */
-    int peer;            /* root, receiver or sender; of broadcast, send, recv */
-    ds_tensor *out;      /* NULL for send and barrier */
-    const ds_tensor *in; /* NULL for broadcast, recv and barrier */
+    int op;                 /* enum ds_reduction; of what reduces */
+    int peer;               /* root, receiver or sender; of broadcast, send, recv */
+    ds_tensor *out;         /* NULL for send and barrier */
+    const ds_tensor *in;    /* NULL for broadcast, recv and barrier */
+    const int64_t *borders; /* [size + 1]; of reduce_parts and gather_parts */
+    double scale;           /* of what reduces */
+    int wire;               /* a dtype, of what reduces: addends are rounded to it */
 } ds_call;
 
 typedef struct ds_transport {
@@ -40,7 +46,7 @@ typedef struct ds_transport {
 
     /* This process's place in the job, written to the world's rank, size, local_rank, local_size,
      * and the state of the group of all ranks. */
-    int (*open)(ds_comm *world);
+    int (*open)(ds_comm *world); /* (optional, as are split and close) */
     /* Collective. `out` has its transport set; as open, for the ranks of `parent` with this colour.
      * A negative colour takes part and leaves out->size 0. */
     int (*split)(ds_comm *out, ds_comm *parent, int color, int key);
@@ -56,6 +62,9 @@ typedef struct ds_transport {
 
     /* Wakes whoever waits here and tells the peers; any thread may call it. (optional) */
     void (*abort)(ds_comm *c, const char *why);
+    /* Ends the job with this code: this process failed, and the others shall not wait for it. May
+     * not return. (optional) */
+    void (*quit)(ds_comm *world, int code);
 } ds_transport;
 
 struct ds_comm {
@@ -72,10 +81,31 @@ struct ds_comm {
     _Atomic int aborted;
 };
 
-extern const ds_transport ds_transport_self;
+extern const ds_transport ds_transport_self, ds_transport_mpi;
 
 const char *ds_collective_name(int kind);
 const char *ds_reduction_name(int op);
+
+/* Whether the job was ended, through this group or the group of all ranks, and a failure that says
+ * so: "all_reduce: the job was ended: rank 2 is lost" (kind DS_COLLECTIVES: the running one). */
+int ds_comm_aborted(const ds_comm *c);
+int ds_comm_fail_aborted(const ds_comm *c, int kind);
+
+/* Where this process is, for a watchdog; any thread may ask. */
+typedef struct ds_comm_place {
+    int kind;       /* DS_COLLECTIVES: in none */
+    int64_t number; /* of the last collective begun, in its group */
+    int64_t calls;  /* collectives of all groups */
+    int64_t bytes;  /* sent by this rank, in all groups; goes up while a collective runs */
+} ds_comm_place;
+void ds_comm_where(ds_comm_place *out);
+
+/* What a transport adds as it sends. */
+void ds_comm_moved(ds_comm *c, int64_t bytes);
+
+/* DS_CHECK=comm (comm_check.c): compares what every rank of the group is about to do, so that a
+ * difference is an error that names it, on every rank, and not a hang. */
+int ds_comm_compare(ds_comm *c, const ds_call *call, int64_t number);
 
 /* Checks a call and starts it, as the public functions do; for C that keeps calls of its own. */
 int ds_comm_start(ds_comm *c, const ds_call *call, ds_work *work);
@@ -83,5 +113,9 @@ int ds_comm_start(ds_comm *c, const ds_call *call, ds_work *work);
 /* Processes that a launcher (mpirun, srun) says this job has, and the variable that says so; 1 and
  * NULL when nobody launched it. */
 int ds_comm_launched(const char **variable);
+
+/* For main(): in a process that is one of several, opens the world and sees to its end, with the
+ * job's if the exit code is not 0. Elsewhere does nothing. */
+int ds_comm_join(void);
 
 #endif

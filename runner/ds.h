@@ -285,8 +285,6 @@ int ds_order(int64_t *out, int64_t first, int64_t n, int64_t size, int shuffle, 
 
 /* ---- communication (comm.h, comm.c) */
 
-enum ds_reduction { DS_SUM, DS_MEAN, DS_MAX, DS_MIN, DS_REDUCTIONS };
-
 /* Ranks that work together. Every rank calls the same functions in the same order, from one thread. */
 typedef struct ds_comm ds_comm;
 
@@ -294,7 +292,7 @@ typedef struct ds_comm ds_comm;
 typedef struct ds_work {
     ds_comm *comm;
     void *state;    /* the transport's own */
-    int64_t number; /* which collective of its group this is, from 1 */
+    int64_t number; /* which collective of its group this is, from 1; of send and recv: 0 */
     int32_t kind;
     int32_t device;
     int32_t done;
@@ -321,8 +319,9 @@ void ds_comm_abort(ds_comm *c, const char *why);
 /* Collectives, on dense tensors of one dtype and device. The first dimensions don't matter, elements
  * do: N ranks, `in` of all_gather is a share, `out` N of them in order of rank; reduce_scatter the
  * other way round; all_to_all sends share i to rank i. all_reduce may have out == in; nothing else
- * may overlap. bf16 and f16 are summed in f32. work NULL: returns when it is done here; else at once.
- * `op` is an enum ds_reduction, mean is for floating dtypes. */
+ * may overlap. Sums are in order of rank, in f32 (f64 for f64), and rounded once. `op` is an enum
+ * ds_reduction, mean is for floating dtypes. work NULL: returns when it is done here; else when it
+ * is begun, and on a CPU only send and recv leave anything to wait for. */
 int ds_all_reduce(ds_tensor *out, const ds_tensor *in, int op, ds_comm *c, ds_work *work);
 int ds_reduce_scatter(ds_tensor *out, const ds_tensor *in, int op, ds_comm *c, ds_work *work);
 int ds_all_gather(ds_tensor *out, const ds_tensor *in, ds_comm *c, ds_work *work);
@@ -331,6 +330,20 @@ int ds_broadcast(ds_tensor *t, int root, ds_comm *c, ds_work *work);
 int ds_send(const ds_tensor *in, int to, ds_comm *c, ds_work *work);
 int ds_recv(ds_tensor *out, int from, ds_comm *c, ds_work *work);
 int ds_barrier(ds_comm *c, ds_work *work);
+
+/* The same, in place, on parts: elements borders[r] to borders[r + 1] (size + 1 borders, ascending)
+ * are rank r's. reduce_parts leaves rank r its part reduced, and the other parts undefined;
+ * gather_parts gives every rank part r of rank r. One after the other they are an all_reduce, bit
+ * for bit. The result is multiplied by `scale` before it is rounded (1 for integers); a `wire` of
+ * lower precision than the buffer has the addends rounded to it, and so travel (-1: as they are). */
+int ds_reduce_parts(ds_tensor *buffer, const int64_t *borders, int op, double scale, int wire,
+                    ds_comm *c, ds_work *work);
+int ds_gather_parts(ds_tensor *buffer, const int64_t *borders, ds_comm *c, ds_work *work);
+int ds_all_reduce_scaled(ds_tensor *out, const ds_tensor *in, int op, double scale, int wire,
+                         ds_comm *c, ds_work *work);
+
+/* Collectives begun and bytes sent by this rank so far; c NULL: in all groups. */
+void ds_comm_stats(int64_t *collectives, int64_t *bytes, const ds_comm *c);
 
 int ds_wait(ds_work *work); /* what the collective returned; again is harmless */
 int ds_test(ds_work *work); /* 1 done, 0 not yet, negative: it failed */

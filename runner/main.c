@@ -6,10 +6,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
+#include <sys/prctl.h>
 #include <unistd.h>
 
 #include "kernels/error.h"
+#include "runner/comm.h"
 #include "runner/host.h"
 #include "runner/options.h"
 #include "runner/process.h"
@@ -48,46 +49,26 @@ static int watch_signals(ds_host *host)
 
 /* ---- several ranks */
 
-/* Whether another launcher started this process as one of several; *rank is its number. */
-static int launched_with_others(int *rank)
-{
-    static const char *const launchers[][2] = {
-        {"OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"},
-        {"SLURM_STEP_NUM_TASKS", "SLURM_PROCID"}, /* set in a step, not in a batch script */
-        {"PMI_SIZE", "PMI_RANK"},
-    };
-
-    for (size_t i = 0; i < sizeof launchers / sizeof *launchers; i++) {
-        const char *size = getenv(launchers[i][0]), *number = getenv(launchers[i][1]);
-        if (size && atoi(size) > 1) {
-            *rank = number ? atoi(number) : 0;
-            return atoi(size);
-        }
-    }
-    return 0;
-}
-
 static int refuse_ranks(const ds_options *options)
 {
-    const struct timespec patience = {.tv_nsec = 300000000};
-    int rank = 0, ranks = launched_with_others(&rank);
-
-    if (options->ranks) {
-        fprintf(stderr,
-                "dsrun: --%s: several ranks are not supported yet (without it: one process)\n",
-                options->ranks);
-        return USAGE;
-    }
-    if (ranks == 0)
+    if (!options->ranks)
         return 0;
-    if (rank == 0)
-        fprintf(stderr,
-                "dsrun: started as one of %d ranks, but several ranks are not supported yet "
-                "(start it without mpirun or srun: one process uses all cores)\n",
-                ranks);
-    else
-        nanosleep(&patience, NULL); /* launchers kill the rest when one ends: rank 0 speaks first */
+    fprintf(stderr, "dsrun: --%s: starting ranks is not supported yet; mpirun starts them\n",
+            options->ranks);
     return USAGE;
+}
+
+/* A rank does not outlive the launcher that started it, however that one ends. */
+static void die_with_launcher(void)
+{
+    const char *variable;
+    pid_t parent = getppid();
+
+    if (ds_comm_launched(&variable) == 1)
+        return;
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    if (getppid() != parent) /* it was gone before that */
+        raise(SIGKILL);
 }
 
 /* ---- running */
@@ -123,7 +104,7 @@ static int with_host(const ds_options *options, char **argv)
     ds_host *host;
     int code;
 
-    if (ds_host_open(&host, &config) < 0)
+    if (ds_comm_join() < 0 || ds_host_open(&host, &config) < 0)
         return complain(USAGE);
     code = watch_signals(host);
     if (code == 0)
@@ -153,6 +134,7 @@ int main(int argc, char **argv)
     } else if ((code = refuse_ranks(&options)) == 0) {
         if (options.script || options.evals || options.command != DS_RUN_SCRIPT ||
             options.value[DS_OPT_config_help]) {
+            die_with_launcher();
             ds_threads_init(argv);
             code = with_host(&options, argv);
         } else {
