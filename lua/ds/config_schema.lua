@@ -338,7 +338,8 @@ M.groups = {
       enum = { "mean", "sum" } },
     { "replica_check_interval", "integer", 0, "optimizer steps between two comparisons of the " ..
       "ranks' weights, which must not differ by a bit; 0: none", min = 0 },
-    idle("communication_data_type", "string", nil, "type on the wire", { enum = dtype }),
+    { "communication_data_type", "string", nil, "type in which gradients travel; not given: the " ..
+      "gradients' own. They are summed in fp32 all the same.", enum = dtype },
     idle("seq_parallel_communication_data_type", "string", "fp32", "the same for sequence " ..
       "parallelism", { enum = dtype }),
     switch("sparse_gradients", "send embedding gradients as index and value"),

@@ -89,6 +89,8 @@ local function make_scheduler(given, optimizer, settings)
   return schedule.scheduler(optimizer, given)
 end
 
+local short = { fp32 = "f32", fp16 = "f16", bf16 = "bf16" } -- DeepSpeed's names of dtypes
+
 --- The partitioned optimizer: flat buffers, and what this rank updates of them.
 local function partition(self)
   local zero_config = self.config.zero_optimization
@@ -96,6 +98,7 @@ local function partition(self)
     dtype = self.dtype, device = self.device, stage = zero_config.stage,
     granularity = self.optimizer.rule.granularity, op = self.config.gradient_allreduce_op,
     reduce_bucket_size = zero_config.reduce_bucket_size,
+    wire = short[self.config.communication_data_type],
   })
   self.params = self.zero.params
   for _, p in ipairs(self.params) do p._engine = self end

@@ -132,12 +132,13 @@ end
 --- Lays the trained parameters into flat buffers and cuts them.
 -- @tparam table groups the optimizer's param_groups
 -- @tparam table options dtype, device, stage, granularity ("flat" …), reduce_bucket_size, op
---   ("mean" or "sum")
+--   ("mean" or "sum"), wire (dtype that gradients travel in, if another than their own)
 function M.new(groups, options)
   local self = setmetatable({
     params = {}, flat = {}, buckets = {}, segments = {}, dtype = options.dtype,
     device = options.device, stage = options.stage, granularity = options.granularity or "flat",
     op = options.op == "sum" and C.DS_SUM or C.DS_MEAN, world = comm.world(),
+    wire = options.wire and tensor.codes[options.wire] or -1,
     rank = comm.rank(), ranks = comm.world_size(),
   }, Zero)
   make_map(self, groups, options.reduce_bucket_size)
@@ -191,7 +192,7 @@ end
 function Zero:reduce()
   if self.ranks == 1 then return end
   for _, b in ipairs(self.buckets) do
-    check(C.ds_reduce_parts(b.grad._c, b.borders, self.op, self.world, nil), "step")
+    check(C.ds_reduce_parts(b.grad._c, b.borders, self.op, 1, self.wire, self.world, nil), "step")
     if self.stage == 0 then
       check(C.ds_gather_parts(b.grad._c, b.borders, self.world, nil), "step")
     end
