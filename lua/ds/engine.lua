@@ -114,7 +114,11 @@ local function flatten(self)
     local weights = buffer(self.dtype)
     local master = self.dtype == "f32" and weights or buffer("f32")
     self.flat[g] = { weights = weights, master = master, grad = buffer("f32") }
-    segments[g] = { p = master, g = self.flat[g].grad, low = master ~= weights and weights or nil }
+    if groups[g].rule.granularity == "flat" then
+      self.flat[g].segment = { p = master, g = self.flat[g].grad, group = g,
+        low = master ~= weights and weights or nil }
+      segments[#segments + 1] = self.flat[g].segment
+    end
   end
   for i, p in ipairs(params) do
     local flat, at = self.flat[group_of[i] + 1], tonumber(C.ds_zero_offset(self.zero, i - 1))
@@ -126,7 +130,13 @@ local function flatten(self)
     p.requires_grad = true
     p.grad = slice(flat.grad, at, p.shape):keep()
     p._fresh, p._engine = true, self
-    p._flat = { group = group_of[i] + 1, offset = at }
+    p._flat = { group = group_of[i] + 1, offset = at, segment = flat.segment, at = at }
+    if not flat.segment then -- the rule needs whole tensors
+      p._flat.segment = { p = master:keep(), g = p.grad, group = p._flat.group, name = p._name,
+        low = flat.master ~= flat.weights and weight:keep() or nil }
+      p._flat.at = 0
+      segments[#segments + 1] = p._flat.segment
+    end
   end
   self.optimizer:bind(segments)
 end

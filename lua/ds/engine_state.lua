@@ -45,12 +45,12 @@ local function optimizer_tensors(engine)
     local p = e.parameter
     local at = p._flat
     if at then
-      local flat, segment = engine.flat[at.group], engine.optimizer.segments[at.group]
+      local flat, segment = engine.flat[at.group], at.segment
       if flat.master ~= flat.weights then
         list[#list + 1] = { "fp32/" .. e.name, slice(flat.master, at.offset, p.shape) }
       end
-      for _, key in ipairs(engine.optimizer.rule.state) do
-        list[#list + 1] = { key .. "/" .. e.name, slice(segment.state[key], at.offset, p.shape) }
+      for _, key in ipairs(engine.optimizer.param_groups[at.group].rule.state) do
+        list[#list + 1] = { key .. "/" .. e.name, slice(segment.state[key], at.at, p.shape) }
       end
     end
   end

@@ -223,7 +223,6 @@ describe("optimizer and scheduler", function()
       ['"optimizer": {"type": "AdamM"}'] = 'unknown optimizer "AdamM" (did you mean "Adam"?)',
       ['"optimizer": {"type": "OneBitAdam"}'] =
         'optimizer.type "OneBitAdam": not in this version yet',
-      ['"optimizer": {"type": "lamb"}'] = 'optimizer.type "lamb": not in this version yet',
       ['"scheduler": {"type": "Warmup"}'] = 'scheduler.type: unknown schedule "Warmup"',
       ['"scheduler": {"type": "WarmupDecayLR"}'] = "scheduler.params.total_num_steps is missing",
     } do
