@@ -98,7 +98,7 @@ end)
 describe("optimizers as PyTorch's", function()
   -- A bf16 iteration rounds by 0.4 %, and orthogonal matrices have elements of about 1.
   local function tolerance_of(run)
-    return run.params.ns_method == "standard" and 0.02 or 4e-6
+    return run.params.ns_method == "standard" and 0.01 or 4e-6
   end
 
   local function replay(data, run, changes)
