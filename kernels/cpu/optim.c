@@ -224,19 +224,19 @@ int DS_CPU(lamb)(ds_tensor *p, ds_tensor *m, ds_tensor *v, ds_tensor *low, const
     int rc = check("lamb", p, state, low, g);
     int threads = ds_threads(p->numel * 4);
     int64_t pieces = (p->numel + PIECE - 1) / PIECE;
-    double (*sums)[2], weights = 0, updates = 0;
+    double *sums, weights = 0, updates = 0;
 
     if (rc < 0)
         return rc;
-    sums = ds_scratch(DS_SCRATCH_SUMS, (size_t)(pieces + 1) * sizeof *sums);
+    sums = ds_scratch(DS_SCRATCH_SUMS, (size_t)(pieces + 1) * 2 * sizeof *sums);
     if (!sums)
         return DS_ENOMEM;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < pieces; i++)
-        lamb_piece(p, m, v, g, i * PIECE, &h, sums[i]);
+        lamb_piece(p, m, v, g, i * PIECE, &h, sums + 2 * i);
     for (int64_t i = 0; i < pieces; i++) {
-        weights += sums[i][0];
-        updates += sums[i][1];
+        weights += sums[2 * i];
+        updates += sums[2 * i + 1];
     }
     h.lr = lr * trust(weights, updates, min_coeff, max_coeff);
     return run("lamb", lamb_apply_f32, lamb_apply_f64, p, m, v, low, g, &h);

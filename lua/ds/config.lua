@@ -162,13 +162,14 @@ local function check_optimizer(context, optimizer, source, root, options)
   local type_place = spec.inside(context, place, given, "type")
   local registry = registered(options)
   local name = optimizer.type
-  local builtin = by_lower[schema.optimizer_synonym(name):lower()]
+  local known = registry[name] and name or lower_keys(registry)[name:lower()]
+  local builtin = by_lower[name:lower()] or
+    not known and by_lower[schema.optimizer_synonym(name):lower()]
   local fields
   if builtin then
     optimizer.type, fields = builtin, schema.optimizers[builtin]
-  elseif registry[name] or lower_keys(registry)[name:lower()] then
-    optimizer.type = registry[name] and name or lower_keys(registry)[name:lower()]
-    fields = fields_of(registry[optimizer.type])
+  elseif known then
+    optimizer.type, fields = known, fields_of(registry[known])
   elseif later[name:lower()] then
     return spec.report(context, type_place, "%s %s: not in this version yet (there are: %s)",
       type_place.path, spec.show(name), table.concat(names_of(registry), ", "))

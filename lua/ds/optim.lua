@@ -1,13 +1,13 @@
 --- Optimizers: rules, and the optimizer object that applies them.
 --
--- A rule sees parameters p, gradients g and its own state in fp32 (fp64 beside fp64 parameters), and
+-- A rule sees parameters p, gradients g and its own state in fp32 (f64 beside f64 parameters), and
 -- the settings h of a parameter group. Its granularity says in which pieces:
 --
---   "flat"    long vectors that tensors' borders do not show in; a rule in Lua is given blocks of at
---             most 256K elements, so that its temporaries stay in the cache
+--   "flat"    long vectors that tensors' borders do not show in; a rule in Lua is given blocks of
+--             at most 256K elements, so that its temporaries stay in the cache
 --   "tensor"  whole tensors in their shape
---   "matrix"  whole matrices [rows x cols]; more dimensions are flattened to [shape[1] x rest]. What
---             is no matrix, embeddings and the output head go to another rule, the fallback
+--   "matrix"  whole matrices [rows x cols]; more dimensions are flattened to [shape[1] x rest].
+--             What is no matrix, embeddings and the output head go to another rule, the fallback
 --
 --     ds.optimizer("SignSGD", {
 --       granularity = "flat", state = { "m" }, defaults = { lr = 1e-4, momentum = 0.9 },
@@ -56,7 +56,7 @@ local function add_fallback(name, rule)
     raise("optimizer '%s': its fallback '%s' is no optimizer of flat or tensor granularity", name,
       tostring(given[1]))
   end
-  for key, value in pairs(given) do
+  for key in pairs(given) do
     if key ~= 1 and fallback.defaults[key] == nil then
       raise("optimizer '%s': its fallback %s has no setting '%s'", name, fallback.name,
         tostring(key))
@@ -290,7 +290,7 @@ local function new_state(rule, group, p)
 end
 
 --- Takes the segments that the engine made: all that step() updates from now on.
--- @tparam table segments { p, g, low, group = index }, …: dense p (fp32) and g, and low, the copy in
+-- @tparam table segments { p, g, low, group = index }, …: dense p (fp32) and g; low is the copy in
 -- low precision or nil; in the parameter's shape where the group's rule needs whole tensors
 function Optimizer:bind(segments)
   self.segments = segments

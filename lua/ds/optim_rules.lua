@@ -1,4 +1,4 @@
---- The built-in optimizers that are one fused kernel over a segment: the element-wise ones, and Lamb.
+--- The built-in optimizers that are fused kernels over a segment: element-wise ones, and Lamb.
 
 local border = require "ds.ffi"
 local tensor = require "ds.tensor"

@@ -176,10 +176,19 @@ describe("a rule of granularity matrix", function()
   end)
 
   it("has rates of its own for both parts, which a schedule moves", function()
-    local engine = make("Muon", { lr = 7, muon_lr = 0.02, adam_lr = 0.003 }, {
-      scheduler = { type = "WarmupLR", params = { warmup_num_steps = 4, warmup_type = "linear" } } })
+    local engine = make("Muon", { lr = 7, muon_lr = 0.02, adam_lr = 0.003 },
+      { scheduler = { type = "WarmupLR", params = { warmup_num_steps = 4 } } })
     train(engine, 6)
     assert.same({ 0.02, 0.003 }, engine:get_lr())
+  end)
+
+  it("has them in the config by name, and the fallback's settings", function()
+    local params = { matrixsgd_lr = 0.5, sgd_lr = 0.25, dampening = 0.1 }
+    local engine, optimizer = make("matrixsgd", params)
+    assert.same({ 0.5, 0.25 }, engine:get_lr())
+    assert.equal(0.1, optimizer.param_groups[2].dampening)
+    assert.is_nil(optimizer.param_groups[1].dampening)
+    says('unknown key "optimizer.params.use_lr"', make, "MatrixSGD", { use_lr = 1 })
   end)
 
   it("is refused where it makes no sense", function()
