@@ -191,6 +191,9 @@ local function settings_of(rule, given, base)
   local h = {}
   for key, default in pairs(rule.settings) do h[key] = copy_setting(default) end
   for key, value in pairs(base or {}) do h[key] = copy_setting(value) end
+  if given.lr and rule.own_lr then -- a group's own rate goes before those for all groups
+    h[rule.own_lr], h[rule.fallback_lr] = nil, nil
+  end
   for key, value in pairs(given) do
     if key ~= "params" and key ~= "name" then
       check_setting(rule, key, value)
