@@ -1,4 +1,5 @@
-/* optim.c - optimizers: one pass over flat buffers of weights, state and gradients.
+/* optim.c - optimizers: one pass over flat buffers of weights, state and gradients; Lamb, which
+ * needs norms of whole tensors, makes two.
  *
  * A pass is bound by memory, so whatever can ride along does: the gradient's scale (loss scale and
  * clipping) and the copy of the new weights in low precision. Blocks of a few KB pass through the
@@ -11,8 +12,10 @@
 
 #include "kernels/cpu/simd.h"
 #include "kernels/scalar.h"
+#include "kernels/scratch.h"
 
 #define BLOCK 512 /* elements: few, so that widening and rounding overlap with reading the next */
+#define PIECE (32 * BLOCK) /* elements with sums of their own, which threads do not share */
 
 typedef struct hyper {
     double lr, beta1, beta2, eps, weight_decay, c1, c2, gscale;
@@ -168,4 +171,73 @@ int DS_CPU(adagrad)(ds_tensor *p, ds_tensor *sum, ds_tensor *low, const ds_tenso
     hyper h = {.lr = lr, .eps = eps, .weight_decay = weight_decay, .gscale = gscale};
 
     return run("adagrad", adagrad_f32, adagrad_f64, p, sum, NULL, low, g, &h);
+}
+
+/* One piece of Lamb's first pass; sums: of squares of weights and update. */
+static void lamb_piece(const ds_tensor *p, const ds_tensor *m, const ds_tensor *v,
+                       const ds_tensor *g, int64_t begin, const hyper *h, double sums[2])
+{
+    int64_t end = begin + PIECE < p->numel ? begin + PIECE : p->numel;
+    float wide[BLOCK];
+
+    sums[0] = sums[1] = 0;
+    for (int64_t i = begin; i < end; i += BLOCK) {
+        int64_t n = end - i < BLOCK ? end - i : BLOCK;
+        const void *gi = at(g, i);
+
+        if (p->dtype == DS_F64) {
+            lamb_moments_f64(at(p, i), at(m, i), at(v, i), gi, n, h, sums);
+            continue;
+        }
+        if (g->dtype != DS_F32) {
+            ds_row_load(wide, gi, g->dtype, n, 1);
+            gi = wide;
+        }
+        lamb_moments_f32(at(p, i), at(m, i), at(v, i), gi, n, h, sums);
+    }
+}
+
+/* How far a tensor moves along its update, as DeepSpeed bounds it: 1 where a norm is 0. A NaN passes
+ * through, to show in the weights. */
+static double trust(double weights, double updates, double least, double most)
+{
+    double ratio;
+
+    if (weights == 0 || updates == 0)
+        return 1;
+    ratio = sqrt(weights) / sqrt(updates);
+    return ratio > most ? most : ratio < least ? least : ratio;
+}
+
+int DS_CPU(lamb)(ds_tensor *p, ds_tensor *m, ds_tensor *v, ds_tensor *low, const ds_tensor *g,
+                 double lr, double beta1, double beta2, double eps, double weight_decay, double c1,
+                 double c2, double min_coeff, double max_coeff, double gscale)
+{
+    const ds_tensor *const state[2] = {m, v};
+    hyper h = {.beta1 = beta1,
+               .beta2 = beta2,
+               .eps = eps,
+               .weight_decay = weight_decay,
+               .c1 = c1,
+               .c2 = c2,
+               .gscale = gscale};
+    int rc = check("lamb", p, state, low, g);
+    int threads = ds_threads(p->numel * 4);
+    int64_t pieces = (p->numel + PIECE - 1) / PIECE;
+    double *sums, weights = 0, updates = 0;
+
+    if (rc < 0)
+        return rc;
+    sums = ds_scratch(DS_SCRATCH_SUMS, (size_t)(pieces + 1) * 2 * sizeof *sums);
+    if (!sums)
+        return DS_ENOMEM;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < pieces; i++)
+        lamb_piece(p, m, v, g, i * PIECE, &h, sums + 2 * i);
+    for (int64_t i = 0; i < pieces; i++) {
+        weights += sums[2 * i];
+        updates += sums[2 * i + 1];
+    }
+    h.lr = lr * trust(weights, updates, min_coeff, max_coeff);
+    return run("lamb", lamb_apply_f32, lamb_apply_f64, p, m, v, low, g, &h);
 }

@@ -97,3 +97,46 @@ static void NAME(adagrad)(void *restrict pv, void *restrict sv, void *restrict u
         p[i] -= lr * d / (SQRT(si) + eps);
     }
 }
+
+/* You et al. 2019, algorithm 2, in two passes: the norms of a whole tensor stand between them. The
+ * first moves the averages and adds the squares of weights and update to sums[0] and sums[1]; the
+ * second makes the update again, which is cheaper than keeping it. */
+static void NAME(lamb_moments)(const void *restrict pv, void *restrict mv, void *restrict vv,
+                               const void *restrict gv, int64_t n, const hyper *h, double sums[2])
+{
+    const REAL *restrict p = pv, *restrict g = gv;
+    REAL *restrict m = mv, *restrict v = vv;
+    const REAL gscale = (REAL)h->gscale, beta2 = (REAL)h->beta2, eps = (REAL)h->eps;
+    const REAL keep1 = (REAL)(1 - h->beta1), keep2 = (REAL)(1 - h->beta2);
+    const REAL of_m = (REAL)(1 / h->c1), root = (REAL)(1 / sqrt(h->c2));
+    const REAL decay = (REAL)h->weight_decay;
+    REAL weights = 0, updates = 0;
+
+#pragma omp simd reduction(+ : weights, updates)
+    for (int64_t i = 0; i < n; i++) {
+        REAL d = g[i] * gscale;
+        REAL mi = FMA(keep1, d - m[i], m[i]);
+        REAL vi = FMA(keep2 * d, d, beta2 * v[i]);
+        REAL update = FMA(decay, p[i], of_m * mi / FMA(SQRT(vi), root, eps));
+
+        m[i] = mi;
+        v[i] = vi;
+        weights += p[i] * p[i];
+        updates += update * update;
+    }
+    sums[0] += (double)weights;
+    sums[1] += (double)updates;
+}
+
+static void NAME(lamb_apply)(void *restrict pv, void *restrict mv, void *restrict vv,
+                             const void *restrict unused, int64_t n, const hyper *h)
+{
+    REAL *restrict p = pv;
+    const REAL *restrict m = mv, *restrict v = vv;
+    const REAL eps = (REAL)h->eps, root = (REAL)(1 / sqrt(h->c2));
+    const REAL rate = (REAL)(h->lr / h->c1), shrink = (REAL)(1 - h->lr * h->weight_decay);
+
+    (void)unused;
+    for (int64_t i = 0; i < n; i++)
+        p[i] = FMA(-rate, m[i] / FMA(SQRT(v[i]), root, eps), shrink * p[i]);
+}

@@ -130,10 +130,11 @@ end
 local function fields_of(entry)
   if type(entry) ~= "table" or type(entry.defaults) ~= "table" then return nil end
   local names, fields = {}, {}
-  for name in pairs(entry.defaults) do names[#names + 1] = name end
+  local defaults, optional = entry.settings or entry.defaults, entry.optional or {}
+  for name in pairs(defaults) do names[#names + 1] = name end
   table.sort(names)
   for i, name in ipairs(names) do
-    local default = entry.defaults[name]
+    local default = defaults[name]
     local kind = type(default)
     if kind == "table" then kind = #default > 0 and "array" or "any" end
     if kind ~= "number" and kind ~= "boolean" and kind ~= "string" and kind ~= "array" then
@@ -141,8 +142,14 @@ local function fields_of(entry)
     end
     fields[i] = { name, kind, default, "a parameter of this optimizer" }
   end
+  names = {}
+  for name in pairs(optional) do names[#names + 1] = name end
+  table.sort(names)
+  for _, name in ipairs(names) do
+    fields[#fields + 1] = { name, optional[name], nil, "a parameter of this optimizer" }
+  end
   for _, name in ipairs { "lr", "weight_decay" } do
-    if entry.defaults[name] == nil then
+    if defaults[name] == nil then
       fields[#fields + 1] = { name, "number", nil, "a parameter of every optimizer", min = 0 }
     end
   end
@@ -155,13 +162,14 @@ local function check_optimizer(context, optimizer, source, root, options)
   local type_place = spec.inside(context, place, given, "type")
   local registry = registered(options)
   local name = optimizer.type
-  local builtin = by_lower[name:lower()]
+  local known = registry[name] and name or lower_keys(registry)[name:lower()]
+  local builtin = by_lower[name:lower()] or
+    not known and by_lower[schema.optimizer_synonym(name):lower()]
   local fields
   if builtin then
     optimizer.type, fields = builtin, schema.optimizers[builtin]
-  elseif registry[name] or lower_keys(registry)[name:lower()] then
-    optimizer.type = registry[name] and name or lower_keys(registry)[name:lower()]
-    fields = fields_of(registry[optimizer.type])
+  elseif known then
+    optimizer.type, fields = known, fields_of(registry[known])
   elseif later[name:lower()] then
     return spec.report(context, type_place, "%s %s: not in this version yet (there are: %s)",
       type_place.path, spec.show(name), table.concat(names_of(registry), ", "))

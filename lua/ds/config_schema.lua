@@ -90,7 +90,48 @@ M.optimizers = {
       why = "use a scheduler" },
     { "initial_accumulator_value", "number", 0, "where the sum of squares begins", min = 0 },
   },
+  Lamb = torch_fields {
+    lr(1e-3), betas(0.999),
+    { "eps", "number", 1e-8, "added to the denominator", min = 0 },
+    weight_decay("part of the update whose norm counts"),
+    { "bias_correction", "boolean", true, "correct the averages' bias towards 0 in early steps" },
+    { "max_coeff", "number", 10, "most that a tensor's ratio ‖weights‖ / ‖update‖ may be",
+      min = 0 },
+    { "min_coeff", "number", 0.01, "least that it may be", min = 0 },
+    { "eps_inside_sqrt", "boolean", false, "add eps under the root", status = "never",
+      why = "eps is added to the root" },
+    { "amsgrad", "boolean", false, "keep the largest second moment", status = "never",
+      why = "DeepSpeed's Lamb has no AMSGrad either" },
+  },
+  Muon = torch_fields {
+    lr(1e-3),
+    { "muon_lr", "number", nil, "learning rate of the matrices, instead of lr", min = 0 },
+    { "adam_lr", "number", nil, "learning rate of embeddings, output head and what is no " ..
+      "matrix, instead of lr", min = 0 },
+    { "momentum", "number", 0.95, "share of the last momentum that is kept", min = 0, below = 1 },
+    { "nesterov", "boolean", true, "look ahead along the momentum" },
+    weight_decay("decoupled from the gradient"),
+    { "ns_steps", "integer", 5, "steps of the Newton-Schulz iteration", min = 1, max = 99 },
+    { "ns_method", "string", "gram", "how it is done: gram in f32, fewer multiplications for " ..
+      "oblong matrices; standard in bf16", enum = { "gram", "standard" } },
+    { "betas", "array", { 0.9, 0.95 }, "decay of Adam's averages", length = 2,
+      each = { "beta", "number", min = 0, below = 1 } },
+    { "eps", "number", 1e-10, "added to Adam's denominator", min = 0 },
+    { "bias_correction", "boolean", true, "correct the bias of Adam's averages towards 0" },
+  },
 }
+
+-- Names of DeepSpeed's classes, in lower case, that its users know these by.
+local synonyms = {
+  fusedadam = "Adam", cpuadam = "Adam", deepspeedcpuadam = "Adam", fusedlamb = "Lamb",
+  fusedlion = "Lion", deepspeedcpulion = "Lion", deepspeedcpuadagrad = "Adagrad",
+  muonwithauxadam = "Muon",
+}
+
+--- The name that another name of an optimizer stands for; others as they are.
+function M.optimizer_synonym(name)
+  return synonyms[tostring(name):lower()] or name
+end
 
 --- What is wrong between parameters of one optimizer.
 M.optimizer_conflicts = {
@@ -99,11 +140,16 @@ M.optimizer_conflicts = {
       return "nesterov needs a momentum above 0 and dampening 0"
     end
   end,
+  Lamb = function(p)
+    if p.min_coeff > p.max_coeff then
+      return ("min_coeff %g is above max_coeff %g"):format(p.min_coeff, p.max_coeff)
+    end
+  end,
 }
 
 --- Optimizers of DeepSpeed that this version knows by name only.
 M.optimizers_later = {
-  "Lamb", "Muon", "OneBitAdam", "ZeroOneAdam", "OneBitLamb", "MuAdam", "MuAdamW", "MuSGD",
+  "OneBitAdam", "ZeroOneAdam", "OneBitLamb", "MuAdam", "MuAdamW", "MuSGD",
 }
 
 -- ZeRO --------------------------------------------------------------------------------------------
@@ -267,9 +313,10 @@ M.groups = {
   { "Training", {
     { "optimizer", "object", nil, "the optimizer, unless initialize{…} is given one",
       optional = true, fields = {
-        { "type", "string", nil, "Adam, AdamW, SGD, Lion, Adagrad (in any case), or a name from " ..
-          "ds.optimizer. Adam decouples the weight decay, as in DeepSpeed, unless adam_w_mode " ..
-          "is false.", required = true },
+        { "type", "string", nil, "Adam, AdamW, SGD, Lion, Adagrad, Lamb, Muon (in any case; " ..
+          "DeepSpeed's classes as FusedAdam are the same), or a name from ds.optimizer. Adam " ..
+          "decouples the weight decay, as in DeepSpeed, unless adam_w_mode is false.",
+          required = true },
         { "params", "object", nil, "its parameters: lr, weight_decay, …", optional = true },
         idle("legacy_fusion", "boolean", false, "an old kernel"),
       } },

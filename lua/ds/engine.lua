@@ -96,7 +96,7 @@ local function partition(self)
   local zero_config = self.config.zero_optimization
   self.zero = zero.new(self.optimizer.param_groups, {
     dtype = self.dtype, device = self.device, stage = zero_config.stage,
-    granularity = self.optimizer.rule.granularity, op = self.config.gradient_allreduce_op,
+    op = self.config.gradient_allreduce_op,
     reduce_bucket_size = zero_config.reduce_bucket_size,
     wire = short[self.config.communication_data_type],
   })

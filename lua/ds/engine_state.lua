@@ -55,7 +55,9 @@ local function each_vector(engine, which, f)
           f(key .. "/" .. e.name, slice(flat:view(-1), at, shape), p, from)
         end
         if segment.low then give("fp32", segment.p) end
-        for _, key in ipairs(engine.optimizer.rule.state) do give(key, segment.state[key]) end
+        for _, key in ipairs(engine.optimizer.param_groups[segment.group].rule.state) do
+          give(key, segment.state[key])
+        end
       end)
     end
   end

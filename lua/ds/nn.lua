@@ -142,6 +142,8 @@ function Module:named_parameters()
     if v._c and is_parameter(v) and not seen[v] then
       seen[v] = true
       out[#out + 1] = { name = name, parameter = v }
+      -- the optimizer tells heads by name: the longest, as the whole model calls it
+      if not v._name or #name > #v._name then v._name = name end
     end
   end, {})
   table.sort(out, function(a, b) return a.parameter._parameter < b.parameter._parameter end)
@@ -445,6 +447,7 @@ function M.Embedding:init(n, width)
   size("Embedding", "the number of rows", n)
   size("Embedding", "the width", width)
   self.weight = M.Parameter(M.init.normal_(tensor.empty(n, width), 1))
+  self.weight._embedding = true -- optimizers for matrices leave it out
 end
 function M.Embedding:forward(index) return F.embedding(index, self.weight) end
 function M.Embedding:extra()

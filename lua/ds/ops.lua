@@ -170,9 +170,8 @@ for _, name in ipairs(border.host.binary) do
         shape_string(x.shape))
     end
     if y.dtype ~= x.dtype then y = y:to(x.dtype) end
-    if name == "sub" and alpha then name, alpha = "add", -alpha end
-    if alpha and name == "add" then
-      run("add_scaled", x.device, c, c, y._c, alpha)
+    if alpha and (name == "add" or name == "sub") then
+      run("add_scaled", x.device, c, c, y._c, name == "add" and alpha or -alpha)
     elseif alpha then
       raise("%s_: only add_ and sub_ take a factor", name)
     else

@@ -1,8 +1,13 @@
---- Optimizers: rules over flat buffers, and the optimizer object that applies one.
+--- Optimizers: rules, and the optimizer object that applies them.
 --
--- A rule sees parameters p, gradients g and its own state as long vectors in fp32, and the settings
--- h of a parameter group. Built-in rules are one fused kernel over the whole vector; rules written
--- in Lua are given blocks of at most 256K elements, so that their temporaries stay in the cache:
+-- A rule sees parameters p, gradients g and its own state in fp32 (f64 beside f64 parameters), and
+-- the settings h of a parameter group. Its granularity says in which pieces:
+--
+--   "flat"    long vectors that tensors' borders do not show in; a rule in Lua is given blocks of
+--             at most 256K elements, so that its temporaries stay in the cache
+--   "tensor"  whole tensors in their shape
+--   "matrix"  whole matrices [rows x cols]; more dimensions are flattened to [shape[1] x rest].
+--             What is no matrix, embeddings and the output head go to another rule, the fallback
 --
 --     ds.optimizer("SignSGD", {
 --       granularity = "flat", state = { "m" }, defaults = { lr = 1e-4, momentum = 0.9 },
@@ -11,8 +16,9 @@
 --       end,
 --     })
 --
--- What a rule runs over is a segment: { p, g, low, state }. The engine makes one a group, over its
--- flat buffers; an optimizer used alone makes one a parameter.
+-- What a rule runs over is a segment: { p, g, low, state, group }. The engine makes them, one a
+-- group for flat rules and one a parameter for the others; an optimizer used alone makes one a
+-- parameter.
 
 local border = require "ds.ffi"
 local scope = require "ds.scope"
@@ -23,112 +29,130 @@ local raise, run = border.raise, tensor.run
 local M = { registry = {} }
 local registry = M.registry
 
-local BLOCK = 256 * 1024 -- elements a Lua rule sees at a time
+local BLOCK = 256 * 1024 -- elements a flat rule in Lua sees at a time
 
 -- ---- rules
 
-local function canonical(name)
+local function find(name)
   if registry[name] then return name end
   local lower = tostring(name):lower()
   for known in pairs(registry) do
     if known:lower() == lower then return known end
   end
 end
+
+--- The name under which a rule is registered: any case, and DeepSpeed's names of classes.
+local function canonical(name)
+  return find(name) or find(require("ds.config_schema").optimizer_synonym(name))
+end
 M.canonical = canonical
+
+--- The rule for what a matrix rule does not take, with all settings that a group may have.
+local function add_fallback(name, rule)
+  local given = rule.fallback or "AdamW"
+  if type(given) ~= "table" then given = { given } end
+  local fallback = registry[canonical(given[1]) or false]
+  if not fallback or fallback.granularity == "matrix" then
+    raise("optimizer '%s': its fallback '%s' is no optimizer of flat or tensor granularity", name,
+      tostring(given[1]))
+  end
+  for key in pairs(given) do
+    if key ~= 1 and fallback.defaults[key] == nil then
+      raise("optimizer '%s': its fallback %s has no setting '%s'", name, fallback.name,
+        tostring(key))
+    end
+  end
+  for key, default in pairs(fallback.defaults) do
+    if rule.settings[key] == nil then
+      rule.settings[key] = given[key] == nil and default or given[key]
+    end
+  end
+  rule.fallback, rule.choice = fallback, "use_" .. name:lower()
+  rule.own_lr, rule.fallback_lr = name:lower() .. "_lr", fallback.name:lower() .. "_lr"
+  rule.optional = { [rule.choice] = "boolean", [rule.own_lr] = "number",
+    [rule.fallback_lr] = "number" }
+end
+
+local granularities = { flat = true, tensor = true, matrix = true }
 
 --- Registers an optimizer for the JSON config and `ds.optim[name]`.
 -- @tparam string name
 -- @tparam table rule
---   granularity "flat" (the default)
---   state       names of the vectors it keeps, zero at first
+--   granularity "flat" (the default), "tensor" or "matrix"
+--   state       names of what it keeps, in the shape of p and zero at first
 --   defaults    settings and their defaults; others are refused
 --   step        function(p, g, s, h): changes p and s in place; h has the group's settings and
 --               `step`, counted from 1
+--   fallback    with "matrix": the optimizer of the parameters that are no matrices, by name
+--               ("AdamW") or with other defaults ({ "AdamW", eps = 1e-10 })
+-- With "matrix" and the name "X", a group may say use_x = true or false, and settings x_lr and
+-- adamw_lr (the fallback's name) are rates for the one part and the other.
 function M.register(name, rule)
   if type(name) ~= "string" or type(rule) ~= "table" or
     (type(rule.step) ~= "function" and not rule.fused) then
     raise("optimizer: expects (name, { state =, defaults =, step = function(p, g, s, h) })")
   end
-  if canonical(name) then raise("optimizer '%s' is already registered", name) end
-  local granularity = rule.granularity or "flat"
-  if granularity ~= "flat" then
-    raise("optimizer '%s': granularity '%s' is not in this version yet; there is \"flat\"", name,
-      tostring(granularity))
+  if find(name) then raise("optimizer '%s' is already registered", name) end
+  rule.granularity = rule.granularity or "flat"
+  if not granularities[rule.granularity] then
+    raise("optimizer '%s': granularity is \"flat\", \"tensor\" or \"matrix\", not %s", name,
+      tostring(rule.granularity))
   end
   rule.state, rule.defaults, rule.name = rule.state or {}, rule.defaults or {}, name
   rule.defaults.lr = rule.defaults.lr or 1e-3
+  rule.settings, rule.optional = {}, {}
+  for key, default in pairs(rule.defaults) do rule.settings[key] = default end
+  if rule.granularity == "matrix" then
+    add_fallback(name, rule)
+  elseif rule.fallback then
+    raise("optimizer '%s': only granularity \"matrix\" has a fallback", name)
+  end
   registry[name] = rule
   M[name] = function(params, settings) return M.new(name, params, settings) end
 end
 
-local function handle(t) return t and t._c or nil end
+-- ---- a rule in Lua over a segment
 
-local function adam(decoupled_default)
-  return {
-    state = { "exp_avg", "exp_avg_sq" },
-    defaults = { lr = 1e-3, betas = { 0.9, 0.999 }, eps = 1e-8, weight_decay = 0,
-      bias_correction = true, adam_w_mode = true },
-    fused = function(s, h, gscale)
-      local b1, b2 = h.betas[1], h.betas[2]
-      local c1, c2 = 1, 1
-      if h.bias_correction ~= false then c1, c2 = 1 - b1 ^ h.step, 1 - b2 ^ h.step end
-      run("adam", s.p.device, s.p._c, s.state.exp_avg._c, s.state.exp_avg_sq._c, handle(s.low),
-        s.g._c, h.lr, b1, b2, h.eps, h.weight_decay, c1, c2, gscale,
-        (decoupled_default or h.adam_w_mode ~= false) and 1 or 0)
-    end,
-  }
+--- The gradient as a rule sees it: in the precision of p, scaled.
+local function gradient(g, p, gscale)
+  if g.dtype ~= p.dtype then g = g:to(p.dtype) end
+  return gscale == 1 and g or g * gscale
 end
-M.register("Adam", adam(false))   -- AdamW unless adam_w_mode is false, as in DeepSpeed
-M.register("AdamW", adam(true))
 
-M.register("SGD", {
-  state = { "momentum_buffer" },
-  defaults = { lr = 1e-3, momentum = 0, dampening = 0, weight_decay = 0, nesterov = false },
-  fused = function(s, h, gscale)
-    if h.nesterov and (h.momentum == 0 or h.dampening ~= 0) then
-      raise("SGD: nesterov needs a momentum and no dampening")
-    end
-    run("sgd", s.p.device, s.p._c, h.momentum ~= 0 and s.state.momentum_buffer._c or nil,
-      handle(s.low), s.g._c, h.lr, h.momentum, h.dampening, h.weight_decay,
-      h.nesterov and 1 or 0, h.step == 1 and 1 or 0, gscale)
-  end,
-})
-
-M.register("Lion", {
-  state = { "exp_avg" },
-  defaults = { lr = 1e-4, betas = { 0.9, 0.99 }, weight_decay = 0 },
-  fused = function(s, h, gscale)
-    run("lion", s.p.device, s.p._c, s.state.exp_avg._c, handle(s.low), s.g._c, h.lr,
-      h.betas[1], h.betas[2], h.weight_decay, gscale)
-  end,
-})
-
-M.register("Adagrad", {
-  state = { "sum" },
-  defaults = { lr = 1e-2, eps = 1e-10, weight_decay = 0, initial_accumulator_value = 0 },
-  initial = { sum = "initial_accumulator_value" },
-  fused = function(s, h, gscale)
-    run("adagrad", s.p.device, s.p._c, s.state.sum._c, handle(s.low), s.g._c, h.lr, h.eps,
-      h.weight_decay, gscale)
-  end,
-})
-
---- A rule in Lua over one segment, block by block.
 local function run_blocks(rule, s, h, gscale)
   local n, slice = s.p:numel(), tensor.view.slice_flat
-  local flat = {}
-  local function vector(t) return t:view(-1) end
-  flat.p, flat.g = vector(s.p), vector(s.g)
-  for name, t in pairs(s.state) do flat[name] = vector(t) end
   for at = 0, n - 1, BLOCK do
     scope.no_grad(function()
       local shape = { math.min(BLOCK, n - at) }
-      local state = {}
-      for _, name in ipairs(rule.state) do state[name] = slice(flat[name], at, shape) end
-      local g = slice(flat.g, at, shape)
-      if gscale ~= 1 then g = g * gscale end
-      rule.step(slice(flat.p, at, shape), g, state, h)
+      local state, p = {}, slice(s.p, at, shape)
+      for _, name in ipairs(rule.state) do state[name] = slice(s.state[name], at, shape) end
+      rule.step(p, gradient(slice(s.g, at, shape), p, gscale), state, h)
     end)
+  end
+end
+
+local function as_matrix(t)
+  if #t.shape == 2 then return t end
+  return tensor.view.reshape(t, { t.shape[1], t:numel() / t.shape[1] })
+end
+
+local function run_whole(rule, s, h, gscale)
+  if s.p:numel() == 0 then return end
+  local form = rule.granularity == "matrix" and as_matrix or function(t) return t end
+  scope.no_grad(function()
+    local state = {}
+    for _, name in ipairs(rule.state) do state[name] = form(s.state[name]) end
+    rule.step(form(s.p), gradient(form(s.g), s.p, gscale), state, h)
+  end)
+end
+
+local function apply(s, h, gscale)
+  local rule = h.rule
+  if rule.fused then return rule.fused(s, h, gscale) end
+  if rule.granularity == "flat" then
+    run_blocks(rule, s, h, gscale)
+  else
+    run_whole(rule, s, h, gscale)
   end
   if s.low then run("copy", s.p.device, s.low._c, s.p._c) end
 end
@@ -145,34 +169,75 @@ local function copy_setting(v)
   return type(v) == "table" and { unpack(v) } or v
 end
 
+local function check_setting(rule, key, value)
+  local default = rule.settings[key]
+  local kind = default ~= nil and type(default) or rule.optional[key]
+  if not kind then
+    local names = {}
+    for _, set in ipairs { rule.settings, rule.optional } do
+      for k in pairs(set) do names[#names + 1] = k end
+    end
+    table.sort(names)
+    raise("%s: unknown setting '%s'; there are %s", rule.name, tostring(key),
+      table.concat(names, ", "))
+  end
+  if type(value) ~= kind then
+    raise("%s: %s must be a %s, not %s", rule.name, key, kind, tostring(value))
+  end
+end
+
 --- Settings checked against the rule's, with `base` where nothing is given.
 local function settings_of(rule, given, base)
   local h = {}
-  for key, default in pairs(rule.defaults) do
-    h[key] = copy_setting(base and base[key] ~= nil and base[key] or default)
-  end
-  if base then
-    for key in pairs(rule.defaults) do
-      if base[key] ~= nil then h[key] = copy_setting(base[key]) end
-    end
+  for key, default in pairs(rule.settings) do h[key] = copy_setting(default) end
+  for key, value in pairs(base or {}) do h[key] = copy_setting(value) end
+  if given.lr and rule.own_lr then -- a group's own rate goes before those for all groups
+    h[rule.own_lr], h[rule.fallback_lr] = nil, nil
   end
   for key, value in pairs(given) do
     if key ~= "params" and key ~= "name" then
-      if rule.defaults[key] == nil then
-        local names = {}
-        for k in pairs(rule.defaults) do names[#names + 1] = k end
-        table.sort(names)
-        raise("%s: unknown setting '%s'; there are %s", rule.name, tostring(key),
-          table.concat(names, ", "))
-      end
-      if type(value) ~= type(rule.defaults[key]) then
-        raise("%s: %s must be a %s, not %s", rule.name, key, type(rule.defaults[key]),
-          tostring(value))
-      end
+      check_setting(rule, key, value)
       h[key] = copy_setting(value)
     end
   end
   return h
+end
+
+--- Whether a matrix rule takes this parameter: what the group says, what `p.use_muon` says, or by
+-- its shape and what it is (as DeepSpeed does by name, and embeddings of any name).
+local function takes(rule, settings, p)
+  local use = settings[rule.choice]
+  if use == nil then use = rawget(p, rule.choice) end
+  if use and #p.shape < 2 then
+    raise("%s: %s = true, but parameter %s%s is no matrix", rule.name, rule.choice,
+      p._name and p._name .. " " or "", border.shape_string(p.shape))
+  end
+  if use ~= nil then return use end
+  local name = (p._name or ""):lower()
+  return #p.shape >= 2 and not p._embedding and not name:find "embed" and not name:find "lm_head"
+end
+
+local function add_group(groups, rule, name, params, settings, lr)
+  if #params == 0 then return end
+  local group = { rule = rule, name = name, params = params }
+  for key in pairs(rule.defaults) do group[key] = copy_setting(settings[key]) end
+  group.lr = lr or group.lr
+  groups[#groups + 1] = group
+end
+
+--- What the user calls a group is two where a matrix rule shares it with its fallback: each has a
+-- rate of its own, that a schedule moves.
+local function add_groups(groups, rule, name, params, settings)
+  if rule.granularity ~= "matrix" then
+    return add_group(groups, rule, name, params, settings)
+  end
+  local matrices, rest = {}, {}
+  for _, p in ipairs(params) do
+    local part = takes(rule, settings, p) and matrices or rest
+    part[#part + 1] = p
+  end
+  add_group(groups, rule, name, matrices, settings, settings[rule.own_lr])
+  add_group(groups, rule.fallback, name, rest, settings, settings[rule.fallback_lr])
 end
 
 --- Lists of parameters, or of groups { params = {…}, lr =, weight_decay = … }, as groups.
@@ -183,16 +248,14 @@ local function groups_of(rule, params, settings)
   local groups, seen = {}, {}
   for i, given in ipairs(list) do
     if not is_group(given) then raise("%s: entry %d has no params", rule.name, i) end
-    local group = settings_of(rule, given, base)
-    group.name = given.name
-    group.params = {}
+    local trained = {}
     for j, p in ipairs(given.params) do
       tensor.need_tensor(p, rule.name, j)
       if seen[p] then raise("%s: parameter %d of group %d is in two groups", rule.name, j, i) end
       seen[p] = true
-      if p.requires_grad then group.params[#group.params + 1] = p end
+      if p.requires_grad then trained[#trained + 1] = p end
     end
-    if #group.params > 0 then groups[#groups + 1] = group end
+    add_groups(groups, rule, given.name, trained, settings_of(rule, given, base))
   end
   if #groups == 0 then raise("%s: there are no parameters that require a gradient", rule.name) end
   return groups
@@ -229,35 +292,34 @@ local function new_state(rule, group, p)
   return state
 end
 
---- Segments made by the engine, { group = number of its group, p, g, low }, any number a group.
+--- Takes the segments that the engine made: all that step() updates from now on.
+-- @tparam table segments { p, g, low, group = index }, …: dense p (fp32) and g; low is the copy in
+-- low precision or nil; in the parameter's shape where the group's rule needs whole tensors
 function Optimizer:bind(segments)
-  self.segments = {}
-  for i in ipairs(self.param_groups) do self.segments[i] = {} end
+  self.segments = segments
   for _, s in ipairs(segments) do
-    s.state = new_state(self.rule, self.param_groups[s.group], s.p)
-    table.insert(self.segments[s.group], s)
+    local group = self.param_groups[s.group]
+    s.state = new_state(group.rule, group, s.p)
   end
 end
 
 -- Used alone: one segment a parameter; a low-precision one gets an fp32 master.
-local function own_segments(self, group)
+local function own_segments(group, index, out)
   group._own = group._own or {}
-  local out = {}
   for _, p in ipairs(group.params) do
     if p.grad then
       local s = group._own[p]
       if not s then
         local low = p.dtype ~= "f32" and p.dtype ~= "f64"
         local master = low and p:detach():to("f32"):keep() or p:detach()
-        s = { p = master, low = low and p or nil }
-        s.state = new_state(self.rule, group, master)
+        s = { p = master, low = low and p or nil, group = index }
+        s.state = new_state(group.rule, group, master)
         group._own[p] = s
       end
       s.g = p.grad:contiguous()
       out[#out + 1] = s
     end
   end
-  return out
 end
 
 --- One update. Gradients are multiplied by `gscale` as they are read.
@@ -265,17 +327,14 @@ end
 function Optimizer:step(gscale)
   gscale = gscale or 1
   self.steps = self.steps + 1
+  for _, group in ipairs(self.param_groups) do group.step = self.steps end
   scope.no_grad(function()
-    for i, group in ipairs(self.param_groups) do
-      group.step = self.steps
-      for _, s in ipairs(self.segments and self.segments[i] or own_segments(self, group)) do
-        if self.rule.fused then
-          self.rule.fused(s, group, gscale)
-        else
-          run_blocks(self.rule, s, group, gscale)
-        end
-      end
+    local segments = self.segments
+    if not segments then
+      segments = {}
+      for i, group in ipairs(self.param_groups) do own_segments(group, i, segments) end
     end
+    for _, s in ipairs(segments) do apply(s, self.param_groups[s.group], gscale) end
   end)
 end
 
@@ -293,7 +352,7 @@ function Optimizer:state_dict()
   local groups = {}
   for i, group in ipairs(self.param_groups) do
     local out = { initial_lr = group.initial_lr, lr_scale = group.lr_scale }
-    for key in pairs(self.rule.defaults) do out[key] = copy_setting(group[key]) end
+    for key in pairs(group.rule.defaults) do out[key] = copy_setting(group[key]) end
     groups[i] = out
   end
   return { name = self.name, steps = self.steps, param_groups = groups }
@@ -319,10 +378,14 @@ function Optimizer:__tostring()
   for i, group in ipairs(self.param_groups) do
     local n = 0
     for _, p in ipairs(group.params) do n = n + p:numel() end
-    lines[i] = ("  group %d: %d tensors, %d numbers, lr %g, weight decay %g"):format(i,
-      #group.params, n, group.lr, group.weight_decay or 0)
+    lines[i] = ("  group %d%s: %d tensors, %d numbers, lr %g, weight decay %g"):format(i,
+      group.rule ~= self.rule and " by " .. group.rule.name or "", #group.params, n, group.lr,
+      group.weight_decay or 0)
   end
   return ("%s {\n%s\n}"):format(self.name, table.concat(lines, "\n"))
 end
+
+for _, entry in ipairs(require "ds.optim_rules") do M.register(entry[1], entry[2]) end
+M.register("Muon", require "ds.optim_muon")
 
 return M

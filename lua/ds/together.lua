@@ -14,8 +14,8 @@ local M = {}
 
 local PLACE = 64 -- bytes of a place's name that are compared
 
-local function gather(out, mine)
-  check(C.ds_all_gather(out._c, mine._c, comm.world(), nil))
+local function gather(out, mine, what)
+  check(C.ds_all_gather(out._c, mine._c, comm.world(), nil), what)
 end
 
 local function bytes_of(text, size)
@@ -74,7 +74,7 @@ function M.meet(place)
   local same, places = true, {}
   scope.no_grad(function()
     local all = tensor.zeros(ranks * PLACE, { dtype = "u8" })
-    gather(all, bytes_of(place, PLACE))
+    gather(all, bytes_of(place, PLACE), place)
     for r = 0, ranks - 1 do
       local text = ffi.string(ffi.cast("char *", all._c.data) + r * PLACE, PLACE)
       places[r + 1] = text:match "^%Z*"

@@ -48,12 +48,14 @@ local function make_map(self, groups, wanted)
       total = total + p:numel()
     end
   end
-  local n, whole = #self.params, self.granularity == "flat" and 0 or 1
-  local per_group = ffi.new("int32_t[?]", #groups)
-  for g = 0, #groups - 1 do per_group[g] = whole end
+  local n, whole = #self.params, ffi.new("int32_t[?]", #groups)
+  for g, group in ipairs(groups) do
+    self.whole[g] = group.rule.granularity ~= "flat"
+    whole[g - 1] = self.whole[g] and 1 or 0
+  end
   local box = ffi.new("ds_zero *[1]")
   check(C.ds_zero_make(box, n, ffi.new("int64_t[?]", n, numel), ffi.new("int32_t[?]", n, group_of),
-    per_group, #groups, self.ranks, bucket_numel(total, self.ranks, wanted)), "initialize")
+    whole, #groups, self.ranks, bucket_numel(total, self.ranks, wanted)), "initialize")
   self.map = ffi.gc(box[0], C.ds_zero_free)
   for i, p in ipairs(self.params) do
     p._flat = { group = group_of[i] + 1, offset = tonumber(C.ds_zero_offset(self.map, i - 1)),
@@ -91,7 +93,8 @@ local function move_in(self)
   end
 end
 
---- A segment over `n` elements from `from` on, of a group's buffers; `shape` of a whole tensor.
+--- A segment over `n` elements from `from` on, of a group's buffers; `shape` and `name` of a whole
+-- tensor.
 local function add_segment(self, g, from, n, shape, name)
   local flat = self.flat[g]
   shape = shape or { n }
@@ -117,13 +120,15 @@ local function cut(self)
       grad = slice(self.flat[g].grad, start, { numel }):keep(),
       own = to > from and slice(self.flat[g].grad, start + from, { to - from }):keep() or nil }
     if self.stage == 0 then from, to = 0, numel end
-    if self.granularity == "flat" then
+    if not self.whole[g] then
       if to > from then add_segment(self, g, start + from, to - from) end
     else
       for k = b.first, b.last do
         local p = self.params[k + 1]
         local at = p._flat.offset - start
-        if at >= from and at < to then add_segment(self, g, start + at, p:numel(), p.shape) end
+        if at >= from and at < to then
+          add_segment(self, g, start + at, p:numel(), p.shape, p._name)
+        end
       end
     end
   end
@@ -131,12 +136,12 @@ end
 
 --- Lays the trained parameters into flat buffers and cuts them.
 -- @tparam table groups the optimizer's param_groups
--- @tparam table options dtype, device, stage, granularity ("flat" …), reduce_bucket_size, op
+-- @tparam table options dtype, device, stage, reduce_bucket_size, op
 --   ("mean" or "sum"), wire (dtype that gradients travel in, if another than their own)
 function M.new(groups, options)
   local self = setmetatable({
     params = {}, flat = {}, buckets = {}, segments = {}, dtype = options.dtype,
-    device = options.device, stage = options.stage, granularity = options.granularity or "flat",
+    device = options.device, stage = options.stage, whole = {},
     op = options.op == "sum" and C.DS_SUM or C.DS_MEAN, world = comm.world(),
     wire = options.wire and tensor.codes[options.wire] or -1,
     rank = comm.rank(), ranks = comm.world_size(),

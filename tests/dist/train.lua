@@ -2,11 +2,12 @@
 --
 --     dsrun tests/dist/train.lua stage=1 dtype=bf16 gas=3 optimizer=AdamW model=odd steps=20
 --
--- Further: save=DIR (after the last step), load=DIR (before the first), batch=24 samples a step on all
--- ranks together, stop_at=N: rank 1 sends itself SIGTERM before that step, clip=1, bucket=N elements.
+-- Further: save=DIR (after the last step), load=DIR (before the first), batch=24 samples a step on
+-- all ranks together, stop_at=N: the last rank sends itself SIGTERM before that step, clip=1,
+-- bucket=N elements.
 --
--- Rank 0 prints "step LOSS NORM" for each step, then "samples COUNTS" (how often each was handed to any
--- rank in training), "eval LOSS", and "weights HASH HASH …", one a rank.
+-- Rank 0 prints "step LOSS NORM" for each step, then "samples COUNTS" (how often each was handed to
+-- any rank in training), "eval LOSS", and "weights HASH HASH …", one a rank.
 
 local ffi = require "ffi"
 local ds = require "ds"

@@ -206,6 +206,16 @@ describe("optimizer and scheduler", function()
     assert.same({ lr = 1e-3, momentum = 0.9, dampening = 0, weight_decay = 0, nesterov = true },
       optimizer("sgd", { momentum = 0.9, nesterov = true }).params)
     assert.equal("Adagrad", optimizer("ADAGRAD").type)
+    assert.same({ type = "Lamb", legacy_fusion = false,
+      params = { lr = 1e-3, betas = { 0.9, 0.999 }, eps = 1e-8, weight_decay = 0,
+        bias_correction = true, max_coeff = 10, min_coeff = 0.01 } }, optimizer "lamb")
+    assert.same({ lr = 1e-3, momentum = 0.95, nesterov = true, weight_decay = 0, ns_steps = 5,
+      ns_method = "gram", betas = { 0.9, 0.95 }, eps = 1e-10, bias_correction = true,
+      muon_lr = 0.02 }, optimizer("MUON", { muon_lr = 0.02 }).params)
+    for name, expected in pairs { FusedAdam = "Adam", deepspeedcpuadam = "Adam",
+      FUSEDLAMB = "Lamb", DeepSpeedCPUAdagrad = "Adagrad", FusedLion = "Lion" } do
+      assert.equal(expected, optimizer(name).type)
+    end
     assert.is_nil(optimizer("AdamW", { adam_w_mode = true, torch_adam = true }).params.adam_w_mode)
   end)
 
@@ -220,10 +230,19 @@ describe("optimizer and scheduler", function()
         "nesterov needs a momentum above 0",
       ['"optimizer": {"type": "Lion", "params": {"eps": 1}}'] =
         'unknown key "optimizer.params.eps"',
+      ['"optimizer": {"type": "Lamb", "params": {"max_grad_norm": 1}}'] =
+        "optimizer.params.max_grad_norm 1: not supported: use the top-level key gradient_clipping",
+      ['"optimizer": {"type": "Lamb", "params": {"min_coeff": 2, "max_coeff": 1}}'] =
+        "optimizer.params: min_coeff 2 is above max_coeff 1",
+      ['"optimizer": {"type": "Muon", "params": {"ns_method": "svd"}}'] =
+        "optimizer.params.ns_method: expected",
+      ['"optimizer": {"type": "Muon", "params": {"momentum": 1}}'] =
+        "optimizer.params.momentum: expected a number of at least 0 and below 1, got 1",
+      ['"optimizer": {"type": "Muon", "params": {"lr_muon": 1}}'] =
+        'unknown key "optimizer.params.lr_muon"',
       ['"optimizer": {"type": "AdamM"}'] = 'unknown optimizer "AdamM" (did you mean "Adam"?)',
       ['"optimizer": {"type": "OneBitAdam"}'] =
         'optimizer.type "OneBitAdam": not in this version yet',
-      ['"optimizer": {"type": "lamb"}'] = 'optimizer.type "lamb": not in this version yet',
       ['"scheduler": {"type": "Warmup"}'] = 'scheduler.type: unknown schedule "Warmup"',
       ['"scheduler": {"type": "WarmupDecayLR"}'] = "scheduler.params.total_num_steps is missing",
     } do

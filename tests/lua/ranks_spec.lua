@@ -191,7 +191,7 @@ describe("calls that not every rank makes", function()
       "rank 0 in save_checkpoint(global_step1), rank 1 in engine:step() number 2" },
     ["a save on rank 0 alone, at the end"] = {
       'if ds.rank() == 0 then engine:save_checkpoint("x") end',
-      "rank 0 in save_checkpoint(global_step1), rank 1 in the end of the script" },
+      "save_checkpoint(global_step1): all_gather: rank 1 has ended, and rank 0 waits for it" },
     ["tags that differ"] = { 'engine:save_checkpoint("x", "t" .. ds.rank())',
       "rank 0 in save_checkpoint(t0), rank 1 in save_checkpoint(t1)" },
     ["another model on one rank"] = { [[

@@ -66,6 +66,10 @@ describe("resuming", function()
   for name, changes in pairs {
     fp32 = {}, bf16 = { bf16 = { enabled = true } },
     ["SGD with momentum"] = { optimizer = { type = "SGD", params = { lr = 0.1, momentum = 0.9 } } },
+    Lamb = { optimizer = { type = "Lamb", params = { lr = 0.01, weight_decay = 0.1 } } },
+    Muon = { optimizer = { type = "Muon", params = { muon_lr = 0.02, adam_lr = 0.005 } } },
+    ["Muon, bf16"] = { bf16 = { enabled = true }, optimizer = { type = "Muon",
+      params = { muon_lr = 0.02, adam_lr = 0.005, ns_method = "standard" } } },
   } do
     it("gives the losses of an uninterrupted run, " .. name, function()
       local dir = folder()

@@ -123,6 +123,8 @@ end)
 describe("changing in place", function()
   it("adds, multiplies, copies", function()
     local x = ds.ones(2, 2)
+    assert.same({ -1, -1 }, ds.ones(2):sub_(ds.ones(2), 2):tolist())
+    assert.same({ 0, 0 }, ds.ones(2):sub_(ds.ones(2)):tolist()) -- and not by the factor before
     x:add_(1):mul_(ds.tensor { 2, 3 }):add_(ds.ones(2, 2), -0.5)
     assert.same({ { 3.5, 5.5 }, { 3.5, 5.5 } }, x:tolist())
     x:copy_(ds.tensor({ 1, 2 }, "i64"))
