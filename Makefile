@@ -19,6 +19,11 @@ ifeq ($(MAKELEVEL),0)
 MAKEFLAGS += -j$(shell nproc) --no-print-directory
 endif
 
+# One short line a file; V=1 prints the commands.
+ifeq ($(V),)
+quiet = @printf '  %-5s %s\n' $(1) '$(2)';
+endif
+
 # ---- flags
 
 packages := luajit jansson libxxhash
@@ -66,27 +71,28 @@ fuzzers := $(patsubst tests/fuzz/%.c,%,$(wildcard tests/fuzz/*.c))
 all: $(BUILD)/dsrun
 
 $(BUILD)/dsrun: $(objects) $(BUILD)/link.flags
-	$(CC) $(LINK) -o $@ $(objects) $(LDLIBS)
+	$(call quiet,link,$@)$(CC) $(LINK) -o $@ $(objects) $(LDLIBS)
 
 c-tests: $(tests)
 
 fuzzers: $(fuzzers:%=$(BUILD)/tests/fuzz/%)
 
 $(BUILD)/tests/c/%: $(BUILD)/tests/c/%.o $(library) $(BUILD)/link.flags
-	$(CC) $(LINK) -o $@ $< $(library) $(LDLIBS) -lcmocka
+	$(call quiet,link,$@)$(CC) $(LINK) -o $@ $< $(library) $(LDLIBS) -lcmocka
 
 $(BUILD)/tests/fuzz/%: $(BUILD)/tests/fuzz/%.o $(library) $(BUILD)/link.flags
-	$(CC) $(LINK) -fsanitize=fuzzer -o $@ $< $(library) $(LDLIBS)
+	$(call quiet,link,$@)$(CC) $(LINK) -fsanitize=fuzzer -o $@ $< $(library) $(LDLIBS)
 
 $(BUILD)/%.o: %.c $(BUILD)/once.flags
 	@mkdir -p $(@D)
-	$(CC) $(BASE) $(STRICT) $(CFLAGS) $(flags_$*) -MMD -MP -c -o $@ $<
+	$(call quiet,cc,$<)$(CC) $(BASE) $(STRICT) $(CFLAGS) $(flags_$*) -MMD -MP -c -o $@ $<
 
 # The kernels in kernels/cpu, once a level: softmax.c -> softmax.v3.o.
 define level_rule
 $(BUILD)/kernels/cpu/%.$(1).o: kernels/cpu/%.c $(BUILD)/kernel.flags
 	@mkdir -p $$(@D)
-	$$(CC) $$(BASE) $$(STRICT) $$(CFLAGS) $$(KERNEL) $$(march_$(1)) -DDS_LEVEL=$(1) -MMD -MP -c -o $$@ $$<
+	$$(call quiet,cc,$$< $(1))$$(CC) $$(BASE) $$(STRICT) $$(CFLAGS) $$(KERNEL) $$(march_$(1)) \
+	  -DDS_LEVEL=$(1) -MMD -MP -c -o $$@ $$<
 endef
 $(foreach level,$(LEVELS),$(eval $(call level_rule,$(level))))
 
@@ -178,4 +184,4 @@ help:
 	@echo 'make bench      benchmarks, beside PyTorch where make bench-peers has installed it'
 	@echo 'make install    PREFIX=$(PREFIX) DESTDIR=$(DESTDIR)'
 	@echo 'make clean'
-	@echo 'CC=clang, BUILD=folder, WERROR=1, SANITIZE=address,undefined, CFLAGS=… as you like'
+	@echo 'CC=clang, BUILD=folder, WERROR=1, V=1 (print commands), SANITIZE=address,undefined, CFLAGS=… as you like'
