@@ -22,6 +22,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <sys/time.h>
 #include <unistd.h>
 
@@ -63,10 +64,13 @@ static int find_library(ds_host *host)
     int up;
 
     host->executable[length > 0 ? length : 0] = 0;
-    if (given) {
+    if (given && *given) {
         if (holds_library(host->root, given))
             return 0;
-        return ds_fail(DS_ENOENT, "DSRUN_LUA is %s, but there is no ds/boot.lua in it", given);
+        return ds_fail(DS_ENOENT,
+                       "DSRUN_LUA is %s, but there is no ds/boot.lua in it (unset it to use the "
+                       "library beside the program)",
+                       given);
     }
     if (length <= 0)
         return ds_fail(DS_ENOENT, "cannot read /proc/self/exe (set DSRUN_LUA to the lua folder)");
@@ -385,8 +389,15 @@ int ds_host_script(ds_host *host, int *exited)
 {
     const task script = {.push = push_script, .text = host->config.script};
 
-    if (strcmp(script.text, "-") && access(script.text, R_OK) < 0)
-        return ds_fail(DS_ENOENT, "cannot read the script %s: %s", script.text, strerror(errno));
+    struct stat s;
+
+    if (strcmp(script.text, "-")) {
+        if (stat(script.text, &s) == 0 && S_ISDIR(s.st_mode))
+            return ds_fail(DS_ENOENT, "cannot read the script %s: it is a folder", script.text);
+        if (access(script.text, R_OK) < 0)
+            return ds_fail(DS_ENOENT, "cannot read the script %s: %s", script.text,
+                           strerror(errno));
+    }
     return run_to_end(host, &script, exited);
 }
 

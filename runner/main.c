@@ -2,6 +2,8 @@
  *
  * The only file that ends the process; everything else returns a code.
  */
+#include <errno.h>
+#include <fcntl.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -12,6 +14,7 @@
 #include "kernels/error.h"
 #include "runner/comm.h"
 #include "runner/host.h"
+#include "runner/log.h"
 #include "runner/options.h"
 #include "runner/process.h"
 #include "runner/threads.h"
@@ -29,8 +32,16 @@ static int complain(int code)
 
 static void on_stop(int signal)
 {
+    static const char note[] = "dsrun: stopping at the end of this step; once more: at once\n";
+    int error = errno;
+    ssize_t written = 0;
+
     if (ds_signal_arrived(signal))
         _exit(128 + signal);
+    if (ds_log_shows(DS_LOG_INFO))
+        written = write(STDERR_FILENO, note, sizeof note - 1);
+    (void)written; /* where it failed there is nobody to tell */
+    errno = error;
 }
 
 static int watch_signals(ds_host *host)
@@ -79,7 +90,7 @@ static int run(ds_host *host, const ds_options *options)
     int code = 0, exited = 0;
 
     if (help)
-        return ds_host_call(host, "ds.config", "help", *help ? help : NULL, &exited);
+        return ds_host_call(host, "ds.config", "run", *help ? help : NULL, &exited);
     for (int i = 0; i < options->evals && code == 0 && !exited; i++)
         code = ds_host_eval(host, options->eval[i], &exited);
     if (code != 0 || exited)
@@ -116,11 +127,33 @@ static int with_host(const ds_options *options, char **argv)
     return code;
 }
 
+/* Started without one of the standard streams, the first file opened would take its number, and be
+ * printed into. */
+static void hold_streams(void)
+{
+    int fd;
+
+    do
+        fd = open("/dev/null", O_RDWR);
+    while (fd >= 0 && fd <= STDERR_FILENO);
+    close(fd);
+}
+
+/* Output that did not arrive is an error even where the script did not look. */
+static int finish_output(int code)
+{
+    if (fflush(stdout) == 0 && !ferror(stdout))
+        return code;
+    fprintf(stderr, "dsrun: could not write all of the standard output: %s\n", strerror(errno));
+    return code ? code : 1;
+}
+
 int main(int argc, char **argv)
 {
     ds_options options;
     int code;
 
+    hold_streams();
     /* lines as they come: a training log is read while it is written */
     setvbuf(stdout, NULL, _IOLBF, BUFSIZ);
     if (ds_options_parse(&options, argc, argv) < 0) {
@@ -144,5 +177,5 @@ int main(int argc, char **argv)
         }
     }
     free(options.eval);
-    return code;
+    return finish_output(code);
 }

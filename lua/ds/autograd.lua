@@ -47,7 +47,11 @@ local function first_use(op, device)
 end
 
 -- DS_CHECK=nan: every output of every operation is looked at, and the first NaN is an error.
-local checks_nan = (os.getenv "DS_CHECK" or ""):find("nan", 1, true) ~= nil
+local checks_nan = false
+for word in (os.getenv "DS_CHECK" or ""):gmatch "[^,%s]+" do
+  if word ~= "nan" then raise("DS_CHECK=%s: there is no check '%s'; there is nan", word, word) end
+  checks_nan = true
+end
 
 local function refuse_nan(op, y)
   if not y or not tensor.floating[y.dtype] or y.device == "meta" then return end

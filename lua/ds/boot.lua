@@ -117,7 +117,8 @@ local function trim(text)
   local lines = {}
   for line in text:gmatch "[^\n]+" do
     local file = line:match "^\t(.-):%d+: in "
-    if not line:find "^\t%[[Cb]" and not (file and is_library(file)) then
+    local generated = file and file:find "^op [%w_]+$" -- an operation's dispatch
+    if not line:find "^\t%[[Cb]" and not generated and not (file and is_library(file)) then
       lines[#lines + 1] = (line:gsub("<" .. library:gsub("%p", "%%%0"), "<ds/"))
     end
   end

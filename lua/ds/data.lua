@@ -181,6 +181,11 @@ function Windows:split(fraction)
     raise("split: expects a fraction between 0 and 1, not %s", tostring(fraction))
   end
   local first = floor(self.tokens * fraction)
+  local shorter = math.min(first, self.tokens - first)
+  if shorter <= self.length then
+    raise("split: %s of %d tokens leave a part of %d, and a window of length %d takes %d",
+      tostring(fraction), self.tokens, shorter, self.length, self.length + 1)
+  end
   return windows(self._stream, self._start, first, self.stride),
     windows(self._stream, self._start + first, self.tokens - first,
       self._stream.stride or self._stream.length)

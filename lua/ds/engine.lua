@@ -187,7 +187,8 @@ function M.initialize(options)
     named = named_parameters(model, options.model_parameters),
   }, Engine)
   if #self.named == 0 then
-    raise("initialize: the model has no parameters; pass model_parameters")
+    raise("initialize: the model has no parameters; nn.Parameter(tensor) makes one, "
+      .. "or pass model_parameters")
   end
   local params = options.model_parameters
   if not params then
@@ -205,8 +206,10 @@ function M.initialize(options)
       self:deepspeed_io(options.training_data, { collate_fn = options.collate_fn })
   end
   C.ds_signal_claim(1)
+  local all = {}
+  for i, e in ipairs(self.named) do all[i] = e.parameter end
   log.info("%s parameters, %s, %s, batch %d = micro %d × accumulation %d × ranks %d",
-    nn.count_string(number_of(self.optimizer and self.params or {})), self.dtype,
+    nn.count_string(number_of(self.optimizer and self.params or all)), self.dtype,
     self.optimizer and self.optimizer.name or "no optimizer", settings.train_batch_size,
     settings.train_micro_batch_size_per_gpu, self.gas, comm.world_size())
   return self, self.optimizer, self.training_dataloader, self.lr_scheduler
@@ -225,6 +228,13 @@ function Engine:deepspeed_io(dataset, options)
     drop_last = options.drop_last == nil and c.dataloader_drop_last or options.drop_last or false,
     collate_fn = options.collate_fn, rank = comm.rank(), world_size = comm.world_size(),
   })
+end
+
+--- For the verbs: `engine.step()` is a common slip.
+local function need_engine(self, verb)
+  if getmetatable(self) ~= Engine then
+    raise("%s: call it with a colon, as engine:%s(…)", verb, verb)
+  end
 end
 
 -- ---- forward
@@ -311,6 +321,10 @@ Engine.__call = Engine.forward
 --   gradients as well, scale_wrt_gas = true }
 -- @treturn Tensor the loss divided by the accumulation steps
 function Engine:backward(loss, options)
+  need_engine(self, "backward")
+  if loss == nil then
+    raise("backward: expects the loss, got nil; does the model's forward() return it?")
+  end
   options = F.options_of("backward", options, {
     retain_graph = true, also = true, scale_wrt_gas = true,
   })
@@ -396,6 +410,7 @@ end
 --- Once a micro-batch. At the boundary: clips, updates, advances the schedule.
 -- @treturn boolean true at the boundary
 function Engine:step()
+  need_engine(self, "step")
   if not self.optimizer then raise("step: the engine has no optimizer") end
   if not self.training then
     raise("step: the engine is in evaluation mode; call engine:train() first")
@@ -465,7 +480,7 @@ function Engine:stop(signal)
       signal, self.save_dir, self.global_steps)
   else
     log.info("stopped by signal %d after step %d; "
-      .. "nothing was saved, the script saves no checkpoints", signal, self.global_steps)
+      .. "nothing was saved, the script has saved no checkpoint yet", signal, self.global_steps)
   end
   os.exit(128 + signal)
 end
@@ -550,6 +565,7 @@ function Engine:bfloat16_enabled() return self.config.bf16.enabled end
 --- One optimizer step: as many micro-batches as it takes from a loader.
 -- @treturn number the mean loss
 function Engine:train_batch(loader)
+  need_engine(self, "train_batch")
   loader = loader or self.training_dataloader
   if not loader then
     raise("train_batch: there is no loader; pass one, or training_data to ds.initialize")
@@ -564,8 +580,9 @@ end
 --- The mean loss over exactly all samples of a data set. The model returns the mean loss of a
 -- batch.
 -- @tparam table dataset size() and get(i)
--- @tparam[opt] table options { batch_size, collate_fn, max_samples }
+-- @tparam[opt] table options { batch_size, collate_fn }
 function Engine:evaluate(dataset, options)
+  need_engine(self, "evaluate")
   options = F.options_of("evaluate", options, { batch_size = true, collate_fn = true })
   local loader = data.loader(dataset, {
     batch_size = options.batch_size or self.config.train_micro_batch_size_per_gpu,
@@ -600,7 +617,10 @@ end
 
 -- Loaded with the first checkpoint.
 for _, name in ipairs { "save_checkpoint", "load_checkpoint" } do
-  Engine[name] = function(self, ...) return require("ds.engine_state")[name](self, ...) end
+  Engine[name] = function(self, ...)
+    need_engine(self, name)
+    return require("ds.engine_state")[name](self, ...)
+  end
 end
 
 --- Lets go of the model: its parameters keep their values and belong to no engine.

@@ -252,7 +252,10 @@ function M.load_checkpoint(engine, dir, tag, options)
   together.meet(("load_checkpoint(%s)"):format(tag == nil and "" or tostring(tag)))
   local saved = ckpt.load(dir, tag)
   engine.save_dir = engine.save_dir or dir
-  if not saved then return nil end
+  if not saved then
+    log.info("there is no checkpoint in %s yet; starting from the beginning", dir)
+    return nil
+  end
   local weights, names, present = model_tensors(engine), {}, {}
   for i, w in ipairs(weights) do names[i] = w.name end
   if options.load_module_strict ~= false then

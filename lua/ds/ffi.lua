@@ -41,7 +41,9 @@ end
 -- @tparam[opt] string what put before the message, as "layer_norm"
 function M.check(code, what)
   if code >= 0 then return code end
-  return M.raise("%s%s", what and what .. ": " or "", ffi.string(C.ds_error()))
+  local message = ffi.string(C.ds_error())
+  local named = not what or message:sub(1, #what + 1) == what .. ":" -- kernels name themselves
+  return M.raise("%s%s", named and "" or what .. ": ", message)
 end
 
 --- A message handler for xpcall where the error is raised again further out: keeps the traceback of

@@ -16,10 +16,13 @@ local function compile(text, name)
   return loadstring("return " .. text, name) or loadstring(text, name)
 end
 
---- Whether the compiler wants more: `for i = 1, 3 do`.
+--- Whether the compiler wants more: `for i = 1, 3 do`, `1 +`.
 local function is_unfinished(text)
-  local chunk, message = loadstring(text)
-  return not chunk and message:find "'<eof>'$" ~= nil
+  for _, begin in ipairs { "", "return " } do
+    local chunk, message = loadstring(begin .. text)
+    if not chunk and message:find "'<eof>'$" then return true end
+  end
+  return false
 end
 
 --- One statement or expression, over as many lines as it needs; nil at the end of the input.
@@ -35,7 +38,8 @@ local function read_chunk(name)
   end
   if chunk then return chunk end
   local _, message = loadstring(text, name)
-  return false, message
+  local _, as_value = loadstring("return " .. text, name)
+  return false, as_value:find "'<eof>'$" and as_value or message
 end
 
 local function show(ok, ...)

@@ -172,7 +172,9 @@ function M.given(t)
 end
 
 local is_type = {
-  integer = function(v) return type(v) == "number" and v == math.floor(v) and v - v == 0 end,
+  integer = function(v)
+    return type(v) == "number" and v == math.floor(v) and math.abs(v) <= 2 ^ 53
+  end,
   number = function(v) return type(v) == "number" and v - v == 0 end,
   boolean = function(v) return type(v) == "boolean" end,
   string = function(v) return type(v) == "string" end,

@@ -44,6 +44,16 @@ setmetatable(methods, { __index = function(_, key)
     return rawget(methods, key)
   end
 end })
+
+--- Scripts may hang fields on a tensor; an element is no field.
+function Tensor.__newindex(t, key, value)
+  if type(key) == "number" then
+    raise("a tensor is not assigned by [%s]; use x:select(1, %s):copy_(y) or :fill_(number)", key,
+      key)
+  end
+  rawset(t, key, value)
+end
+
 for _, event in ipairs { "__add", "__sub", "__mul", "__div", "__pow", "__unm", "__tostring" } do
   Tensor[event] = function(a, b)
     require(event == "__tostring" and "ds.format" or "ds.functional")
@@ -63,7 +73,8 @@ local element = { f32 = "float *", f64 = "double *", i64 = "int64_t *", i32 = "i
 
 M.floating = floating
 M.codes = codes
-M.default_dtype, M.default_device = "f32", "cpu"
+M.default_dtype = "f32"
+M.default_device = border.host.options and border.host.options.device or "cpu" -- --device NAME
 
 --- PyTorch's and NumPy's words for the dtypes, accepted wherever a dtype is named.
 local synonyms = { float = "f32", float32 = "f32", bfloat16 = "bf16", half = "f16", float16 = "f16",
@@ -104,7 +115,7 @@ M.numel_of = numel_of
 --- A Tensor around a filled C handle; its owner is the open scope or the collector.
 local function wrap(c, shape, dtype, device)
   local t = { _c = c, shape = shape, dtype = dtype, device = device, requires_grad = false,
-    _rec = false, _g = false, _uses = 0, _scope = false, _keep = false }
+    _rec = false, _g = false, _uses = 0, _scope = false, _keep = false, _gone = false }
   setmetatable(t, Tensor)
   scope.adopt(t, numel_of(shape))
   return t
@@ -119,13 +130,14 @@ end
 --- Out of memory: collect, give cached blocks back, try once more, then say what lives.
 local function try_again(c, shape, dtype, device, rc)
   local message = ffi.string(C.ds_error())
-  if rc ~= -2 then raise("%s", message) end
+  if rc ~= -2 then raise("%s", message) end -- not DS_ENOMEM
+  if message:find "^out of memory:" then message = "out of memory" end -- bytes are said below
   collectgarbage()
   collectgarbage()
   M.empty_cache(device)
   local dims = sizes(unpack(shape))
   if C.ds_empty(c, codes[dtype], devices[device], #shape, dims) == 0 then return end
-  raise("%s; wanted %s for a tensor %s %s; %s", message,
+  raise("%s: wanted %s for a tensor %s %s; %s", message,
     M.bytes_string(numel_of(shape) * tonumber(C.ds_dtype_size(codes[dtype]))), dtype,
     shape_string(shape), M.memory_summary(device))
 end
@@ -199,7 +211,10 @@ local function parse(what, ...)
   for i = 1, n do
     local s = shape[i]
     if type(s) ~= "number" or s < 0 or s ~= math.floor(s) or s > 2 ^ 46 then
-      raise("%s: size %d must be a whole number, not %s", what, i, tostring(s))
+      local text, hint = tostring(s), ""
+      if type(s) == "string" then text = ("'%s'"):format(s) end
+      if codes[s] or synonyms[s] then hint = ("; as a dtype: { dtype = '%s' }"):format(s) end
+      raise("%s: size %d must be a whole number, not %s%s", what, i, text, hint)
     end
   end
   if n > 8 then raise("%s: a tensor has at most 8 dimensions, not %d", what, n) end
@@ -740,8 +755,8 @@ function M.memory_summary(device)
   for i = 1, math.min(5, #list) do
     parts[i] = ("%s %s"):format(list[i].name, M.bytes_string(list[i].bytes))
   end
-  return ("live %s (%s)"):format(M.bytes_string(tonumber(C.ds_memory_of(devices[device]).live)),
-    table.concat(parts, ", "))
+  local live = M.bytes_string(tonumber(C.ds_memory_of(devices[device]).live))
+  return #parts == 0 and "live " .. live or ("live %s (%s)"):format(live, table.concat(parts, ", "))
 end
 
 --- Counters of a device, bytes: live, peak, cached, and of the process: rss, page_faults.

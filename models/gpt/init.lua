@@ -153,6 +153,11 @@ end
 function GPT:generate(x, n, options)
   options = options or {}
   local temperature, k = options.temperature or 1, options.top_k
+  if x:size(2) == 0 then error("generate: there is no token to begin with", 2) end
+  if n < 0 or temperature < 0 or k and k < 1 then
+    error(("generate: n %s, temperature %s, top_k %s: n and the temperature are at least 0, top_k "
+      .. "at least 1"):format(n, temperature, tostring(k)), 2)
+  end
   local block_size = self.config.block_size
   for _ = 1, n do
     x = ds.no_grad(function()

@@ -143,7 +143,8 @@ describe("text", function()
     local path = file("short.txt", "abc")
     fails("short.txt: no window of length 3 fits: it takes 4 tokens, and the longest run has 3",
       ds.data.text, path, { length = 3 })
-    fails("no window of length 1", function() ds.data.text(path, { length = 1 }):split(0.4) end)
+    fails("split: 0.4 of 3 tokens leave a part of 1, and a window of length 1 takes 2",
+      function() ds.data.text(path, { length = 1 }):split(0.4) end)
     fails("cannot open " .. folder .. "/none.txt", ds.data.text, folder .. "/none.txt")
     fails("text: unknown option 'lenght'; there are length, level, stride",
       ds.data.text, path, { lenght = 3 })

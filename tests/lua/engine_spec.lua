@@ -364,4 +364,12 @@ describe("initialize", function()
     says("unknown setting 'learning_rate'", ds.optim.AdamW, Net():parameters(),
       { learning_rate = 1 })
   end)
+  it("tells the verbs called without an engine, and a model that returns nothing", function()
+    local engine = make()
+    for _, verb in ipairs { "backward", "step", "evaluate", "train_batch", "save_checkpoint",
+      "load_checkpoint" } do
+      says(verb .. ": call it with a colon, as engine:" .. verb, function() engine[verb]() end)
+    end
+    says("does the model's forward() return it?", function() engine:backward(nil) end)
+  end)
 end)

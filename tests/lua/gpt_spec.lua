@@ -161,6 +161,17 @@ describe("a GPT", function()
     assert.are.same(likeliest, y:select(2, 4):tolist())
   end)
 
+  it("refuses to generate from nothing, or with a temperature below 0", function()
+    local model = GPT(config)
+    local x = ds.zeros(1, 1, { dtype = "i64" })
+    assert.has_error(function() model:generate(x:narrow(2, 1, 0), 3) end)
+    for _, options in ipairs { { temperature = -1 }, { top_k = 0 } } do
+      local ok, message = pcall(model.generate, model, x, 3, options)
+      assert.is_false(ok)
+      assert.truthy(message:find("the temperature are at least 0, top_k at least 1", 1, true))
+    end
+  end)
+
   it("samples what it predicts", function()
     local model = GPT(config)
     ds.no_grad(function() model.ln_f.weight:zero_() end)

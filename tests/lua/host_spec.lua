@@ -102,6 +102,33 @@ describe("the command line", function()
     has(err, "--quiet takes no value")
   end)
 
+  it("--config-help explains a key, and says which was meant", function()
+    local code, out = sh "$D --config-help gradient_clipping"
+    assert.equal(0, code)
+    has(out, "gradient_clipping")
+    local _, err
+    code, _, err = sh "$D --config-help optimzer"
+    assert.equal(2, code)
+    has(err, 'unknown config key "optimzer" (did you mean "optimizer"?)')
+  end)
+
+  it("--device says where tensors are made, and what this build has not", function()
+    assert.same({ 0, "cpu\n", "" }, { sh "$D --device cpu -e 'print(ds.zeros(2).device)'" })
+    if require "ds.ffi".C.ds_ops_of(1) ~= nil then return end
+    local code, _, err = sh "$D --device cuda -e 'ds.zeros(2)'"
+    assert.equal(1, code)
+    has(err, "-e:1: there is no cuda backend in this build")
+  end)
+
+  it("DS_CHECK takes only the checks that there are", function()
+    local code, _, err = sh "DS_CHECK=nan $D -e 'ds.tensor{-1}:log()'"
+    assert.equal(1, code)
+    has(err, "-e:1: log: the result [1] has a NaN (DS_CHECK=nan)")
+    code, _, err = sh "DS_CHECK=nam $D -e 'ds.ones(2):log()'"
+    assert.equal(1, code)
+    has(err, "there is no check 'nam'")
+  end)
+
   it("leaves options after the script to the script", function()
     write("args.lua", "print(arg[0], #arg, arg[1], arg[2], ...)")
     local code, out = sh "$D args.lua --seed 3"
@@ -172,6 +199,9 @@ describe("a script", function()
     local code, _, err = sh "$D nowhere.lua"
     assert.equal(2, code)
     has(err, "cannot read the script nowhere.lua: No such file or directory")
+    code, _, err = sh "$D lib"
+    assert.equal(2, code)
+    has(err, "cannot read the script lib: it is a folder")
   end)
 
   it("finds modules beside itself and ds and models from anywhere", function()
@@ -188,12 +218,25 @@ describe("a script", function()
     local code, _, err = sh "DSRUN_LUA=/nowhere $D -e ''"
     assert.equal(2, code)
     has(err, "DSRUN_LUA is /nowhere, but there is no ds/boot.lua in it")
+    assert.equal(0, sh "DSRUN_LUA= $D -e ''")
   end)
 
   it("writes every line at once", function()
     local code, out = sh [[$D -e 'print "first" os.execute "wc -l <out" print "second"']]
     assert.equal(0, code)
     assert.equal("first\n1\nsecond\n", out)
+  end)
+
+  it("fails when its output cannot be written", function()
+    local code, _, err = sh "$D -e 'print(1)' >/dev/full"
+    assert.equal(1, code)
+    has(err, "could not write all of the standard output: No space left on device")
+  end)
+
+  it("does not print into the first file it opens when it has no standard output", function()
+    local code = sh [[$D -e 'local f = io.open("first", "w") f:write "mine" print "not here"
+      f:close()' >&- 2>&-]]
+    assert.same({ 0, "mine" }, { code, read "first" })
   end)
 end)
 
@@ -252,6 +295,14 @@ describe("an error", function()
     assert.is_nil(err:find(host.root, 1, true))
     local _, _, long = sh "DS_TRACE=1 $D wrong.lua"
     has(long, host.root:sub(-8) .. "/ds/")
+  end)
+
+  it("in an operation shows no generated code", function()
+    write("shapes.lua", "local ds = require 'ds'\nprint(ds.ones(2) + ds.ones(3))\n")
+    local code, _, err = sh "$D shapes.lua"
+    assert.equal(1, code)
+    assert.equal("shapes.lua:2: add: shapes [2] and [3] do not broadcast (size 2 against 3)\n"
+      .. "stack traceback:\n\tshapes.lua:2: in main chunk\n", err)
   end)
 
   it("in the syntax names file and line", function()
@@ -329,6 +380,13 @@ describe("the repl", function()
     assert.same({ 0, "21\tnil\n1\n2\n2\n", "" }, { code, out, err })
   end)
 
+  it("waits for the rest of an expression", function()
+    assert.same({ 0, "3\n", "" }, { sh [[printf '1 +\n2\n' | $D repl]] })
+    local code, _, err = sh [[printf '1 +\n' | $D repl]]
+    assert.equal(1, code)
+    has(err, "1:1: unexpected symbol near '<eof>'")
+  end)
+
   it("goes on after an error and fails in the end", function()
     local code, out, err = sh [[
       printf 'nothing\n1 +\n' | $D repl; echo $?
@@ -377,8 +435,10 @@ describe("signals", function()
 
   it("a second one ends at once what an engine does not", function()
     local stuck = [[require "ds.ffi".C.ds_signal_claim(1) print "ready" while true do end]]
-    local _, out = with_script(stuck, "kill -INT $P; sleep 0.2; kill -0 $P && kill -TERM $P")
+    local _, out, err = with_script(stuck,
+      "kill -INT $P; sleep 0.2; kill -0 $P && kill -TERM $P")
     assert.equal("143\n", out)
+    assert.equal("dsrun: stopping at the end of this step; once more: at once\n", err)
   end)
 
   it("end at once again when the engine is gone", function()

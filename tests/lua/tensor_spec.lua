@@ -36,6 +36,13 @@ describe("creation", function()
     assert.equal(2 ^ 53 - 1, ds.tensor(2 ^ 53 - 1, "i64"):item())
     assert.equal("bf16", ds.zeros(1, { dtype = "bfloat16" }).dtype)
   end)
+  it("says how large what does not fit is", function()
+    local file = io.open "/proc/sys/vm/overcommit_memory"
+    local always = file and file:read "*n" == 1 -- this system promises memory that it has not
+    if file then file:close() end
+    if always then return pending "memory is never refused here" end
+    says("out of memory: wanted 36.4 TiB for a tensor f32 [10000000000000]; live ", ds.empty, 1e13)
+  end)
   it("repeats random numbers from a seed", function()
     ds.seed(42)
     local a, b = ds.randn(5):tolist(), ds.rand(5):tolist()
@@ -51,6 +58,10 @@ describe("creation", function()
   end)
   it("says what is wrong", function()
     says("size 2 must be a whole number, not 2.5", ds.zeros, 3, 2.5)
+    says("size 2 must be a whole number, not 'i64'; as a dtype: { dtype = 'i64' }", ds.zeros, 2,
+      "i64")
+    says("a tensor is not assigned by [1]; use x:select(1, 1):copy_(y)",
+      function() ds.zeros(2)[1] = 5 end)
     says("unknown option 'dtyp'", ds.zeros, 3, { dtyp = "f32" })
     says("unknown dtype 'f31'", ds.zeros, 3, { dtype = "f31" })
     says("rows have different lengths: 2 and 1", ds.tensor, { { 1, 2 }, { 3 } })
