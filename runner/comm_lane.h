@@ -20,6 +20,7 @@ typedef struct ds_round {
     int64_t *send; /* [size] bytes for each peer */
     int64_t *recv; /* [size] bytes from each peer, as that one sends them */
     int64_t part;  /* bytes from one peer's part of the slot to the next's; 0: all take the same */
+    uint64_t sign; /* of the call: the same where ranks call the same */
     int meet;      /* 1: waits for every peer, even one that sends nothing */
     const char **from; /* [size], out of take: what each sent; [rank]: its own slot's part */
 } ds_round;

@@ -30,6 +30,7 @@
 typedef struct header {
     uint64_t token[2]; /* so that nothing else is taken for the segment */
     APART _Atomic int64_t posted;
+    uint64_t sign[DS_LANE_DEPTH]; /* of the call that posted each slot */
     APART _Atomic int64_t dropped;
     APART _Atomic int aborted;
 } header;
@@ -94,9 +95,25 @@ static int shm_post(ds_lane *l, const ds_round *round)
     for (int r = 0; r < l->size; r++)
         bytes += round->send[r];
     ds_comm_moved(l->comm, bytes);
+    head_of(s, l->rank)->sign[l->posted % DS_LANE_DEPTH] = round->sign;
     l->posted++;
     atomic_store_explicit(&head_of(s, l->rank)->posted, l->posted, memory_order_release);
     return 0;
+}
+
+/* A slot that was posted for another call would be read as if it were for this one. */
+static int take_from(shm *s, int peer, const ds_round *round)
+{
+    const header *head = head_of(s, peer);
+    int rc = wait_for(s, peer, &head->posted, s->lane.dropped + 1);
+
+    if (rc < 0 || head->sign[s->lane.dropped % DS_LANE_DEPTH] == round->sign)
+        return rc;
+    return ds_fail(DS_ECOMM,
+                   "%s: rank %d called something else, or with another size (collective %lld of "
+                   "rank %d); DS_CHECK=comm tells what",
+                   ds_collective_name(s->lane.comm->running), peer, (long long)s->lane.comm->number,
+                   s->lane.rank);
 }
 
 static int shm_take(ds_lane *l, const ds_round *round)
@@ -106,7 +123,7 @@ static int shm_take(ds_lane *l, const ds_round *round)
 
     for (int r = 0; rc == 0 && r < l->size; r++) {
         if (r != l->rank && (round->recv[r] || round->meet))
-            rc = wait_for(s, r, &head_of(s, r)->posted, l->dropped + 1);
+            rc = take_from(s, r, round);
         round->from[r] = slot_of(s, r, l->dropped) + l->rank * round->part;
     }
     return rc;

@@ -64,7 +64,7 @@ static int refuse_ranks(const ds_options *options)
 {
     if (!options->ranks)
         return 0;
-    fprintf(stderr, "dsrun: --%s: starting ranks is not supported yet; mpirun starts them\n",
+    fprintf(stderr, "dsrun: --%s: several ranks are not supported yet (without it: one process)\n",
             options->ranks);
     return USAGE;
 }

@@ -20,12 +20,15 @@ local functions = {
   Function = { "ds.autograd", "Function" }, checkpoint = { "ds.autograd", "checkpoint" },
   where = { "ds.ops", "where" }, cat = { "ds.views", "cat" }, stack = { "ds.views", "stack" },
   save = { "ds.saveload", "save" }, load = { "ds.saveload", "load" },
-  rank = { "ds.comm", "rank" }, world_size = { "ds.comm", "world_size" },
-  local_rank = { "ds.comm", "local_rank" },
-  barrier = { "ds.comm", "barrier" }, all_reduce = { "ds.comm", "all_reduce" },
-  broadcast = { "ds.comm", "broadcast" }, all_gather = { "ds.comm", "all_gather" },
-  reduce_scatter = { "ds.comm", "reduce_scatter" },
 }
+
+for _, name in ipairs {
+  "rank", "world_size", "local_rank", "local_size", "barrier", "all_reduce", "broadcast",
+  "all_gather", "reduce_scatter", "all_to_all", "send", "recv", "isend", "irecv", "group",
+  "comm_stats",
+} do
+  functions[name] = { "ds.comm", name }
+end
 
 for _, name in ipairs {
   "empty", "zeros", "ones", "full", "rand", "randn", "randint", "arange", "linspace", "eye",

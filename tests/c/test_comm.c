@@ -43,10 +43,9 @@ static int no_launcher(void **state)
     return 0;
 }
 
-static void several_ranks_are_refused_for_now(void **state)
+static void launchers_tell_how_many_there_are(void **state)
 {
     const char *variable;
-    ds_comm *c;
 
     (void)state;
     setenv("SLURM_NTASKS", "4", 1); /* an allocation's shell: nothing was launched */
@@ -54,10 +53,10 @@ static void several_ranks_are_refused_for_now(void **state)
     unsetenv("SLURM_NTASKS");
     setenv("OMPI_COMM_WORLD_SIZE", "1", 1);
     assert_int_equal(ds_comm_launched(&variable), 1);
+    assert_int_equal(ds_comm_join(), 0); /* alone: nothing to do */
     setenv("OMPI_COMM_WORLD_SIZE", "2", 1);
     assert_int_equal(ds_comm_launched(&variable), 2);
     assert_string_equal(variable, "OMPI_COMM_WORLD_SIZE");
-    assert_fails(ds_comm_world(&c), DS_ENOSYS, "2 ranks were started (OMPI_COMM_WORLD_SIZE)");
     unsetenv("OMPI_COMM_WORLD_SIZE");
 }
 
@@ -125,6 +124,31 @@ static void collectives_of_one_rank_are_identities(void **state)
     ds_comm_finish();
 }
 
+static void parts_of_one_rank_are_the_whole(void **state)
+{
+    float a[6] = {1, -2, 3, 4, 5, 6};
+    const float half[6] = {0.5f, -1, 1.5f, 2, 2.5f, 3};
+    int64_t borders[2] = {0, 6};
+    ds_tensor x = tensor_of(a, DS_F32, 2, 3);
+    int64_t calls, bytes, before, all;
+    ds_comm *c;
+
+    (void)state;
+    assert_int_equal(ds_comm_world(&c), 0);
+    ds_comm_stats(&before, &bytes, NULL);
+    assert_int_equal(ds_reduce_parts(&x, borders, DS_SUM, 0.5, DS_BF16, c, NULL), 0);
+    assert_memory_equal(a, half, sizeof a);
+    assert_int_equal(ds_gather_parts(&x, borders, c, NULL), 0);
+    assert_int_equal(ds_all_reduce_scaled(&x, &x, DS_MEAN, 2, -1, c, NULL), 0);
+    assert_true(a[0] == 1 && a[5] == 6);
+    ds_comm_stats(&calls, &bytes, c);
+    ds_comm_stats(&all, &bytes, NULL);
+    assert_int_equal(calls, 3);
+    assert_int_equal(all - before, 3);
+    assert_int_equal(bytes, 0);
+    ds_comm_finish();
+}
+
 static void bad_arguments_are_named(void **state)
 {
     float a[12] = {0}, b[12];
@@ -157,6 +181,14 @@ static void bad_arguments_are_named(void **state)
     assert_fails(ds_broadcast(&x, -1, c, NULL), DS_ERANGE, "rank -1");
     assert_fails(ds_send(&x, 0, c, NULL), DS_EINVAL, "send: rank 0 is this one");
     assert_fails(ds_recv(&x, 0, c, NULL), DS_EINVAL, "recv: rank 0 is this one");
+    assert_fails(ds_reduce_parts(&x, (int64_t[]){0, 7}, DS_SUM, 1, -1, c, NULL), DS_ERANGE,
+                 "reduce_parts: border 1 is 7 in a buffer of 6");
+    assert_fails(ds_gather_parts(&x, (int64_t[]){3, 2}, c, NULL), DS_ERANGE, "border 1 is 2");
+    assert_fails(ds_gather_parts(&x, (int64_t[]){-1, 2}, c, NULL), DS_ERANGE, "border 0 is -1");
+    assert_fails(ds_all_reduce_scaled(&i, &i, DS_SUM, 0.5, -1, c, NULL), DS_EINVAL,
+                 "i32 cannot be scaled by 0.5");
+    assert_fails(ds_all_reduce_scaled(&x, &x, DS_SUM, 1, DS_I32, c, NULL), DS_EINVAL,
+                 "f32 cannot travel as i32");
     ds_work work;
     assert_int_equal(ds_broadcast(&x, 5, c, &work), DS_ERANGE);
     assert_int_equal(ds_wait(&work), DS_ERANGE); /* a handle of what never began */
@@ -170,7 +202,7 @@ static void after_abort_nothing_starts(void **state)
     (void)state;
     assert_int_equal(ds_comm_world(&c), 0);
     ds_comm_abort(c, "a test");
-    assert_fails(ds_barrier(c, NULL), DS_ECOMM, "barrier: the job was ended");
+    assert_fails(ds_barrier(c, NULL), DS_ECOMM, "barrier: the job was ended: a test");
     assert_fails(ds_comm_split(&part, c, 0, 0), DS_ECOMM, "the job was ended");
     ds_comm_finish();
 }
@@ -236,6 +268,7 @@ static void shares_are_checked_against_the_ranks(void **state)
     assert_fails(ds_all_to_all(&share, &whole, &c, NULL), DS_EINVAL, "all_to_all: 12 elements in");
     assert_fails(ds_barrier(&c, NULL), DS_ENOSYS, "four has no barrier");
     assert_int_equal(ds_send(&share, 0, &c, NULL), 0);
+    assert_int_equal(c.calls, 2); /* what two do alone is not counted: ranks count alike */
     assert_fails(ds_send(&share, 1, &c, NULL), DS_EINVAL, "rank 1 is this one");
     assert_fails(ds_send(&share, 4, &c, NULL), DS_ERANGE, "rank 4 of a group of 4");
 }
@@ -285,9 +318,10 @@ static void names_are_those_of_lua(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(several_ranks_are_refused_for_now),
+        cmocka_unit_test(launchers_tell_how_many_there_are),
         cmocka_unit_test(the_world_is_one_rank),
         cmocka_unit_test(collectives_of_one_rank_are_identities),
+        cmocka_unit_test(parts_of_one_rank_are_the_whole),
         cmocka_unit_test(bad_arguments_are_named),
         cmocka_unit_test(after_abort_nothing_starts),
         cmocka_unit_test(shares_are_checked_against_the_ranks),
