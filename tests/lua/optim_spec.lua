@@ -98,8 +98,9 @@ describe("a rule of granularity tensor", function()
       local before = {}
       for i, e in ipairs(engine.named) do before[i] = e.parameter:float():clone() end
       train(engine, 1)
-      assert.same({ "7x6 7x6 7x6 f32", "1x6 1x6 1x6 f32", "5x6 5x6 5x6 f32", "5 5 5 f32",
-        "5x2x3 5x2x3 5x2x3 f32", "7x6 7x6 7x6 f32" }, seen)
+      table.sort(seen) -- which comes first is the engine's choice
+      assert.same({ "1x6 1x6 1x6 f32", "5 5 5 f32", "5x2x3 5x2x3 5x2x3 f32", "5x6 5x6 5x6 f32",
+        "7x6 7x6 7x6 f32", "7x6 7x6 7x6 f32" }, seen)
       for i, e in ipairs(engine.named) do -- each moved by lr, whatever its size
         local moved = (e.parameter:float() - before[i]):norm():item()
         assert.is_near(0.05, moved, bf16 and 4e-3 or 1e-6, e.name)
@@ -365,7 +366,7 @@ describe("a checkpoint", function()
     train(engine, 2)
     engine:save_checkpoint(folder, "one")
     local names = {}
-    for name in pairs(ds.load(folder .. "/one/optim/host-0.safetensors")) do
+    for name in pairs(ds.load(folder .. "/one/optim/rank-0.safetensors")) do
       names[#names + 1] = name
     end
     table.sort(names)
