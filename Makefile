@@ -153,7 +153,7 @@ fuzz:
 	@for f in $(fuzzers); do \
 	  mkdir -p build/fuzz/corpus/$$f && echo "fuzzing $$f for $(FUZZ_SECONDS) s" && \
 	  build/fuzz/tests/fuzz/$$f -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=4096 -verbosity=0 \
-	    -artifact_prefix=build/fuzz/$$f- build/fuzz/corpus/$$f || exit 1; done
+	    -artifact_prefix=build/fuzz/$$f- build/fuzz/corpus/$$f tests/fuzz/seeds/$$f || exit 1; done
 
 soak:
 	@scripts/setup test lint
@@ -182,7 +182,7 @@ help:
 	@echo 'make format     clang-format over all C'
 	@echo 'make asan       the tests under the address and undefined-behaviour sanitizers'
 	@echo 'make fuzz       fuzz the readers of files, FUZZ_SECONDS=$(FUZZ_SECONDS) each'
-	@echo 'make soak       repeat everything for SOAK_MINUTES, write tests/SOAK.md'
+	@echo 'make soak       a long run of everything, SOAK_MINUTES=12; writes tests/SOAK.md'
 	@echo 'make bench      benchmarks, beside PyTorch where make bench-peers has installed it'
 	@echo 'make install    PREFIX=$(PREFIX) DESTDIR=$(DESTDIR)'
 	@echo 'make clean'

@@ -15,6 +15,13 @@
 #include <stdlib.h>
 #include <string.h>
 
+#if __has_include(<sanitizer/asan_interface.h>)
+#include <sanitizer/asan_interface.h> /* nothing unless the sanitizer is on */
+#else
+#define ASAN_POISON_MEMORY_REGION(data, bytes) ((void)(data), (void)(bytes))
+#define ASAN_UNPOISON_MEMORY_REGION(data, bytes) ((void)(data), (void)(bytes))
+#endif
+
 #define ALIGN 64
 #define SEGMENT_MIN ((int64_t)32 << 20)
 #define SEGMENT_STEP ((int64_t)2 << 20) /* huge pages */
@@ -57,6 +64,20 @@ const ds_ops *ds_ops_of(int device)
     return backend ? &backend->ops : NULL;
 }
 
+/* ---- for the address sanitizer: what no tensor has is out of bounds */
+
+static void forbid(const ds_storage *s, int64_t from)
+{
+    if (s->device == DS_CPU)
+        ASAN_POISON_MEMORY_REGION((char *)s->data + from, (size_t)(s->bytes - from));
+}
+
+static void allow(const ds_storage *s)
+{
+    if (s->device == DS_CPU)
+        ASAN_UNPOISON_MEMORY_REGION(s->data, (size_t)s->bytes);
+}
+
 /* ---- size classes */
 
 static void class_of(int64_t bytes, int *first, int *second)
@@ -80,6 +101,7 @@ static void list_add(struct pool *p, ds_storage *s)
     p->first_map |= 1ull << i;
     p->second_map[i] |= 1u << j;
     p->memory.cached += s->bytes;
+    forbid(s, 0);
 }
 
 static void list_drop(struct pool *p, ds_storage *s)
@@ -99,6 +121,7 @@ static void list_drop(struct pool *p, ds_storage *s)
             p->first_map &= ~(1ull << i);
     }
     p->memory.cached -= s->bytes;
+    allow(s);
 }
 
 /* A free piece of at least `bytes`, off its list; NULL if there is none. */
@@ -212,6 +235,7 @@ static void absorb(ds_storage *s, ds_storage *next)
 int ds_storage_take(ds_storage **out, int device, int64_t bytes)
 {
     struct pool *p = &pools[device];
+    const int64_t wanted = bytes;
     ds_storage *s;
     int rc = 0;
 
@@ -236,6 +260,7 @@ int ds_storage_take(ds_storage **out, int device, int64_t bytes)
             goto out;
     }
     split(p, s, bytes);
+    forbid(s, wanted);
     s->tag = p->memory.tag >= 0 && p->memory.tag < TAGS ? p->memory.tag : 0;
     s->loose = !p->memory.scoped;
     atomic_init(&s->refs, 1);

@@ -1,7 +1,8 @@
 /* fuzz_safetensors.c - whatever bytes a file has, opening it says what is in it or what is wrong.
  *
  * What passes as good is also read from end to end: an entry that reached outside the file or the
- * memory for it would be found by the sanitizers.
+ * memory for it would be found by the sanitizers. Bytes are tried as they are, and again behind the
+ * length of the header that they seem to hold, which a fuzzer would hardly ever guess.
  */
 #include "runner/file.h"
 
@@ -29,16 +30,18 @@ static void read_all(ds_file *f, const ds_tensors *t)
     }
 }
 
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+static void try_file(const uint8_t *length, const uint8_t *data, size_t size)
 {
     static int fd = -1;
+    size_t before = length ? 8 : 0;
     char path[64];
     ds_tensors *t;
     ds_file *f;
 
     if (fd < 0)
         fd = memfd_create("fuzz", 0);
-    if (ftruncate(fd, 0) < 0 || pwrite(fd, data, size, 0) != (ssize_t)size)
+    if (ftruncate(fd, 0) < 0 || pwrite(fd, length, before, 0) != (ssize_t)before ||
+        pwrite(fd, data, size, (off_t)before) != (ssize_t)size)
         abort();
     snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
     if (ds_file_open(&f, path) < 0)
@@ -51,5 +54,17 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         abort(); /* every refusal names the file */
     }
     ds_file_close(f);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+    const uint8_t *end = size ? memrchr(data, '}', size) : NULL;
+    uint8_t length[8];
+
+    try_file(NULL, data, size);
+    for (int i = 0; i < 8 && end; i++)
+        length[i] = (uint8_t)((uint64_t)(end + 1 - data) >> (8 * i));
+    if (end)
+        try_file(length, data, size);
     return 0;
 }
