@@ -40,6 +40,22 @@ const char *ds_reduction_name(int op)
     return op >= 0 && op < DS_REDUCTIONS ? reductions[op] : "?";
 }
 
+/* ---- what a watchdog reads */
+
+/* Of all groups, whether they are still there or not. */
+static struct {
+    _Atomic int64_t calls, bytes, number;
+    _Atomic int running;
+} all_groups = {.running = DS_COLLECTIVES};
+
+void ds_comm_where(ds_comm_place *out)
+{
+    *out = (ds_comm_place){.kind = all_groups.running,
+                           .number = all_groups.number,
+                           .calls = all_groups.calls,
+                           .bytes = all_groups.bytes};
+}
+
 /* ---- groups */
 
 /* Variables by which launchers tell a process how many there are of it. SLURM_NTASKS is not among
@@ -265,11 +281,11 @@ static int check_call(const ds_comm *c, const ds_call *call)
     return rc;
 }
 
-/* What the watchdog reads: this rank is inside a collective, or (DS_COLLECTIVES) inside none. */
+/* This rank is inside a collective, or (DS_COLLECTIVES) inside none. */
 static void inside(ds_comm *c, int kind, int64_t number)
 {
-    c->number = number;
-    c->running = kind;
+    c->number = all_groups.number = number;
+    c->running = all_groups.running = kind;
 }
 
 int ds_comm_start(ds_comm *c, const ds_call *call, ds_work *work)
@@ -289,6 +305,7 @@ int ds_comm_start(ds_comm *c, const ds_call *call, ds_work *work)
         return work->code =
                    ds_fail(DS_ENOSYS, "%s has no %s", transport->name, kinds[call->kind].name);
     work->number = ++c->calls;
+    all_groups.calls++;
     work->done = 0;
     inside(c, call->kind, work->number);
     rc = transport->start[call->kind](c, call, work);

@@ -77,6 +77,15 @@ extern const ds_transport ds_transport_self;
 const char *ds_collective_name(int kind);
 const char *ds_reduction_name(int op);
 
+/* What a watchdog thread may ask at any time. */
+typedef struct ds_comm_place {
+    int kind;       /* DS_COLLECTIVES: in none */
+    int64_t number; /* of the last collective begun, in its group */
+    int64_t calls;  /* collectives of all groups */
+    int64_t bytes;  /* sent by this rank, in all groups; goes up while a collective runs */
+} ds_comm_place;
+void ds_comm_where(ds_comm_place *out);
+
 /* Checks a call and starts it, as the public functions do; for C that keeps calls of its own. */
 int ds_comm_start(ds_comm *c, const ds_call *call, ds_work *work);
 
