@@ -97,6 +97,9 @@ void ds_signal_claim(int on);
 /* What is being done, copied, for whoever asks by SIGUSR2: "backward". "" when it is done. */
 void ds_breadcrumb(const char *text);
 int ds_threads(void); /* that kernels use */
+/* Step `step` took this rank so long, without the time in which it waited for others: ranks that are
+ * slower than the others are named. */
+void ds_side_step(int64_t step, double seconds);
 
 enum ds_log_level { DS_LOG_ERROR, DS_LOG_WARNING, DS_LOG_INFO, DS_LOG_DEBUG };
 /* A line on stderr with time and rank, if this level is shown: information on rank 0 only. */

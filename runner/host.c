@@ -29,6 +29,7 @@
 #include "kernels/error.h"
 #include "runner/cdef.h"
 #include "runner/process.h"
+#include "runner/side.h"
 #include "runner/version.h"
 
 struct ds_host {
@@ -124,6 +125,8 @@ static int compiling(lua_State *L)
     return 0;
 }
 
+static int here(lua_State *L);
+
 static int push_host_table(lua_State *L, const ds_host *host)
 {
     static const char *const lists[] = {
@@ -156,6 +159,9 @@ static int push_host_table(lua_State *L, const ds_host *host)
     set_string(L, "folder", getcwd(folder, sizeof folder));
     lua_pushcfunction(L, compiling);
     lua_setfield(L, -2, "compiling");
+    lua_pushlightuserdata(L, (void *)host);
+    lua_pushcclosure(L, here, 1);
+    lua_setfield(L, -2, "here");
     lua_newtable(L);
     set_string(L, "device", host->config.device);
     if (host->config.seed) {
@@ -349,10 +355,8 @@ static int show_error(lua_State *L)
 {
     const char *message = lua_tostring(L, -1);
 
-    if (message) {
-        fflush(stdout);
-        fprintf(stderr, "%s\n", message);
-    }
+    if (message)
+        ds_side_failed(message);
     return 1;
 }
 
@@ -432,31 +436,47 @@ static void ask_lua(void)
     pthread_kill(lua_thread, SIGPROF);
 }
 
-/* Says up to four frames of the user's: "train.lua:12, called from train.lua:30". */
-static void on_sample(void *data, lua_State *L, int samples, int state)
+/* Up to four frames of the user's: "train.lua:12, called from train.lua:30"; "" if there is none. */
+static void find_site(char *text, size_t bytes, const ds_host *host, lua_State *L)
 {
-    const ds_host *host = data;
-    char text[512] = "";
     size_t used = 0;
     int shown = 0;
     lua_Debug frame;
 
-    (void)samples;
-    (void)state;
-    if (!ds_site_wanted())
-        return;
+    *text = 0;
     for (int level = 0; shown < 4 && lua_getstack(L, level, &frame); level++) {
         lua_getinfo(L, "Sl", &frame);
         if (frame.currentline <= 0 || *frame.source != '@' ||
             !strncmp(frame.source, host->library, strlen(host->library)))
             continue;
         used +=
-            (size_t)snprintf(text + used, sizeof text - used, "%s%s:%d",
-                             shown++ ? ", called from " : "", frame.source + 1, frame.currentline);
-        if (used >= sizeof text - 1)
+            (size_t)snprintf(text + used, bytes - used, "%s%s:%d", shown++ ? ", called from " : "",
+                             frame.source + 1, frame.currentline);
+        if (used >= bytes - 1)
             break;
     }
-    ds_site_answer(shown ? text : "the library's own code");
+}
+
+static void on_sample(void *data, lua_State *L, int samples, int state)
+{
+    char text[512];
+
+    (void)samples;
+    (void)state;
+    find_site(text, sizeof text, data, L);
+    ds_site_answer(*text ? text : "the library's own code");
+}
+
+/* For library code that is about to wait for others: notes the user's line exactly, where samples
+ * are up to a second old. */
+static int here(lua_State *L)
+{
+    char text[512];
+
+    find_site(text, sizeof text, lua_touserdata(L, lua_upvalueindex(1)), L);
+    if (*text)
+        ds_site_note(text);
+    return 0;
 }
 
 int ds_host_watch(ds_host *host)

@@ -8,15 +8,16 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/prctl.h>
 #include <unistd.h>
 
 #include "kernels/error.h"
 #include "runner/comm.h"
 #include "runner/host.h"
-#include "runner/log.h"
+#include "runner/launch.h"
 #include "runner/options.h"
 #include "runner/process.h"
+#include "runner/rank.h"
+#include "runner/side.h"
 #include "runner/threads.h"
 #include "runner/version.h"
 
@@ -24,7 +25,10 @@
 
 static int complain(int code)
 {
-    fprintf(stderr, "dsrun: %s\n", ds_error());
+    char text[1100];
+
+    snprintf(text, sizeof text, "dsrun: %s", ds_error());
+    ds_side_failed(text);
     return code;
 }
 
@@ -60,26 +64,35 @@ static int watch_signals(ds_host *host)
 
 /* ---- several ranks */
 
-static int refuse_ranks(const ds_options *options)
+static int refuse(const ds_options *options, const ds_rank *rank)
 {
-    if (!options->ranks)
+    if (options->machines)
+        fprintf(stderr,
+                "dsrun: --%s: several machines are not supported yet (--num_gpus N starts ranks on "
+                "this one)\n",
+                options->machines);
+    else if (options->num_ranks && rank->launched == DS_BY_ANOTHER)
+        fprintf(stderr,
+                "dsrun: this is one of %d ranks already, as mpirun or srun started them; leave "
+                "out --num_gpus, or start dsrun without them\n",
+                rank->size);
+    else
         return 0;
-    fprintf(stderr, "dsrun: --%s: several ranks are not supported yet (without it: one process)\n",
-            options->ranks);
     return USAGE;
 }
 
-/* A rank does not outlive the launcher that started it, however that one ends. */
-static void die_with_launcher(void)
+/* The watchdog's way out: whoever it watches over may be stuck anywhere. */
+static void end_now(int code)
 {
-    const char *variable;
-    pid_t parent = getppid();
+    _exit(code);
+}
 
-    if (ds_comm_launched(&variable) == 1)
-        return;
-    prctl(PR_SET_PDEATHSIG, SIGKILL);
-    if (getppid() != parent) /* it was gone before that */
-        raise(SIGKILL);
+/* What the launcher put before an argument that mpirun would take for its own. */
+static void restore(const ds_options *options)
+{
+    for (int i = 0; i < options->count; i++)
+        if (options->arguments[i][0] == '\\' && ds_rank_colon(options->arguments[i]))
+            options->arguments[i]++;
 }
 
 /* ---- running */
@@ -102,7 +115,7 @@ static int run(ds_host *host, const ds_options *options)
     return options->script ? ds_host_script(host, &exited) : 0;
 }
 
-static int with_host(const ds_options *options, char **argv)
+static int with_host(const ds_options *options, const ds_rank *rank, char **argv)
 {
     const ds_host_config config = {
         .program = argv[0],
@@ -112,19 +125,51 @@ static int with_host(const ds_options *options, char **argv)
         .device = options->value[DS_OPT_device],
         .seed = options->value[DS_OPT_seed],
     };
-    ds_host *host;
-    int code;
+    ds_host *host = NULL;
+    int code, told;
 
-    if (ds_comm_join() < 0 || ds_host_open(&host, &config) < 0)
-        return complain(USAGE);
-    code = watch_signals(host);
+    ds_threads_init(rank, argv);
+    code = ds_side_join(rank, end_now);
+    if (code == 0)
+        code = ds_comm_join();
+    if (code == 0)
+        code = ds_host_open(&host, &config);
+    if (code == 0)
+        code = watch_signals(host);
     if (code == 0)
         code = run(host, options);
     if (code < 0)
         code = complain(USAGE);
+    told = ds_side_end(code);
     ds_run_end_hooks(code);
     ds_host_close(host);
-    return code;
+    return told;
+}
+
+static int process(const ds_options *options, int argc, char **argv)
+{
+    ds_rank rank;
+    int code;
+
+    ds_rank_find(&rank);
+    code = refuse(options, &rank);
+    if (code != 0)
+        return code;
+    if (!options->script && !options->evals && options->command == DS_RUN_SCRIPT &&
+        !options->value[DS_OPT_config_help]) {
+        ds_options_usage(stderr);
+        fputs("dsrun --help says more\n", stderr);
+        return USAGE;
+    }
+    if (options->num_ranks && rank.launched == DS_ALONE) {
+        code = ds_launch(options, argc, argv);
+        return code < 0 ? complain(USAGE) : code;
+    }
+    if (ds_rank_settle(&rank) < 0)
+        return complain(USAGE);
+    if (rank.launched == DS_BY_DSRUN)
+        restore(options);
+    return with_host(options, &rank, argv);
 }
 
 /* Started without one of the standard streams, the first file opened would take its number, and be
@@ -164,17 +209,8 @@ int main(int argc, char **argv)
     } else if (options.value[DS_OPT_version]) {
         printf("dsrun %s (%s)\n", ds_version, ds_commit);
         code = 0;
-    } else if ((code = refuse_ranks(&options)) == 0) {
-        if (options.script || options.evals || options.command != DS_RUN_SCRIPT ||
-            options.value[DS_OPT_config_help]) {
-            die_with_launcher();
-            ds_threads_init(argv);
-            code = with_host(&options, argv);
-        } else {
-            ds_options_usage(stderr);
-            fputs("dsrun --help says more\n", stderr);
-            code = USAGE;
-        }
+    } else {
+        code = process(&options, argc, argv);
     }
     free(options.eval);
     return finish_output(code);

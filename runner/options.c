@@ -4,11 +4,12 @@
 #include <ctype.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 
 #include "kernels/error.h"
 #include "runner/log.h"
 
-enum action { DS_USE, DS_RANKS, DS_NOTE, DS_REFUSE, GROUP };
+enum action { DS_USE, DS_JOB, DS_RANKS, DS_NOTE, DS_REFUSE, GROUP };
 
 typedef struct option {
     const char *name;
@@ -125,8 +126,12 @@ static int keep(ds_options *options, const option *o, const char *value)
 {
     switch (o->action) {
     case DS_RANKS:
-        if (!options->ranks)
-            options->ranks = o->name;
+        if (!options->machines)
+            options->machines = o->name;
+        break;
+    case DS_JOB:
+        if (!options->job)
+            options->job = o->name;
         break;
     case DS_REFUSE:
         return ds_fail(DS_EINVAL, "--%s is not for dsrun: %s", o->name, o->help);
@@ -195,6 +200,61 @@ static int names_hosts(const char *text)
                                       "0123456789-_.,:@")] == 0;
 }
 
+/* A number from `least` to `most` into *out, which stays as it is where the option is not given. */
+static int read_number(double *out, const ds_options *options, enum ds_option_id id,
+                       const char *name, double least, double most)
+{
+    const char *text = options->value[id];
+    char *end;
+    double x;
+
+    if (!text)
+        return 0;
+    x = strtod(text, &end);
+    if (end == text || *end || !(x >= least && x <= most))
+        return ds_fail(DS_EINVAL, "--%s wants a number from %g to %g, not '%s'", name, least, most,
+                       text);
+    *out = x;
+    return 0;
+}
+
+/* What concerns a job of several ranks. */
+static int check_job(ds_options *options)
+{
+    static const struct {
+        const char *name;
+        enum ds_option_id id;
+    } counts[] = {{"num_gpus", DS_OPT_num_gpus},
+                  {"num_accelerators", DS_OPT_num_accelerators},
+                  {"num_procs", DS_OPT_num_procs}};
+    const char *launcher = options->value[DS_OPT_launcher];
+    double ranks = 0, port = 0, before;
+
+    options->timeout = 600;
+    options->grace = 300;
+    for (size_t i = 0; i < sizeof counts / sizeof *counts; i++) {
+        before = ranks;
+        if (read_number(&ranks, options, counts[i].id, counts[i].name, 1, 4096) < 0)
+            return DS_EINVAL;
+        if (ranks != (int)ranks || (before && before != ranks))
+            return ds_fail(DS_EINVAL, "--%s %s: how many ranks is one whole number", counts[i].name,
+                           options->value[counts[i].id]);
+    }
+    options->num_ranks = (int)ranks;
+    if (read_number(&options->timeout, options, DS_OPT_timeout, "timeout", 1, 1e7) < 0 ||
+        read_number(&options->grace, options, DS_OPT_grace, "grace", 0, 1e7) < 0 ||
+        read_number(&port, options, DS_OPT_master_port, "master_port", 1, 65535) < 0)
+        return DS_EINVAL;
+    if (launcher && strcasecmp(launcher, "openmpi"))
+        return ds_fail(DS_EINVAL, "--launcher %s is not supported yet; there is openmpi", launcher);
+    if (options->job && !options->num_ranks && !options->machines)
+        return ds_fail(DS_EINVAL, "--%s is for a job of several ranks: add --num_gpus N",
+                       options->job);
+    if (options->num_ranks && options->command != DS_RUN_SCRIPT)
+        return ds_fail(DS_EINVAL, "repl and env are one process: leave out what asks for ranks");
+    return 0;
+}
+
 static int check(ds_options *options)
 {
     const char *seed = options->value[DS_OPT_seed];
@@ -206,10 +266,12 @@ static int check(ds_options *options)
                        seed);
     if (device && strcmp(device, "cpu") && strcmp(device, "cuda"))
         return ds_fail(DS_EINVAL, "--device wants cpu or cuda, not '%s'", device);
-    if (options->script && !options->ranks)
+    if (options->script && !options->machines)
         for (int i = 0; i < options->evals; i++)
             if (names_hosts(options->eval[i]))
-                options->ranks = "exclude";
+                options->machines = "exclude";
+    if (check_job(options) < 0)
+        return DS_EINVAL;
     if (!level && options->value[DS_OPT_quiet])
         level = "error";
     if (level && ds_log_level(level) < 0)
@@ -282,9 +344,10 @@ void ds_options_help(FILE *out)
     }
     fputs("\nexamples\n"
           "  dsrun models/gpt/train.lua --steps 500     train a character GPT\n"
+          "  dsrun --num_gpus 2 train.lua               two ranks on this machine\n"
           "  dsrun --seed 7 train.lua                   the same numbers every time\n"
           "  dsrun -e 'print(ds.randn(2, 3))'           ds is there without require\n"
           "  dsrun --config-help optimizer              a section of the config file\n"
-          "  kill -USR2 PID                             where is the script?\n",
+          "  kill -USR2 PID                             where is the script, or each rank?\n",
           out);
 }

@@ -21,7 +21,10 @@ typedef struct ds_options {
     const char *script; /* NULL: none; "-": standard input */
     char **arguments;   /* what follows the script */
     int count;
-    const char *ranks; /* the first option that asks for several ranks */
+    int num_ranks;         /* --num_gpus and its like; 0: one process, without a launcher */
+    double timeout, grace; /* seconds */
+    const char *job;       /* the first option that makes sense for a job of ranks only */
+    const char *machines;  /* the first option that asks for several machines */
 } ds_options;
 
 /* Options before the script are dsrun's, those after it the script's. DS_EINVAL: ds_error() says

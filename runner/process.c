@@ -5,12 +5,14 @@
  * asks where the script is. Lua answers at its next call (through its profiler's hook, which fires
  * in compiled code as well); if it does not within half a second, it is in C or in a compiled loop
  * that calls nothing, and the timer says what is known: the breadcrumb and the loop compiled last.
+ * A rank's watchdog asks the same way, once a second.
  */
 #include "runner/process.h"
 
 #include <errno.h>
 #include <signal.h>
 #include <stdatomic.h>
+#include <stdio.h>
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
@@ -18,8 +20,9 @@
 #include "kernels/error.h"
 
 #define MAX_HOOKS 16
-#define NOTE_BYTES 160
+#define NOTE_BYTES 256
 #define ANSWER_MS 500
+#define LOOK_MS 5
 
 static struct {
     void (*hook[MAX_HOOKS])(void *data, int code);
@@ -34,6 +37,9 @@ static atomic_int site_wanted;
 static void (*site_ask)(void);
 static timer_t site_timer;
 static char breadcrumb[NOTE_BYTES];
+static char site[NOTE_BYTES];      /* where Lua was last seen */
+static atomic_int site_answers;    /* how often it was */
+static _Thread_local int look_was; /* what ds_site_sample() came to: enum look */
 static char compiled_loop[NOTE_BYTES];
 
 int ds_at_end(void (*hook)(void *data, int code), void *data)
@@ -96,11 +102,6 @@ void ds_site_loop(const char *where)
     note(compiled_loop, where);
 }
 
-int ds_site_wanted(void)
-{
-    return atomic_load(&site_wanted);
-}
-
 /* One write(2), so that lines of several ranks do not mix; safe in a signal handler. */
 static void report(const char *const *parts, int count)
 {
@@ -117,10 +118,17 @@ static void report(const char *const *parts, int count)
         return; /* nobody to tell */
 }
 
+void ds_site_note(const char *where)
+{
+    note(site, where);
+    atomic_fetch_add(&site_answers, 1);
+}
+
 void ds_site_answer(const char *where)
 {
     const char *parts[] = {"dsrun: at ", where, *breadcrumb ? "; in " : "", breadcrumb};
 
+    ds_site_note(where);
     if (atomic_exchange(&site_wanted, 0))
         report(parts, 4);
 }
@@ -168,4 +176,74 @@ int ds_site_watch(void (*ask)(void))
     action.sa_handler = on_site_signal;
     sigaction(SIGUSR2, &action, NULL);
     return 0;
+}
+
+/* ---- the same for a watchdog, which prints nothing */
+
+enum look { NOT_WAITED, ANSWERED, ASLEEP, BUSY };
+
+/* Whether the main thread runs. One that sleeps in a system call is in C, so Lua could not answer;
+ * and the signal that asks it would cut a sleep of the script's short. */
+static int main_runs(void)
+{
+    char path[48], text[256];
+    const char *state = NULL;
+    FILE *f;
+
+    snprintf(path, sizeof path, "/proc/self/task/%d/stat", (int)getpid());
+    f = fopen(path, "re");
+    if (f) {
+        text[fread(text, 1, sizeof text - 1, f)] = 0;
+        fclose(f);
+        state = strrchr(text, ')'); /* "123 (name) R …" */
+    }
+    return state && state[1] && state[2] == 'R';
+}
+
+void ds_site_sample(int wait)
+{
+    const struct timespec moment = {.tv_nsec = LOOK_MS * 1000000L};
+    int before = atomic_load(&site_answers);
+
+    look_was = NOT_WAITED;
+    if (!site_ask)
+        return;
+    for (int ms = 0; ms <= (wait ? ANSWER_MS : 0); ms += LOOK_MS) {
+        int runs = main_runs();
+
+        if (ms == 0 && runs)
+            site_ask();
+        if (!wait)
+            return;
+        look_was = runs ? BUSY : ASLEEP;
+        if (!runs && atomic_load(&site_answers) == before)
+            return;
+        nanosleep(&moment, NULL);
+        if (atomic_load(&site_answers) != before) {
+            look_was = ANSWERED;
+            return;
+        }
+    }
+}
+
+void ds_site_describe(char *where, char *doing, size_t bytes)
+{
+    static const char *const looks[] = {
+        [NOT_WAITED] = "last seen at ",
+        [ANSWERED] = "at ",
+        [ASLEEP] = "in C code, last seen at ",
+        [BUSY] = "in C code or a compiled loop, last seen at ",
+    };
+
+    snprintf(doing, bytes, "%s", breadcrumb);
+    if (*site)
+        snprintf(where, bytes, "%s%s", looks[look_was], site);
+    else if (*compiled_loop)
+        snprintf(where, bytes, "in a compiled loop at %s", compiled_loop);
+    else
+        snprintf(where, bytes, "%s", site_ask ? "in the script" : "");
+    for (char *c = where; *c; c++) /* it becomes a field of a line */
+        *c = *c == '\t' || *c == '\n' ? ' ' : *c;
+    for (char *c = doing; *c; c++)
+        *c = *c == '\t' || *c == '\n' ? ' ' : *c;
 }

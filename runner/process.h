@@ -5,6 +5,8 @@
 #ifndef DS_PROCESS_H
 #define DS_PROCESS_H
 
+#include <stddef.h>
+
 #include "runner/ds.h"
 
 /* What must happen before the process ends, last one in first; `code` is the exit code that is
@@ -20,9 +22,14 @@ int ds_signal_arrived(int signal);
  * place where the script is; it is called from the signal handler. */
 int ds_site_watch(void (*ask)(void));
 
-/* Whether somebody waits for ds_site_answer(). */
-int ds_site_wanted(void);
+/* Where the script is, by the Lua state: when it was asked, or (note) by itself. */
 void ds_site_answer(const char *where);
+void ds_site_note(const char *where);
+
+/* For a watchdog thread: has Lua look where it is, if it runs; with `wait` up to half a second, until
+ * it has said so. Then describe: "at train.lua:3", "last seen at …"; doing: the breadcrumb. */
+void ds_site_sample(int wait);
+void ds_site_describe(char *where, char *doing, size_t bytes);
 
 /* The loop that Lua compiled last: inside of one that calls nothing, Lua cannot answer. */
 void ds_site_loop(const char *where);

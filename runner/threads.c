@@ -7,8 +7,9 @@
  * libgomp's own defaults are right for a process that nobody launched: threads spin for some 3 ms
  * between regions (so Lua's time between two kernels costs no wake-up: measured 0.6 µs for an empty
  * region after gaps up to 2 ms, 30 µs after 20 ms, when they sleep), and not at all when there are
- * more threads than cores. Only under Open MPI, which ties a rank to one core before libgomp looks,
- * must it look again: there the process takes its share of the host's cores and starts itself anew.
+ * more threads than cores. dsrun tells the ranks that it launches what they need. Those of another
+ * launcher must be told before libgomp looks: Open MPI ties a rank to one core, or leaves it all
+ * cores that the others use as well. There the process takes its share and starts itself anew.
  */
 #include "runner/threads.h"
 
@@ -35,15 +36,12 @@ static double read_number(const char *path)
     return x;
 }
 
-/* Cores that hold at least one CPU of the set: a CPU counts when no lower one of its core is in it.
- */
-static int count_cores(const cpu_set_t *set)
+/* Leaves one CPU of each core in the set: the lowest. */
+static void keep_cores(cpu_set_t *set)
 {
-    int cores = 0;
-
     if (read_number("/sys/devices/system/cpu/smt/active") <= 0)
-        return CPU_COUNT(set);
-    for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+        return;
+    for (int cpu = CPU_SETSIZE - 1; cpu >= 0; cpu--) {
         char path[96];
         int first;
 
@@ -52,9 +50,9 @@ static int count_cores(const cpu_set_t *set)
         snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list",
                  cpu);
         first = (int)read_number(path);
-        cores += first < 0 || first == cpu || !CPU_ISSET(first, set);
+        if (first >= 0 && first != cpu && CPU_ISSET(first, set))
+            CPU_CLR(cpu, set);
     }
-    return cores;
 }
 
 /* Cores' worth of time in the control group at `path` (version 2), or 0: no limit. */
@@ -110,44 +108,68 @@ static int env_number(const char *name, int otherwise)
     return text && *text ? atoi(text) : otherwise;
 }
 
-/* A rank of Open MPI that was tied to part of its host: ties it to its share of all of it instead.
- * 1: done. */
-static int take_share(const cpu_set_t *mine)
+int ds_threads_cores(cpu_set_t *out)
 {
-    int ranks = env_number("OMPI_COMM_WORLD_LOCAL_SIZE", 0);
-    int rank = env_number("OMPI_COMM_WORLD_LOCAL_RANK", 0);
-    int cpus = (int)sysconf(_SC_NPROCESSORS_ONLN), share;
-    cpu_set_t set;
+    double quota = time_quota();
+    int cores;
 
-    share = ranks > 0 ? cpus / ranks : 0;
-    if (share <= CPU_COUNT(mine) || rank < 0 || rank >= ranks)
-        return 0;
-    CPU_ZERO(&set);
-    for (int i = 0; i < share; i++)
-        CPU_SET(rank * share + i, &set);
-    return sched_setaffinity(0, sizeof set, &set) == 0;
+    if (sched_getaffinity(0, sizeof *out, out) < 0) {
+        CPU_ZERO(out);
+        CPU_SET(0, out);
+    }
+    keep_cores(out);
+    cores = CPU_COUNT(out);
+    if (quota > 0 && quota < cores)
+        cores = quota < 1 ? 1 : (int)quota;
+    return cores;
 }
 
-void ds_threads_init(char **argv)
+/* A rank that was tied to part of its host: ties it to its share of all of it instead. */
+static void take_share(const ds_rank *rank)
 {
+    int cpus = (int)sysconf(_SC_NPROCESSORS_ONLN), share = cpus / rank->local_size;
     cpu_set_t set;
-    double quota;
-    int threads;
 
-    if (env_number("OMP_NUM_THREADS", 0) > 0 || sched_getaffinity(0, sizeof set, &set) < 0)
+    if (sched_getaffinity(0, sizeof set, &set) < 0 || share <= CPU_COUNT(&set) ||
+        rank->local_rank >= rank->local_size)
         return;
-    if (take_share(&set)) {
-        char text[16];
-        sched_getaffinity(0, sizeof set, &set);
-        snprintf(text, sizeof text, "%d", count_cores(&set));
+    CPU_ZERO(&set);
+    for (int i = 0; i < share; i++)
+        CPU_SET(rank->local_rank * share + i, &set);
+    sched_setaffinity(0, sizeof set, &set);
+}
+
+/* Of `cores` that this rank may use: all, if it is tied to them; else its share. */
+static int threads_of(const ds_rank *rank, int cores)
+{
+    int cpus = (int)sysconf(_SC_NPROCESSORS_ONLN);
+    cpu_set_t set;
+
+    if (sched_getaffinity(0, sizeof set, &set) == 0 && CPU_COUNT(&set) < cpus)
+        return cores;
+    return cores / rank->local_size > 0 ? cores / rank->local_size : 1;
+}
+
+void ds_threads_init(const ds_rank *rank, char **argv)
+{
+    int cores, threads;
+    cpu_set_t set;
+    char text[16];
+
+    if (env_number("OMP_NUM_THREADS", 0) > 0)
+        return;
+    if (rank->launched == DS_BY_ANOTHER)
+        take_share(rank);
+    threads = cores = ds_threads_cores(&set);
+    if (rank->launched == DS_BY_ANOTHER) {
+        threads = threads_of(rank, cores);
+        snprintf(text, sizeof text, "%d", threads);
         setenv("OMP_NUM_THREADS", text, 1);
+        if (threads * rank->local_size > (int)sysconf(_SC_NPROCESSORS_ONLN))
+            setenv("OMP_WAIT_POLICY", "passive", 0);
         execv("/proc/self/exe", argv); /* if it fails, go on with libgomp as it is */
     }
-    threads = count_cores(&set);
-    quota = time_quota();
-    if (quota > 0 && quota < threads)
-        threads = quota < 1 ? 1 : (int)quota;
-    omp_set_num_threads(threads > 0 ? threads : 1);
+    omp_set_num_threads(threads);
 }
 
 int ds_threads(void)

@@ -1,0 +1,21 @@
+/* child.h - the launcher's two children: the command that starts the ranks, and one that cleans up.
+ */
+#ifndef DS_CHILD_H
+#define DS_CHILD_H
+
+#include <sys/types.h>
+
+/* Starts a command in a process group of its own that does not outlive this process. *output: what
+ * it writes to stdout and stderr; its stdin is empty. */
+int ds_child_start(pid_t *pid, int *output, char *const *argv);
+
+/* The first line that a command prints, within a few seconds; "" if it prints none. */
+int ds_child_ask(char *line, size_t bytes, char *const *argv);
+
+/* A process that outlives this one to remove `folder` and, if it is not NULL, `file`, and to end the
+ * process groups it was told of (written to *pipe as an int, and as -group when it is over; a 0 says
+ * that all went in order, and there is no process to end). It does so when *pipe is closed, which the
+ * kernel does when this process is killed. */
+int ds_child_cleaner(pid_t *pid, int *pipe, const char *folder, const char *file);
+
+#endif

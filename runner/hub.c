@@ -1,0 +1,544 @@
+/* hub.c - the middle of the side channel: connections and what comes over them. */
+#include "runner/hub.h"
+
+#include <arpa/inet.h>
+#include <errno.h>
+#include <netinet/tcp.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "kernels/error.h"
+#include "runner/comm.h"
+#include "runner/hub_ranks.h"
+#include "runner/lines.h"
+
+#define LINE_BYTES 2048
+#define FAILURE_BYTES 65536
+#define HELLO_SECONDS 10 /* a stranger's time to say who it is */
+#define STRANGERS 64     /* connections beyond one a rank that have not said so yet */
+
+enum channel { STRANGER, SIDE, OUTPUT };
+
+typedef struct ds_link {
+    struct ds_link *next;
+    int fd, rank;
+    enum channel channel;
+    enum ds_stream stream;
+    double since;
+    int local;
+    char line[LINE_BYTES];
+    size_t used;
+    char *failure; /* the text that is being received */
+    size_t failure_bytes, failure_used;
+} ds_link;
+
+void ds_hub_say(ds_hub *h, int rank, const char *format, ...)
+{
+    char text[4096];
+    va_list args;
+
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    h->config.say(h->config.data, rank, text);
+}
+
+void ds_hub_trouble_with(ds_hub *h, enum ds_trouble trouble, int rank, int code, double now)
+{
+    if (h->trouble != DS_TROUBLE_NONE)
+        return;
+    h->trouble = trouble;
+    h->culprit = rank;
+    h->code = code;
+    h->since = now;
+}
+
+/* ---- opening and closing */
+
+static int listen_here(ds_hub *h)
+{
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    socklen_t length = sizeof address;
+    struct epoll_event event = {.events = EPOLLIN};
+
+    h->listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    h->events = epoll_create1(EPOLL_CLOEXEC);
+    if (h->listener < 0 || h->events < 0 ||
+        bind(h->listener, (struct sockaddr *)&address, sizeof address) < 0 ||
+        listen(h->listener, 4096) < 0 ||
+        getsockname(h->listener, (struct sockaddr *)&address, &length) < 0 ||
+        epoll_ctl(h->events, EPOLL_CTL_ADD, h->listener, &event) < 0)
+        return ds_fail(DS_ECOMM, "no port for the side channel: %s", strerror(errno));
+    h->port = ntohs(address.sin_port);
+    return 0;
+}
+
+int ds_hub_open(ds_hub **out, const ds_hub_config *config, double now)
+{
+    ds_hub *h = calloc(1, sizeof *h);
+    int rc;
+
+    if (!h)
+        return ds_fail(DS_ENOMEM, "out of memory");
+    h->config = *config;
+    h->listener = h->events = h->culprit = h->code = -1;
+    h->opened = h->served = h->moved = h->window = now;
+    h->ranks = calloc((size_t)config->ranks, sizeof *h->ranks);
+    rc = h->ranks ? listen_here(h) : ds_fail(DS_ENOMEM, "out of memory");
+    for (int r = 0; rc == 0 && r < config->ranks; r++) {
+        h->ranks[r].side = -1;
+        h->ranks[r].kind = DS_COLLECTIVES;
+    }
+    if (rc < 0) {
+        ds_hub_close(h);
+        h = NULL;
+    }
+    *out = h;
+    return rc;
+}
+
+static void tell(int fd, const char *text)
+{
+    /* a message of a few bytes always finds room; who does not read them is as good as gone */
+    if (fd >= 0 && send(fd, text, strlen(text), MSG_NOSIGNAL | MSG_DONTWAIT) < 0)
+        return;
+}
+
+static void tell_all(ds_hub *h, const char *text)
+{
+    for (int r = 0; r < h->config.ranks; r++)
+        tell(h->ranks[r].side, text);
+}
+
+static void free_link(ds_link *k)
+{
+    close(k->fd);
+    free(k->failure);
+    free(k);
+}
+
+void ds_hub_close(ds_hub *h)
+{
+    if (!h)
+        return;
+    tell_all(h, "done\n");
+    while (h->links) {
+        ds_link *k = h->links;
+        h->links = k->next;
+        free_link(k);
+    }
+    if (h->listener >= 0)
+        close(h->listener);
+    if (h->events >= 0)
+        close(h->events);
+    free(h->ranks);
+    free(h);
+}
+
+int ds_hub_port(const ds_hub *h)
+{
+    return h->port;
+}
+
+int ds_hub_fd(const ds_hub *h)
+{
+    return h->events;
+}
+
+/* ---- messages */
+
+/* "hello TOKEN RANK CHANNEL PID GROUP". 0: this is no rank of this job. */
+static int greet(ds_hub *h, ds_link *k, double now)
+{
+    char token[64], channel[8], welcome[32] = "welcome\n";
+    int rank, pid, group;
+    ds_seen *r;
+
+    if (sscanf(k->line, "hello %63s %d %7s %d %d", token, &rank, channel, &pid, &group) != 5 ||
+        strcmp(token, h->config.token) || rank < 0 || rank >= h->config.ranks)
+        return 0;
+    r = &h->ranks[rank];
+    k->rank = rank;
+    if (strcmp(channel, "side")) {
+        if (r->presence != DS_PRESENT || !h->config.output)
+            return 0;
+        k->channel = OUTPUT;
+        k->stream = strcmp(channel, "err") ? DS_STDOUT : DS_STDERR;
+        r->streams++;
+        return 1;
+    }
+    if (r->presence != DS_ABSENT)
+        return 0;
+    k->channel = SIDE;
+    r->presence = DS_PRESENT;
+    r->side = k->fd;
+    r->heard = r->since = now;
+    if (k->local) {
+        r->pid = pid;
+        r->group = group == pid ? group : 0;
+        if (r->group && h->config.group)
+            h->config.group(h->config.data, r->group, 1);
+    }
+    tell(k->fd, welcome);
+    if (h->stopping) {
+        snprintf(welcome, sizeof welcome, "stop %d\n", h->stopping);
+        tell(k->fd, welcome);
+    }
+    return 1;
+}
+
+static void take_state(ds_hub *h, int rank, const char *text, double now)
+{
+    ds_seen *r = &h->ranks[rank];
+    long long number, calls, bytes, step, steps;
+    const char *site = strchr(text, '\t'), *doing = site ? strchr(site + 1, '\t') : NULL;
+    int kind;
+
+    if (r->presence != DS_PRESENT || !doing ||
+        sscanf(text, "%d %lld %lld %lld %lld %lld %lf", &kind, &number, &calls, &bytes, &step,
+               &steps, &r->busy) != 7)
+        return;
+    if (kind != r->kind || number != r->number || calls != r->calls)
+        r->since = now;
+    r->kind = kind;
+    r->number = number;
+    r->calls = calls;
+    r->bytes = bytes;
+    r->step = step;
+    r->steps = steps;
+    snprintf(r->site, sizeof r->site, "%.*s", (int)(doing - site - 1), site + 1);
+    snprintf(r->doing, sizeof r->doing, "%s", doing + 1);
+}
+
+/* The signal that an exit code stands for, if it is one that asks a job to stop; or 0. */
+static int stop_of(int code)
+{
+    int signal = code - 128;
+
+    return signal == SIGINT || signal == SIGTERM || signal == SIGUSR1 ? signal : 0;
+}
+
+static void take_end(ds_hub *h, int rank, int code, double now)
+{
+    ds_seen *r = &h->ranks[rank];
+
+    r->presence = DS_ENDING;
+    r->code = code;
+    r->since = now;
+    if (stop_of(code))
+        h->ended_by = stop_of(code); /* the others do the same, each in its time */
+    else if (code != 0)
+        ds_hub_trouble_with(h, DS_TROUBLE_FAILED, rank, code, now);
+    if (code != 0 && h->trouble == DS_TROUBLE_FAILED && h->culprit == rank)
+        h->code = code;
+}
+
+/* One line from a rank. 0: it makes no sense. */
+static int take_line(ds_hub *h, ds_link *k, double now)
+{
+    ds_seen *r = &h->ranks[k->rank];
+    const char *line = k->line;
+
+    r->heard = now;
+    if (!strncmp(line, "state ", 6)) {
+        take_state(h, k->rank, line + 6, now);
+    } else if (!strncmp(line, "here ", 5)) {
+        take_state(h, k->rank, line + 5, now);
+        if (h->answers > 0 && --h->answers == 0)
+            ds_hub_report(h, now);
+    } else if (!strncmp(line, "failed ", 7)) {
+        k->failure_bytes = strtoul(line + 7, NULL, 10);
+        k->failure_used = 0;
+        if (k->failure || k->failure_bytes > FAILURE_BYTES)
+            return 0;
+        k->failure = malloc(k->failure_bytes + 1);
+        return k->failure != NULL;
+    } else if (!strncmp(line, "end ", 4)) {
+        take_end(h, k->rank, atoi(line + 4), now);
+        tell(k->fd, "heard\n");
+    } else {
+        return 0;
+    }
+    return 1;
+}
+
+static void read_outputs(ds_hub *h, int rank);
+
+/* The first failure is the cause; what fails after it fails because of it, mostly. */
+static void take_failure(ds_hub *h, ds_link *k, double now)
+{
+    k->failure[k->failure_used] = 0;
+    if (h->trouble == DS_TROUBLE_NONE) {
+        ds_hub_trouble_with(h, DS_TROUBLE_FAILED, k->rank, -1, now);
+        read_outputs(h, k->rank); /* what it wrote before stands before */
+        if (h->config.ranks == 1)
+            h->config.say(h->config.data, k->rank, k->failure);
+        else
+            ds_hub_say(h, k->rank, "rank %d: %s", k->rank, k->failure);
+    }
+    free(k->failure);
+    k->failure = NULL;
+    tell(k->fd, "heard\n");
+}
+
+/* Bytes on a side connection, or on one that has yet to say what it is. 0: close it. */
+static int take_bytes(ds_hub *h, ds_link *k, const char *data, size_t bytes, double now)
+{
+    while (bytes > 0) {
+        if (k->channel == OUTPUT) {
+            h->config.output(h->config.data, k->rank, k->stream, data, bytes);
+            return 1;
+        }
+        if (k->failure) {
+            size_t want = k->failure_bytes - k->failure_used, n = bytes < want ? bytes : want;
+            memcpy(k->failure + k->failure_used, data, n);
+            k->failure_used += n;
+            data += n;
+            bytes -= n;
+        } else {
+            char c = *data++;
+            bytes--;
+            k->line[k->used++] = c;
+            if (c == '\n') {
+                k->line[k->used - 1] = 0;
+                k->used = 0;
+                if (k->channel == STRANGER ? !greet(h, k, now) : !take_line(h, k, now))
+                    return 0;
+            } else if (k->used == LINE_BYTES) {
+                return 0;
+            }
+        }
+        if (k->failure && k->failure_used == k->failure_bytes)
+            take_failure(h, k, now);
+    }
+    return 1;
+}
+
+/* ---- connections */
+
+static void drop_link(ds_hub *h, ds_link *k, double now)
+{
+    ds_seen *r = k->channel == STRANGER ? NULL : &h->ranks[k->rank];
+
+    for (ds_link **p = &h->links; *p; p = &(*p)->next) {
+        if (*p == k) {
+            *p = k->next;
+            break;
+        }
+    }
+    if (k->channel == OUTPUT) {
+        r->streams--;
+        h->config.output(h->config.data, k->rank, k->stream, NULL, 0);
+    } else if (k->channel == SIDE) {
+        if (r->presence == DS_PRESENT && (h->stopping || h->ended_by))
+            r->code = 128 + (h->stopping ? h->stopping : h->ended_by);
+        else if (r->presence == DS_PRESENT)
+            ds_hub_trouble_with(h, DS_TROUBLE_LOST, k->rank, -1, now);
+        r->presence = DS_GONE;
+        r->side = -1;
+        if (r->group && h->config.group)
+            h->config.group(h->config.data, r->group, 0);
+    }
+    free_link(k);
+}
+
+/* Reads all that is there. 0: it is closed, or should be. */
+static int read_link(ds_hub *h, ds_link *k, double now)
+{
+    char data[65536];
+
+    for (int i = 0; i < 16; i++) { /* then it is another's turn */
+        ssize_t n = recv(k->fd, data, sizeof data, MSG_DONTWAIT);
+
+        if (n < 0)
+            return errno == EAGAIN || errno == EINTR;
+        if (n == 0 || !take_bytes(h, k, data, (size_t)n, now))
+            return 0;
+        if ((size_t)n < sizeof data)
+            return 1;
+    }
+    return 1;
+}
+
+static void read_outputs(ds_hub *h, int rank)
+{
+    for (ds_link *k = h->links; k; k = k->next)
+        if (k->channel == OUTPUT && k->rank == rank)
+            read_link(h, k, h->served);
+}
+
+static int strangers(const ds_hub *h)
+{
+    int n = 0;
+
+    for (const ds_link *k = h->links; k; k = k->next)
+        n += k->channel == STRANGER;
+    return n;
+}
+
+static void accept_links(ds_hub *h, double now)
+{
+    struct sockaddr_in peer;
+    socklen_t length = sizeof peer;
+    int one = 1, fd;
+
+    while ((fd = accept4(h->listener, (struct sockaddr *)&peer, &length,
+                         SOCK_CLOEXEC | SOCK_NONBLOCK)) >= 0) {
+        ds_link *k = strangers(h) < STRANGERS + h->config.ranks ? calloc(1, sizeof *k) : NULL;
+        struct epoll_event event = {.events = EPOLLIN, .data.ptr = k};
+
+        if (!k || epoll_ctl(h->events, EPOLL_CTL_ADD, fd, &event) < 0) {
+            free(k);
+            close(fd);
+            continue;
+        }
+        setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+        k->fd = fd;
+        k->since = now;
+        k->local = peer.sin_addr.s_addr == htonl(INADDR_LOOPBACK);
+        k->next = h->links;
+        h->links = k;
+        length = sizeof peer;
+    }
+}
+
+static void drop_strangers(ds_hub *h, double now)
+{
+    for (ds_link *k = h->links, *next; k; k = next) {
+        next = k->next;
+        if (k->channel == STRANGER && now - k->since > HELLO_SECONDS)
+            drop_link(h, k, now);
+    }
+}
+
+/* After a time in which the hub did not run (stopped with all the others, or by a full pipe), what
+ * it did not hear then is no sign of anything. */
+static void forgive(ds_hub *h, double seconds)
+{
+    for (int r = 0; r < h->config.ranks; r++) {
+        h->ranks[r].heard += seconds;
+        h->ranks[r].since += seconds;
+    }
+    h->moved += seconds;
+    h->opened += seconds;
+    h->asked += seconds;
+}
+
+void ds_hub_serve(ds_hub *h, double now)
+{
+    struct epoll_event events[64]; /* the listener's has no link */
+    int n = epoll_wait(h->events, events, 64, 0);
+
+    if (now - h->served > 2)
+        forgive(h, now - h->served);
+    h->served = now;
+    for (int outputs = 1; outputs >= 0; outputs--) { /* they were written before what is said now */
+        for (int i = 0; i < n; i++) {
+            ds_link *k = events[i].data.ptr;
+
+            if (!k || (k->channel == OUTPUT) != outputs)
+                continue;
+            events[i].data.ptr = NULL;
+            if (!read_link(h, k, now))
+                drop_link(h, k, now);
+        }
+    }
+    accept_links(h, now);
+    drop_strangers(h, now);
+    ds_hub_judge(h, now);
+}
+
+/* ---- what its owner asks and has done */
+
+enum ds_trouble ds_hub_trouble(const ds_hub *h)
+{
+    return h->trouble;
+}
+
+int ds_hub_culprit(const ds_hub *h)
+{
+    return h->culprit;
+}
+
+int ds_hub_code(const ds_hub *h)
+{
+    return h->code;
+}
+
+int ds_hub_signal(const ds_hub *h)
+{
+    return h->ended_by;
+}
+
+double ds_hub_since(const ds_hub *h)
+{
+    return h->since;
+}
+
+int ds_hub_gone(const ds_hub *h, int rank)
+{
+    return h->ranks[rank].presence == DS_GONE && h->ranks[rank].streams == 0;
+}
+
+int ds_hub_all_gone(const ds_hub *h)
+{
+    for (int r = 0; r < h->config.ranks; r++)
+        if (!ds_hub_gone(h, r))
+            return 0;
+    return 1;
+}
+
+int ds_hub_started(const ds_hub *h)
+{
+    int n = 0;
+
+    for (int r = 0; r < h->config.ranks; r++)
+        n += h->ranks[r].presence != DS_ABSENT;
+    return n;
+}
+
+void ds_hub_stop(ds_hub *h, int signal)
+{
+    char text[24];
+
+    h->stopping = signal;
+    snprintf(text, sizeof text, "stop %d\n", signal);
+    tell_all(h, text);
+}
+
+void ds_hub_ask(ds_hub *h, double now)
+{
+    h->answers = 0;
+    for (int r = 0; r < h->config.ranks; r++)
+        h->answers += h->ranks[r].side >= 0;
+    h->asked = now;
+    tell_all(h, "where\n");
+    if (h->answers == 0)
+        ds_hub_report(h, now);
+}
+
+/* A group outlives its first process where that one's children go on; so the culprit's is ended as
+ * well. */
+void ds_hub_kill(ds_hub *h, int code)
+{
+    char text[24];
+
+    snprintf(text, sizeof text, "die %d\n", code);
+    tell_all(h, text);
+    for (int r = 0; r < h->config.ranks; r++) {
+        const ds_seen *s = &h->ranks[r];
+
+        if (!h->config.output) /* rank 0 is no launcher: its own ends the others */
+            break;
+        if (s->group && (s->side >= 0 || r == h->culprit))
+            kill(-s->group, SIGKILL);
+        if (s->pid && s->side >= 0)
+            kill(s->pid, SIGKILL);
+    }
+}

@@ -1,0 +1,72 @@
+/* hub.h - the middle of the side channel: every rank's watchdog reports here once a second.
+ *
+ * It lives in the dsrun that launched the ranks, or, where another launcher did, in a thread of rank
+ * 0. It knows who waits for whom, prints the cause of a failure once, and says when the job must
+ * end; ending it is its owner's work. Time comes from its owner, so tests can make it up.
+ *
+ * Messages are lines of text. From a rank, after "hello TOKEN RANK CHANNEL PID GROUP" on each of its
+ * connections ("side", and for a launcher "out" and "err", which then carry its output as it is):
+ *   state KIND NUMBER CALLS BYTES STEP COUNT SECONDS<tab>SITE<tab>DOING   once a second
+ *   here …               the same, as an answer to "where"
+ *   failed BYTES\n text  the error that ends this rank; answered by "heard"
+ *   end CODE             it is about to end; answered by "heard"
+ * To a rank: welcome · heard · where · stop SIGNAL · die CODE · done (the hub ends, all is well).
+ */
+#ifndef DS_HUB_H
+#define DS_HUB_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define DS_SITE_BYTES 256 /* a place in a script, as text */
+
+/* What has happened to the job. */
+enum ds_trouble {
+    DS_TROUBLE_NONE,
+    DS_TROUBLE_FAILED, /* a rank says so itself, by an error or a code that is not 0 */
+    DS_TROUBLE_LOST,   /* its connection was closed without a word */
+    DS_TROUBLE_STUCK,  /* no progress for the length of the timeout */
+};
+
+typedef struct ds_hub_config {
+    int ranks;
+    const char *token; /* what a rank must say to be one */
+    double timeout;    /* seconds without progress that end the job */
+    void *data;        /* for the functions below */
+    /* What a rank wrote; bytes 0: no more will come. (optional) */
+    void (*output)(void *data, int rank, int stream, const char *text, size_t bytes);
+    /* Lines for the user; rank: whom they are about, or -1. */
+    void (*say)(void *data, int rank, const char *text);
+    /* A local rank's process group began (on 1) or ended. (optional) */
+    void (*group)(void *data, int group, int on);
+} ds_hub_config;
+
+typedef struct ds_hub ds_hub;
+
+/* Listens on a port of this machine. */
+int ds_hub_open(ds_hub **out, const ds_hub_config *config, double now);
+void ds_hub_close(ds_hub *h); /* says "done" to ranks that are still there */
+int ds_hub_port(const ds_hub *h);
+int ds_hub_fd(const ds_hub *h); /* readable: call ds_hub_serve() */
+
+/* Reads what has come, and looks after those from whom nothing comes: at least twice a second. */
+void ds_hub_serve(ds_hub *h, double now);
+
+enum ds_trouble ds_hub_trouble(const ds_hub *h);
+int ds_hub_culprit(const ds_hub *h);  /* the rank that the trouble began with, or -1 */
+int ds_hub_code(const ds_hub *h);     /* the exit code that it told; -1: none */
+int ds_hub_signal(const ds_hub *h);   /* the signal by which ranks ended in good order, or 0 */
+double ds_hub_since(const ds_hub *h); /* when the trouble began */
+int ds_hub_gone(const ds_hub *h, int rank); /* 1: it was there, and its connections are closed */
+int ds_hub_all_gone(const ds_hub *h);
+int ds_hub_started(const ds_hub *h);                     /* ranks that were ever there */
+const char *ds_hub_last_seen(const ds_hub *h, int rank); /* as "at train.lua:3", "" if unknown */
+
+/* Asks all ranks to save and end, as the signal would. */
+void ds_hub_stop(ds_hub *h, int signal);
+/* Has all ranks say where they are; the answer is printed when it is there, within a second. */
+void ds_hub_ask(ds_hub *h, double now);
+/* Ends all ranks now: those of this machine by SIGKILL, also where they are stopped. */
+void ds_hub_kill(ds_hub *h, int code);
+
+#endif

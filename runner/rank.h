@@ -1,0 +1,34 @@
+/* rank.h - which rank of a job this process is, as its launcher says, and its share of the machine.
+ */
+#ifndef DS_RANK_H
+#define DS_RANK_H
+
+enum ds_launched {
+    DS_ALONE,      /* nobody launched it: one process */
+    DS_BY_DSRUN,   /* mpirun did, for a dsrun that watches over the job */
+    DS_BY_ANOTHER, /* mpirun or srun, called by hand */
+};
+
+typedef struct ds_rank {
+    enum ds_launched launched;
+    int rank, size;
+    int local_rank, local_size; /* among those on this machine */
+} ds_rank;
+
+/* Reads what launchers leave in the environment. A program that a rank starts is not a rank: what
+ * it inherited of that is removed. */
+void ds_rank_find(ds_rank *out);
+
+/* Makes this process that rank: ends when its launcher does, sets RANK, WORLD_SIZE, LOCAL_RANK and
+ * LOCAL_SIZE for the script, takes the cores that the launcher gave it, tags log lines. DS_EINVAL:
+ * the launcher's cores do not suffice. */
+int ds_rank_settle(const ds_rank *rank);
+
+/* An argument that is a lone ':' would end the command for mpirun, so the launcher puts a backslash
+ * before it, and before one with backslashes alone in front; the rank takes it off again. */
+int ds_rank_colon(const char *argument);
+
+/* Reads a list of CPUs, as "0,2-5", ascending; out: [most]. Returns how many, or DS_EINVAL. */
+int ds_rank_cpus(int *out, int most, const char *list);
+
+#endif
