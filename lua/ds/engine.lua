@@ -280,6 +280,7 @@ local function begin_step(self)
 end
 
 local function leave(self, s, outer, seed, ok, ...)
+  C.ds_breadcrumb("")
   scope.enter(outer)
   products.loss_seed = seed
   if not ok then
@@ -307,6 +308,7 @@ function Engine:forward(...)
   local outer = scope.enter(s)
   products.loss_seed = self.loss_scale / self.gas
   self.pending = self.pending + 1
+  C.ds_breadcrumb("engine:forward()")
   return leave(self, s, outer, seed, xpcall(self.module, border.note, lower(self, ...)))
 end
 Engine.__call = Engine.forward
@@ -354,7 +356,9 @@ function Engine:backward(loss, options)
   if options.also then autograd.owner[options.also] = true end
   local kept = loss._keep
   loss._keep = true
+  C.ds_breadcrumb("engine:backward()")
   local ok, message = pcall(autograd.run, { loss }, { seed }, options.retain_graph)
+  C.ds_breadcrumb("")
   autograd.owner = owner
   loss._keep = kept
   if not ok then error(message, 0) end
@@ -428,7 +432,12 @@ function Engine:step()
     self.accumulated = true
     return false
   end
-  together.meet(("engine:step() number %d"):format(self.global_steps + 1))
+  local place = ("engine:step() number %d"):format(self.global_steps + 1)
+  if self.step_ended then -- what this rank did by itself: launchers name ranks that are slower
+    C.ds_side_step(self.global_steps + 1, C.ds_seconds() - self.step_ended)
+  end
+  C.ds_breadcrumb(place)
+  together.meet(place)
   self.zero:complete()
   self.zero:reduce()
   local norm = agree(self)
@@ -456,6 +465,8 @@ function Engine:step()
     replicas.check(self.zero:all_weights(), self.global_steps)
   end
   if stop ~= 0 then self:stop(stop) end
+  self.step_ended = C.ds_seconds()
+  C.ds_breadcrumb("")
   return true
 end
 

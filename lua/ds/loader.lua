@@ -109,6 +109,9 @@ local function get_each(self, index, n)
   end
   for k = 1, n do
     position = tonumber(index[k - 1]) + 1
+    if self.world_size > 1 then
+      C.ds_breadcrumb(("get(%d) of the loader"):format(position))
+    end
     local got = pack(xpcall(dataset.get, failed, dataset, position))
     if not got[1] then error(got[2], 0) end
     if got[2] == nil then raise("sample %d: get(%d) returned nothing", position, position) end
@@ -116,6 +119,7 @@ local function get_each(self, index, n)
     for i = 2, got.n do sample[i - 1] = got[i] end
     samples[k], positions[k] = sample, position
   end
+  C.ds_breadcrumb("")
   if not self.collate_fn then return collate(samples, positions) end
   for k, sample in ipairs(samples) do
     if sample.n == 1 then samples[k] = sample[1] end
