@@ -31,7 +31,7 @@ int ds_scaler_static(ds_scaler *s, double scale)
 }
 
 int ds_scaler_dynamic(ds_scaler *s, int initial_power, double min_scale, int64_t window,
-                      int hysteresis, int consecutive)
+                      int64_t hysteresis, int consecutive)
 {
     double initial = ldexp(1, initial_power);
     int rc = check_scale(initial, "the initial scale");
@@ -44,8 +44,8 @@ int ds_scaler_dynamic(ds_scaler *s, int initial_power, double min_scale, int64_t
         return ds_fail(DS_EINVAL, "loss scale: the initial scale 2^%d = %g is below the minimum %g",
                        initial_power, initial, min_scale);
     if (window < 1 || hysteresis < 1)
-        return ds_fail(DS_EINVAL, "loss scale: window %lld and hysteresis %d must be at least 1",
-                       (long long)window, hysteresis);
+        return ds_fail(DS_EINVAL, "loss scale: window %lld and hysteresis %lld must be at least 1",
+                       (long long)window, (long long)hysteresis);
     *s = (ds_scaler){.cur_scale = initial,
                      .last_overflow_iter = -1,
                      .cur_hysteresis = hysteresis,
@@ -101,7 +101,7 @@ int ds_scaler_update(ds_scaler *s, int overflow)
 }
 
 int ds_scaler_restore(ds_scaler *s, double cur_scale, int64_t cur_iter, int64_t last_overflow_iter,
-                      int cur_hysteresis)
+                      int64_t cur_hysteresis)
 {
     int rc = check_scale(cur_scale, "the saved scale");
 

@@ -103,7 +103,7 @@ static void follow(ds_scaler *s, const trace *t, int first)
             assert_int_equal(ds_scaler_update(s, overflow), 0);
             if (s->cur_scale != t->scale[i] || s->cur_hysteresis != t->left[i])
                 fail_msg("%s, step %d: scale %g, hysteresis %d", t->steps, i, s->cur_scale,
-                         s->cur_hysteresis);
+                         (int)s->cur_hysteresis);
         }
         assert_int_equal(s->cur_iter, i + 1);
         assert_int_equal(s->last_overflow_iter, last_overflow);
