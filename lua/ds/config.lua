@@ -224,11 +224,11 @@ end
 
 -- Precision ---------------------------------------------------------------------------------------
 
--- What is wrong between the keys of fp16 and bf16. What is wrong with one of them
+-- What is wrong between the keys of fp16, bf16 and data_types. What is wrong with one of them
 -- alone is known already, and then it may be missing here.
 local function check_precision(context, config, source, root)
   local fp16 = config.fp16 or {}
-  local bf16 = config.bf16 or {}
+  local bf16, grads = config.bf16 or {}, (config.data_types or {}).grad_accum_dtype
   local place = spec.inside(context, root, source, "fp16")
   if fp16.enabled and bf16.enabled then
     return spec.report(context, place, "fp16.enabled and bf16.enabled are both true; choose one")
@@ -238,6 +238,13 @@ local function check_precision(context, config, source, root)
     spec.report(context, place, "fp16: the loss scale begins with 2^%d = %s " ..
       "(initial_scale_power), below min_loss_scale %s", power, spec.show(2 ^ power),
       spec.show(least))
+  end
+  local weights = fp16.enabled and "fp16" or bf16.enabled and "bf16" or "fp32"
+  if grads and grads ~= "fp32" and grads ~= weights then
+    place = spec.inside(context, root, source, "data_types")
+    spec.report(context, spec.inside(context, place, source.data_types, "grad_accum_dtype"),
+      "data_types.grad_accum_dtype: gradients of %s weights can't be kept in %s; choose %s",
+      weights, grads, weights == "fp32" and '"fp32"' or ('"%s" or "fp32"'):format(weights))
   end
 end
 

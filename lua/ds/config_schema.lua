@@ -270,7 +270,8 @@ local fp16_fields = {
   { "min_loss_scale", "number", 1, "the scale never falls below it: an overflow there ends " ..
     "training", above = 0 },
   { "fp16_master_weights_and_grads", "boolean", false, "master weights and gradients in fp16",
-    status = "never", why = "small updates would be lost; both are fp32" },
+    status = "never", why = "small updates would be lost; master weights are fp32, and " ..
+      "data_types.grad_accum_dtype says what gradients are" },
 }
 
 local bf16_fields = {
@@ -342,8 +343,9 @@ M.groups = {
     { "bf16", "object", nil, "bfloat16 training", fields = bf16_fields, alias = { "bfloat16" } },
     { "fp16", "object", nil, "half-precision training", fields = fp16_fields },
     { "data_types", "object", nil, "further types", fields = {
-      { "grad_accum_dtype", "string", nil, "type that gradients are added up in", enum = dtype,
-        status = "later" },
+      { "grad_accum_dtype", "string", nil, "type that gradients are kept and added up in: that " ..
+        "of the weights or fp32. Not given: that of the weights where one micro-batch makes a " ..
+        "step (two bytes a parameter less), fp32 where several are added up.", enum = dtype },
       { "param_dtype", "string", nil, "type of the weights", enum = dtype, status = "later",
         why = "use bf16.enabled or fp16.enabled" },
       { "buffer_dtype", "string", nil, "type of buffers", enum = dtype, status = "later" },

@@ -97,7 +97,8 @@ local short = { fp32 = "f32", fp16 = "f16", bf16 = "bf16" } -- DeepSpeed's names
 local function partition(self)
   local zero_config = self.config.zero_optimization
   self.zero = zero.new(self.optimizer.param_groups, {
-    dtype = self.dtype, device = self.device, stage = zero_config.stage,
+    dtype = self.dtype, grad_dtype = self.precision.grad_dtype,
+    device = self.device, stage = zero_config.stage,
     op = self.config.gradient_allreduce_op,
     reduce_bucket_size = zero_config.reduce_bucket_size,
     wire = short[self.config.communication_data_type],

@@ -1,7 +1,9 @@
 --- Precision: in what types an engine keeps weights and gradients, and by what it scales the loss.
 --
--- Weights and activations are f32, bf16 or f16; gradients and the optimizer's master copy are f32.
--- A gradient as it lies in `p.grad` is multiplied by the loss scale, which is 1 but for
+-- Weights and activations are f32, bf16 or f16. Gradients have the weights' type where one
+-- micro-batch makes a step, as nothing is then added up that rounding could lose, and f32
+-- otherwise; data_types.grad_accum_dtype decides by hand. The optimizer's master copy is f32
+-- always. A gradient as it lies in `p.grad` is multiplied by the loss scale, which is 1 but for
 -- fp16.
 
 local ffi = require "ffi"
@@ -14,6 +16,8 @@ local M = {}
 
 local Precision = {}
 Precision.__index = Precision
+
+local dtypes = { fp32 = "f32", fp16 = "f16", bf16 = "bf16" }
 
 local function make_scaler(fp16)
   local s = ffi.new("ds_scaler")
@@ -33,7 +37,8 @@ end
 function M.new(settings)
   local fp16, bf16 = settings.fp16, settings.bf16
   local dtype = fp16.enabled and "f16" or bf16.enabled and "bf16" or "f32"
-  local grad = "f32"
+  local grad = dtypes[settings.data_types.grad_accum_dtype]
+    or settings.gradient_accumulation_steps == 1 and dtype or "f32"
   return setmetatable({
     dtype = dtype, grad_dtype = grad, scaler = make_scaler(fp16), fp16 = fp16,
     checks = fp16.enabled or bf16.enabled and bf16.check_grad_overflow,
