@@ -18,6 +18,7 @@ enum ds_scratch_slot {
     DS_SCRATCH_SUMS,   /* sums of each thread */
     DS_SCRATCH_ROWS,   /* a row for each thread */
     DS_SCRATCH_LOSSES, /* one number a row */
+    DS_SCRATCH_BLOCK,  /* a block of sums on their way to low precision */
     DS_SCRATCH_SLOTS
 };
 

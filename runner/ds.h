@@ -385,6 +385,30 @@ typedef struct ds_control {
  * their order, so that all have the same bits. */
 int ds_control_agree(ds_control *word, double *sums, int n, ds_comm *comm);
 
+/* ---- the loss scale of fp16 (scaler.c) */
+
+/* State and settings, plain values: a checkpoint keeps the first four. */
+typedef struct ds_scaler {
+    double cur_scale;           /* what the loss is multiplied by */
+    int64_t cur_iter;           /* updates so far, overflows among them */
+    int64_t last_overflow_iter; /* counted from 0; -1: none yet */
+    int64_t cur_hysteresis;     /* at 1 the next overflow lowers the scale */
+    int64_t window;             /* steps without overflow before the scale doubles */
+    int64_t hysteresis;
+    double min_scale;
+    int dynamic; /* 0: the scale never changes */
+    int consecutive;
+} ds_scaler;
+int ds_scaler_static(ds_scaler *s, double scale);
+/* Begins with 2^initial_power; consecutive: any step without overflow restores the hysteresis. */
+int ds_scaler_dynamic(ds_scaler *s, int initial_power, double min_scale, int64_t window,
+                      int64_t hysteresis, int consecutive);
+/* Once a step, after its gradients were divided by cur_scale. DS_ERANGE: an overflow at min_scale. */
+int ds_scaler_update(ds_scaler *s, int overflow);
+/* Takes a saved state, within the settings of s; a scaler that is not dynamic keeps its scale. */
+int ds_scaler_restore(ds_scaler *s, double cur_scale, int64_t cur_iter, int64_t last_overflow_iter,
+                      int64_t cur_hysteresis);
+
 /* ds.h: end ffi */
 
 #endif

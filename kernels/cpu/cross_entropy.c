@@ -4,6 +4,10 @@
  * for a moment only. So rows are taken in chunks: logits into scratch, loss and gradient of each
  * row in one visit (each exp is computed once), then the two products that use the gradient
  * while it is still in the cache.
+ *
+ * The weight's gradient is a sum over the chunks. In low precision it must not be rounded at each of
+ * them, and beside all of it in f32 there would be nothing saved: so until the last chunk the
+ * result's 16 bits and as many of `carry` hold the two halves of each f32.
  */
 #include <math.h>
 
@@ -142,6 +146,7 @@ static double visit_row_f64(double *row, int gradient, int64_t target, int64_t c
 
 typedef struct task {
     ds_tensor *loss, *dx, *dw; /* dx, dw: may be NULL */
+    ds_tensor *carry;          /* NULL: no halves of sums are needed */
     const ds_tensor *x, *w, *target;
     char *logits; /* scratch: [rows, stride], of which `padded` columns are used */
     int64_t rows, stride, padded, classes, width;
@@ -234,6 +239,84 @@ static void store_dx(const task *t, ds_matrix sums, int64_t first, int64_t rows)
                      (float *)sums.data + i * t->width, dx.dtype, t->width, dx.col);
 }
 
+/* ---- dw in low precision, summed over several chunks ---- */
+
+static void join(float *sums, const uint16_t *high, const uint16_t *low, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t bits = (uint32_t)high[i] << 16 | low[i];
+
+        memcpy(sums + i, &bits, sizeof bits);
+    }
+}
+
+static void split(uint16_t *high, uint16_t *low, const float *sums, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t bits;
+
+        memcpy(&bits, sums + i, sizeof bits);
+        high[i] = (uint16_t)(bits >> 16), low[i] = (uint16_t)bits;
+    }
+}
+
+/* Adds n sums of a chunk to elements `from` and on of dw: it begins as what dw holds or as 0, and
+ * ends rounded. sums is overwritten. */
+static void fold(const task *t, float *sums, int64_t from, int64_t n, int first, int last)
+{
+    float had[256];
+    uint16_t *high = (uint16_t *)t->dw->data + from, *low = (uint16_t *)t->carry->data + from;
+
+    for (int64_t i = 0; i < n; i += 256) {
+        int64_t part = n - i < 256 ? n - i : 256;
+
+        if (!first)
+            join(had, high + i, low + i, part);
+        else if (t->accumulate)
+            ds_row_load(had, high + i, t->dw->dtype, part, 1);
+        for (int64_t k = 0; k < part && (!first || t->accumulate); k++)
+            sums[i + k] += had[k];
+        if (last)
+            ds_row_store(high + i, sums + i, t->dw->dtype, part, 1);
+        else
+            split(high + i, low + i, sums + i, part);
+    }
+}
+
+/* dw += dᵀ x for `classes` classes from `at` on, by blocks that stay in the cache. */
+static int carry_dw(const task *t, ds_matrix d, ds_matrix x, int64_t at, int64_t classes,
+                    int64_t first, int64_t rows)
+{
+    int64_t block = ((int64_t)1 << 20) / t->width > 64 ? ((int64_t)1 << 20) / t->width : 64;
+    float *sums;
+    int rc = 0;
+
+    block = block < classes ? block : classes;
+    sums = ds_scratch(DS_SCRATCH_BLOCK, (size_t)(block * t->width) * sizeof *sums);
+    if (!sums)
+        return DS_ENOMEM;
+    for (int64_t c = 0; c < classes && rc == 0; c += block) {
+        int64_t m = classes - c < block ? classes - c : block, numel = m * t->width;
+        ds_product p = {.b = x, .alpha = 1, .m = m, .n = t->width, .k = rows};
+        int threads = ds_threads(numel);
+
+        p.y = ds_matrix_of(sums, t->width, 1, DS_F32);
+        p.a = classes_from(d, c, 1), p.a.row = 1, p.a.col = t->stride;
+        rc = ds_product_run(&p);
+#pragma omp parallel num_threads(threads) if (threads > 1 && rc == 0)
+        if (rc == 0) {
+            int64_t begin, end;
+
+            ds_part(&begin, &end, numel, 64);
+            fold(t, sums + begin, (at + c) * t->width + begin, end - begin, first == 0,
+                 first + rows == t->x->shape[0]);
+        }
+    }
+    return rc;
+}
+
+/* ---- a chunk ---- */
+
 static int run_chunk(const task *t, int64_t first, int64_t rows)
 {
     ds_matrix logits = ds_matrix_of(t->logits, t->stride, 1, t->dtype), sums = {0};
@@ -261,7 +344,9 @@ static int run_chunk(const task *t, int64_t first, int64_t rows)
             p.m = rows, p.n = t->width, p.k = classes;
             rc = ds_product_run(&p);
         }
-        if (t->dw && rc == 0) { /* dw += dlogitsᵀ x */
+        if (t->carry && rc == 0) {
+            rc = carry_dw(t, d, x, at, classes, first, rows);
+        } else if (t->dw && rc == 0) { /* dw += dlogitsᵀ x */
             ds_product p = {.y = classes_from(dw, at, dw.row), .a = d, .b = x, .alpha = 1};
 
             p.a.row = 1, p.a.col = t->stride;
@@ -298,9 +383,31 @@ static int check(const task *t, const ds_tensor *scratch)
                        (long long)((w->shape[0] + 15) / 16 * 16));
     if ((t->dx && (t->dx->ndim != 2 || t->dx->shape[0] != x->shape[0] ||
                    t->dx->shape[1] != x->shape[1] || t->dx->dtype != x->dtype)) ||
-        (t->dw && (t->dw->ndim != 2 || t->dw->shape[0] != w->shape[0] ||
-                   t->dw->shape[1] != w->shape[1] || !ds_is_float(t->dw->dtype))))
-        return ds_fail(DS_EINVAL, "linear_cross_entropy wants dx like x and dw like w, in f32");
+        (t->dw &&
+         (t->dw->ndim != 2 || t->dw->shape[0] != w->shape[0] || t->dw->shape[1] != w->shape[1] ||
+          (t->dw->dtype != w->dtype && (t->dw->dtype != DS_F32 || w->dtype == DS_F64)))))
+        return ds_fail(DS_EINVAL, "linear_cross_entropy wants dx like x and dw like w, in f32 or "
+                                  "the dtype of w");
+    return 0;
+}
+
+static int is_low(int dtype)
+{
+    return dtype == DS_BF16 || dtype == DS_F16;
+}
+
+static int check_carry(task *t, ds_tensor *carry)
+{
+    if (!t->dw || !is_low(t->dw->dtype) || t->x->shape[0] <= t->rows)
+        return 0;
+    if (!carry || carry->dtype != t->dw->dtype || carry->numel != t->dw->numel || !carry->dense ||
+        !t->dw->dense)
+        return ds_fail(DS_EINVAL,
+                       "linear_cross_entropy wants dw of %s over %lld chunks dense and a carry "
+                       "like it",
+                       ds_name_of(t->dw->dtype),
+                       (long long)((t->x->shape[0] + t->rows - 1) / t->rows));
+    t->carry = carry;
     return 0;
 }
 
@@ -330,8 +437,9 @@ static void set_loss(ds_tensor *loss, double value)
 }
 
 int DS_CPU(linear_cross_entropy)(ds_tensor *loss, ds_tensor *dx, ds_tensor *dw, ds_tensor *scratch,
-                                 const ds_tensor *x, const ds_tensor *w, const ds_tensor *target,
-                                 int64_t ignore, double seed, int accumulate)
+                                 ds_tensor *carry, const ds_tensor *x, const ds_tensor *w,
+                                 const ds_tensor *target, int64_t ignore, double seed,
+                                 int accumulate)
 {
     task t = {.loss = loss, .dx = dx, .dw = dw, .x = x, .w = w, .target = target, .ignore = ignore};
     int64_t n = x->shape[0], count;
@@ -345,6 +453,8 @@ int DS_CPU(linear_cross_entropy)(ds_tensor *loss, ds_tensor *dx, ds_tensor *dw, 
     t.classes = w->shape[0], t.width = w->shape[1];
     t.padded = (t.classes + 15) / 16 * 16;
     t.gradient = dx || dw, t.accumulate = accumulate, t.dtype = x->dtype;
+    if ((rc = check_carry(&t, carry)) < 0)
+        return rc;
     set_loss(loss, 0);
     if (count == 0)
         return clear(&t);

@@ -203,6 +203,9 @@ function M.needs(t)
 end
 local needs = M.needs
 
+--- The type in which t's gradient is kept: its buffer's if it has one.
+function M.grad_dtype(t) return not t._rec and t.grad and t.grad.dtype or t.dtype end
+
 --- The gradient buffer of a leaf that is to be overwritten, for an op that knows its gradient in
 -- forward already. One op at a time has it; if another gradient comes first, the lent one
 -- moves out.
@@ -234,7 +237,7 @@ end
 --- Where a kernel may write the gradient of t directly.
 -- For a leaf that is t.grad itself; for anything else (and for leaves that others write as well) a
 -- new tensor. Return what you get: accumulating notices that it is there already.
--- @treturn Tensor of t's shape; f32 for a leaf in the engine's flat buffer, else t's dtype
+-- @treturn Tensor of t's shape and grad_dtype(t)
 -- @treturn number 1: add to it, 0: overwrite it
 function M.sink(t)
   if not t._rec then
@@ -256,8 +259,14 @@ function M.sink(t)
   return tensor.new(t.shape, t.dtype, t.device), 0
 end
 
+--- a += b; the sum is made in f32 and rounded once, also where only one of them is f32.
 local function add_into(a, b)
-  check(tensor.kernels(a.device).add_scaled(a._c, a._c, b._c, 1), "gradient")
+  local sum = a
+  if a.dtype ~= b.dtype then
+    if a:element_size() < b:element_size() then sum = a:to(b.dtype) else b = b:to(a.dtype) end
+  end
+  check(tensor.kernels(a.device).add_scaled(sum._c, sum._c, b._c, 1), "gradient")
+  if sum ~= a then tensor.run("copy", a.device, a._c, sum._c) end
 end
 
 --- Adds gradient g to what t has.
@@ -278,12 +287,8 @@ local function accumulate(t, g)
     elseif t.device ~= "meta" then
       if t._fresh then
         tensor.run("copy", t.device, have._c, g._c)
-      elseif have.dtype == g.dtype then
-        add_into(have, g)
       else
-        local wide = tensor.new(g.shape, have.dtype, g.device)
-        tensor.run("copy", t.device, wide._c, g._c)
-        add_into(have, wide)
+        add_into(have, g)
       end
     end
     t._fresh = false

@@ -222,6 +222,32 @@ local function read(source)
   return t, lines, source
 end
 
+-- Precision ---------------------------------------------------------------------------------------
+
+-- What is wrong between the keys of fp16, bf16 and data_types. What is wrong with one of them
+-- alone is known already, and then it may be missing here.
+local function check_precision(context, config, source, root)
+  local fp16 = config.fp16 or {}
+  local bf16, grads = config.bf16 or {}, (config.data_types or {}).grad_accum_dtype
+  local place = spec.inside(context, root, source, "fp16")
+  if fp16.enabled and bf16.enabled then
+    return spec.report(context, place, "fp16.enabled and bf16.enabled are both true; choose one")
+  end
+  local power, least = fp16.initial_scale_power, fp16.min_loss_scale
+  if fp16.enabled and fp16.loss_scale == 0 and power and least and 2 ^ power < least then
+    spec.report(context, place, "fp16: the loss scale begins with 2^%d = %s " ..
+      "(initial_scale_power), below min_loss_scale %s", power, spec.show(2 ^ power),
+      spec.show(least))
+  end
+  local weights = fp16.enabled and "fp16" or bf16.enabled and "bf16" or "fp32"
+  if grads and grads ~= "fp32" and grads ~= weights then
+    place = spec.inside(context, root, source, "data_types")
+    spec.report(context, spec.inside(context, place, source.data_types, "grad_accum_dtype"),
+      "data_types.grad_accum_dtype: gradients of %s weights can't be kept in %s; choose %s",
+      weights, grads, weights == "fp32" and '"fp32"' or ('"%s" or "fp32"'):format(weights))
+  end
+end
+
 local function check(context, source, root, options)
   local config = spec.check(context, schema.fields, source, root)
   check_batch(context, config, source, root, options.world_size or 1)
@@ -231,10 +257,7 @@ local function check(context, source, root, options)
   if config.scheduler and config.scheduler.type then
     check_scheduler(context, config.scheduler, source, root)
   end
-  if config.bf16 and config.bf16.enabled and config.fp16 and config.fp16.enabled then
-    spec.report(context, spec.inside(context, root, source, "fp16"),
-      "fp16.enabled and bf16.enabled are both true; choose one")
-  end
+  check_precision(context, config, source, root)
   return config
 end
 

@@ -253,21 +253,25 @@ local zero_fields = {
   idle("cpu_offload_use_pin_memory", "boolean", false, "old name of pin_memory"),
 }
 
--- fp16 is checked in full although it can't be enabled yet: configs carry the section switched off.
 local fp16_fields = {
-  { "enabled", "boolean", false, "train in fp16 with loss scaling", later = { [true] = RANKS ..
-    "; use bf16" } },
-  switch("auto_cast", "cast the model's inputs to fp16"),
+  { "enabled", "boolean", false, "weights and activations in fp16 with a loss scale, and fp32 " ..
+    "master weights in the optimizer; a step whose gradients hold inf or NaN is skipped" },
+  idle("auto_cast", "boolean", false, "cast the model's floating inputs to fp16; here they " ..
+    "always are"),
   { "loss_scale", "number", 0, "a fixed loss scale; 0: dynamic", min = 0 },
   { "initial_scale_power", "integer", 16, "the dynamic scale begins with 2 to this power", min = 0,
     max = 126 },
   { "loss_scale_window", "integer", 1000, "steps without overflow before the scale doubles",
     min = 1 },
-  { "hysteresis", "integer", 2, "overflows that are forgiven before the scale halves; 1 " ..
-    "forgives none (DeepSpeed takes 0 and then never halves)", min = 1 },
+  { "hysteresis", "integer", 2, "overflows until the scale halves, which it then does at each " ..
+    "until it has doubled again; 1 forgives none (DeepSpeed takes 0 and then never halves)",
+    min = 1 },
   { "consecutive_hysteresis", "boolean", false, "a step without overflow restores the hysteresis" },
-  { "min_loss_scale", "number", 1, "the scale never falls below it", above = 0 },
-  switch("fp16_master_weights_and_grads", "master weights and gradients in fp16"),
+  { "min_loss_scale", "number", 1, "the scale never falls below it: an overflow there ends " ..
+    "training", above = 0 },
+  { "fp16_master_weights_and_grads", "boolean", false, "master weights and gradients in fp16",
+    status = "never", why = "small updates would be lost; master weights are fp32, and " ..
+      "data_types.grad_accum_dtype says what gradients are" },
 }
 
 local bf16_fields = {
@@ -339,10 +343,11 @@ M.groups = {
     { "bf16", "object", nil, "bfloat16 training", fields = bf16_fields, alias = { "bfloat16" } },
     { "fp16", "object", nil, "half-precision training", fields = fp16_fields },
     { "data_types", "object", nil, "further types", fields = {
-      { "grad_accum_dtype", "string", nil, "type that gradients are added up in", enum = dtype,
-        status = "later" },
+      { "grad_accum_dtype", "string", nil, "type that gradients are kept and added up in: that " ..
+        "of the weights or fp32. Not given: that of the weights where one micro-batch makes a " ..
+        "step (two bytes a parameter less), fp32 where several are added up.", enum = dtype },
       { "param_dtype", "string", nil, "type of the weights", enum = dtype, status = "later",
-        why = "use bf16.enabled" },
+        why = "use bf16.enabled or fp16.enabled" },
       { "buffer_dtype", "string", nil, "type of buffers", enum = dtype, status = "later" },
     } },
     section("torch_autocast", "PyTorch's automatic casts"),

@@ -6,11 +6,11 @@
 --     engine:step()                 -- at the boundary: clip, update, next learning rate; true
 --                                      there
 --
--- Parameters are re-pointed into flat buffers, one a parameter group: weights in the precision of
--- the config, gradients and the master copy in fp32. A gradient is written by the kernel that makes
--- it straight into the flat buffer; `_fresh` on a parameter means "overwrite, do not add", so
--- nothing has to be zeroed. A step is decided before anything is changed: norm and control word
--- first.
+-- Parameters are re-pointed into flat buffers, one a parameter group: weights and gradients in the
+-- types that precision.lua chooses, the master copy in fp32. A gradient is written by the kernel
+-- that makes it straight into the flat buffer; `_fresh` on a parameter means "overwrite, do not
+-- add", so nothing has to be zeroed. A step is decided before anything is changed: norm and control
+-- word first.
 
 local ffi = require "ffi"
 local border = require "ds.ffi"
@@ -26,6 +26,7 @@ local zero = require "ds.zero"
 local replicas = require "ds.replicas"
 local together = require "ds.together"
 local config = require "ds.config"
+local precision = require "ds.precision"
 local data = require "ds.data"
 local comm = require "ds.comm"
 local log = require "ds.log"
@@ -34,6 +35,7 @@ local C, raise = border.C, border.raise
 
 local Engine = {}
 Engine.__index = Engine
+precision.extend(Engine)
 local M = { Engine = Engine }
 
 -- ---- making an engine
@@ -95,7 +97,8 @@ local short = { fp32 = "f32", fp16 = "f16", bf16 = "bf16" } -- DeepSpeed's names
 local function partition(self)
   local zero_config = self.config.zero_optimization
   self.zero = zero.new(self.optimizer.param_groups, {
-    dtype = self.dtype, device = self.device, stage = zero_config.stage,
+    dtype = self.dtype, grad_dtype = self.precision.grad_dtype,
+    device = self.device, stage = zero_config.stage,
     op = self.config.gradient_allreduce_op,
     reduce_bucket_size = zero_config.reduce_bucket_size,
     wire = short[self.config.communication_data_type],
@@ -177,11 +180,12 @@ function M.initialize(options)
       .. "pass config = { … }, config = \"ds.json\", or args with deepspeed_config")
   end
   local settings = config.load(source, { world_size = comm.world_size() })
+  local types = precision.new(settings)
   local self = setmetatable({
     module = model, config = settings, device = settings.device or "cpu",
-    dtype = settings.bf16.enabled and "bf16" or "f32",
+    precision = types, dtype = types.dtype,
     global_steps = 0, micro_steps = 0, skipped_steps = 0, global_samples = 0,
-    training = true, loss_scale = 1, gas = settings.gradient_accumulation_steps,
+    training = true, gas = settings.gradient_accumulation_steps,
     scopes = {}, returned = {}, pending = 0, backwards = 0,
     losses = 0, loss_sum = 0, applied = false,
     named = named_parameters(model, options.model_parameters),
@@ -306,7 +310,7 @@ function Engine:forward(...)
   end
   local s, seed = scope.new(), products.loss_seed
   local outer = scope.enter(s)
-  products.loss_seed = self.loss_scale / self.gas
+  products.loss_seed = self:loss_scale() / self.gas
   self.pending = self.pending + 1
   C.ds_breadcrumb("engine:forward()")
   return leave(self, s, outer, seed, xpcall(self.module, border.note, lower(self, ...)))
@@ -348,8 +352,9 @@ function Engine:backward(loss, options)
   if value and value ~= value and self.config.nan_check then
     raise("step %d: the loss is NaN; training stops (nan_check)", self.global_steps + 1)
   end
+  if options.also then self.precision:share(options.also.precision) end
   local gas = options.scale_wrt_gas == false and 1 or self.gas
-  local seed = tensor.full(loss.shape, self.loss_scale / gas,
+  local seed = tensor.full(loss.shape, self:loss_scale() / gas,
     { dtype = loss.dtype, device = loss.device })
   local owner = autograd.owner
   autograd.owner = { [self] = true }
@@ -391,7 +396,7 @@ local function agree(self)
   local squares
   squares, self.loss_sum, self.losses =
     self.zero:agree(control, self.zero:sum_squares(), self.loss_sum, self.losses)
-  return math.sqrt(squares) / self.loss_scale
+  return math.sqrt(squares) / self:loss_scale()
 end
 
 local function finish_step(self, applied, norm)
@@ -442,11 +447,9 @@ function Engine:step()
   self.zero:reduce()
   local norm = agree(self)
   local finite, stop = norm - norm == 0, control.stop
-  control.overflow = not finite and self.dtype ~= "f32"
-    and self.config.bf16.check_grad_overflow and 1 or 0
+  control.overflow = self.precision:overflows(norm) and 1 or 0
   if control.overflow ~= 0 then
     self.skipped_steps = self.skipped_steps + 1
-    log.warning("step %d skipped: a gradient is not finite", self.global_steps + 1)
     finish_step(self, false, norm)
   else
     if not finite and self.config.nan_check then
@@ -455,11 +458,12 @@ function Engine:step()
     end
     local clip = self.config.gradient_clipping
     local factor = clip > 0 and norm + 1e-6 > clip and clip / (norm + 1e-6) or 1
-    self.optimizer:step(factor / self.loss_scale)
+    self.optimizer:step(factor / self:loss_scale())
     self.zero:gather()
     finish_step(self, true, norm)
     if self.lr_scheduler then self.lr_scheduler:step() end
   end
+  self.precision:update(self.global_steps, control.overflow ~= 0)
   local every = self.config.replica_check_interval
   if every > 0 and self.global_steps % every == 0 then
     replicas.check(self.zero:all_weights(), self.global_steps)
@@ -569,7 +573,6 @@ end
 function Engine:gradient_accumulation_steps() return self.gas end
 function Engine:zero_optimization_stage() return self.config.zero_optimization.stage end
 function Engine:gradient_clipping() return self.config.gradient_clipping end
-function Engine:bfloat16_enabled() return self.config.bf16.enabled end
 
 -- ---- whole batches, evaluation
 

@@ -89,8 +89,8 @@ local function plain_state(engine)
   return {
     global_steps = engine.global_steps, micro_steps = engine.micro_steps,
     skipped_steps = engine.skipped_steps,
-    global_samples = engine.global_samples, loss_scale = engine.loss_scale, dtype = engine.dtype,
-    rng = random_state(), world_size = comm.world_size(),
+    global_samples = engine.global_samples, dtype = engine.dtype,
+    loss_scaler = engine.precision:state(), rng = random_state(), world_size = comm.world_size(),
     zero_stage = engine.config.zero_optimization.stage,
     loader = engine.training_dataloader and engine.training_dataloader:state() or nil,
     optimizer = engine.optimizer and engine.optimizer:state_dict() or nil,
@@ -224,6 +224,7 @@ local function restore_state(engine, state, options)
   engine.skipped_steps, engine.global_samples = state.skipped_steps, state.global_samples
   if options.load_optimizer_states ~= false and engine.optimizer and state.optimizer then
     engine.optimizer:load_state_dict(state.optimizer)
+    engine.precision:load_state(state.loss_scaler)
   end
   if options.load_lr_scheduler_states ~= false and engine.lr_scheduler and state.scheduler then
     engine.lr_scheduler:load_state_dict(state.scheduler)

@@ -253,13 +253,16 @@ local linear_cross_entropy = define("linear_cross_entropy", {
     local loss = new({}, fine(x), x.device)
     local want_x, want_w = scope.grad and needs(x), scope.grad and needs(w)
     local dx = want_x and new(x.shape, x.dtype, x.device) or nil
-    local dw = want_w and (autograd.claim(w, fine(w)) or new(w.shape, fine(w), w.device)) or nil
+    local dtype = autograd.grad_dtype(w)
+    local dw = want_w and (autograd.claim(w, dtype) or new(w.shape, dtype, w.device)) or nil
     if x.device == "meta" then return loss, dx, dw end
-    local scratch = new({ chunk_rows(n, v, x:element_size()), math.ceil(v / 16) * 16 },
-      x.dtype, x.device)
+    local rows_ = chunk_rows(n, v, x:element_size())
+    local scratch = new({ rows_, math.ceil(v / 16) * 16 }, x.dtype, x.device)
+    local carry = dw and n > rows_ and dtype ~= fine(w) and new(w.shape, dtype, w.device) or nil
     run("linear_cross_entropy", x.device, loss._c, dx and dx._c or nil, dw and dw._c or nil,
-      scratch._c, x._c, w._c, target._c, ignore, seed, 0)
+      scratch._c, carry and carry._c or nil, x._c, w._c, target._c, ignore, seed, 0)
     scope.release(scratch)
+    if carry then scope.release(carry) end
     return loss, dx, dw
   end,
   backward = function(r, dloss)

@@ -69,7 +69,7 @@ local function make_buffers(self, count)
     local function buffer(dtype)
       return tensor.zeros(n, { dtype = dtype, device = self.device }):keep()
     end
-    self.flat[g] = { weights = buffer(self.dtype), grad = buffer("f32") }
+    self.flat[g] = { weights = buffer(self.dtype), grad = buffer(self.grad_dtype) }
   end
 end
 
@@ -136,12 +136,12 @@ end
 
 --- Lays the trained parameters into flat buffers and cuts them.
 -- @tparam table groups the optimizer's param_groups
--- @tparam table options dtype, device, stage, reduce_bucket_size, op
+-- @tparam table options dtype, grad_dtype, device, stage, reduce_bucket_size, op
 --   ("mean" or "sum"), wire (dtype that gradients travel in, if another than their own)
 function M.new(groups, options)
   local self = setmetatable({
     params = {}, flat = {}, buckets = {}, segments = {}, dtype = options.dtype,
-    device = options.device, stage = options.stage, whole = {},
+    grad_dtype = options.grad_dtype, device = options.device, stage = options.stage, whole = {},
     op = options.op == "sum" and C.DS_SUM or C.DS_MEAN, world = comm.world(),
     wire = options.wire and tensor.codes[options.wire] or -1,
     rank = comm.rank(), ranks = comm.world_size(),

@@ -11,7 +11,7 @@ typedef struct call {
     int64_t count; /* rows that are not ignored */
     int dtype, accumulate;
     double seed;
-    ds_tensor loss, dx, dw, scratch, x, w, target;
+    ds_tensor loss, dx, dw, scratch, carry, x, w, target;
 } call;
 
 static call start(int dtype, int64_t n, int64_t v, int64_t k, int64_t chunk, int layout)
@@ -39,13 +39,15 @@ static void end(call *c)
 {
     drop(&c->loss), drop(&c->dx), drop(&c->dw), drop(&c->scratch);
     drop(&c->x), drop(&c->w), drop(&c->target);
+    if (c->carry.data)
+        drop(&c->carry);
 }
 
 static int run(call *c, int with_dx, int with_dw)
 {
     return ops->linear_cross_entropy(&c->loss, with_dx ? &c->dx : NULL, with_dw ? &c->dw : NULL,
-                                     &c->scratch, &c->x, &c->w, &c->target, c->ignore, c->seed,
-                                     c->accumulate);
+                                     &c->scratch, c->carry.data ? &c->carry : NULL, &c->x, &c->w,
+                                     &c->target, c->ignore, c->seed, c->accumulate);
 }
 
 /* How far the gradient of logit (i, j) can be off, in units of slack: at the target it is
@@ -171,6 +173,33 @@ static void a_vocabulary_matches(void **state)
     }
 }
 
+/* dw in low precision is what dw in f32 rounds to, over any number of chunks. */
+static void low_dw_is_rounded_once(void **state)
+{
+    (void)state;
+    for (int i = 0; i < 24; i++) {
+        int dtype = i % 2 ? DS_BF16 : DS_F16;
+        int64_t n = between(30, 70), v = i % 3 ? between(1, 200) : 4500, k = between(1, 300);
+        call c = start(dtype, n, v, k, i % 4 ? between(1, n) : n, ROWS);
+        ds_tensor low = make(dtype, ROWS, 2, (int64_t[]){v, k}), wide = c.dw;
+
+        c.carry = make(dtype, ROWS, 2, (int64_t[]){v, k});
+        set(&c.target, 0, (double)(v - 1));
+        c.accumulate = i % 5 == 1;
+        for (int64_t e = 0; e < low.numel; e++)
+            set(&low, e, c.accumulate ? random01() - 0.5 : NAN), set(&wide, e, get(&low, e));
+        assert_int_equal(run(&c, 1, 1), 0);
+        c.dw = low;
+        assert_int_equal(run(&c, 1, 1), 0);
+        for (int64_t e = 0; e < low.numel; e++)
+            set(&c.carry, e, get(&wide, e));
+        assert_memory_equal(c.carry.data, low.data, span(&low));
+        c.dw = wide;
+        drop(&low);
+        end(&c);
+    }
+}
+
 static void loss_alone_equals_loss_with_gradients(void **state)
 {
     (void)state;
@@ -208,8 +237,8 @@ static void narrow_targets_count_the_same(void **state)
         target.data = narrow ? (void *)one : (void *)four;
         target.dtype = narrow ? DS_U8 : DS_I32;
         target.stride[0] = narrow ? 1 : 2;
-        assert_int_equal(ops->linear_cross_entropy(&c.loss, &c.dx, &c.dw, &c.scratch, &c.x, &c.w,
-                                                   &target, c.ignore, 1, 0),
+        assert_int_equal(ops->linear_cross_entropy(&c.loss, &c.dx, &c.dw, &c.scratch, NULL, &c.x,
+                                                   &c.w, &target, c.ignore, 1, 0),
                          0);
         assert_true(get(&c.loss, 0) == want);
     }
@@ -345,6 +374,10 @@ static void wrong_calls_are_refused(void **state)
     refused(&c, "rows x 32");
     c = good, c.dx.shape[0] = 7;
     refused(&c, "dx like x");
+    c = good, c.dw.dtype = DS_BF16;
+    refused(&c, "dtype of w");
+    c = good, c.x.dtype = c.w.dtype = c.dx.dtype = c.dw.dtype = c.scratch.dtype = DS_BF16;
+    refused(&c, "2 chunks dense and a carry");
     end(&good);
 }
 
@@ -353,6 +386,7 @@ int main(int argc, char **argv)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(random_calls_match),
         cmocka_unit_test(a_vocabulary_matches),
+        cmocka_unit_test(low_dw_is_rounded_once),
         cmocka_unit_test(loss_alone_equals_loss_with_gradients),
         cmocka_unit_test(narrow_targets_count_the_same),
         cmocka_unit_test(nothing_counts_when_all_is_ignored),

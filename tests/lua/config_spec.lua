@@ -335,8 +335,8 @@ describe("DeepSpeed's keys", function()
   it("are refused while this version lacks them, and say so", function()
     for text, expected in pairs {
       ['"flops_profiler": {"enabled": true}'] = "flops_profiler: not in this version yet",
-      ['"fp16": {"enabled": true}'] = "fp16.enabled true: not in this version yet (it comes " ..
-        "with training on several ranks; use bf16)",
+      ['"fp16": {"enabled": true, "fp16_master_weights_and_grads": true}'] =
+        "fp16.fp16_master_weights_and_grads true: not supported: small updates would be lost",
       ['"wall_clock_breakdown": true'] = "wall_clock_breakdown true: not in this version yet",
       ['"zero_optimization": {"stage": 3}'] = "zero_optimization.stage 3: not in this version yet",
       ['"zero_optimization": {"offload_optimizer": {"device": "cpu"}}'] =
@@ -354,6 +354,35 @@ describe("DeepSpeed's keys", function()
     } do
       local message = problem_of(text)
       assert.is_truthy(message and message:find(expected, 1, true), tostring(message))
+    end
+  end)
+
+  it("about precision fit together", function()
+    for text, expected in pairs {
+      ['"fp16": {"enabled": true}, "bf16": {"enabled": true}'] =
+        "fp16.enabled and bf16.enabled are both true; choose one",
+      ['"fp16": {"enabled": true, "initial_scale_power": 1, "min_loss_scale": 4}'] =
+        "fp16: the loss scale begins with 2^1 = 2 (initial_scale_power), below min_loss_scale 4",
+      ['"data_types": {"grad_accum_dtype": "bf16"}'] = "data_types.grad_accum_dtype: gradients " ..
+        "of fp32 weights can't be kept in bf16; choose \"fp32\"",
+      ['"fp16": {"enabled": true}, "data_types": {"grad_accum_dtype": "bf16"}'] =
+        "of fp16 weights can't be kept in bf16; choose \"fp16\" or \"fp32\"",
+      ['"data_types": {"grad_accum_dtype": "fp8"}'] = 'expected one of "fp32", "fp16", "bf16"',
+      ['"fp16": {"enabled": true, "loss_scale": true}'] = "fp16.loss_scale: expected a number",
+      ['"fp16": {"enabled": true, "initial_scale_power": "x", "min_loss_scale": {}}'] =
+        "fp16.initial_scale_power: expected an integer",
+    } do
+      local message = problem_of(text)
+      assert.is_truthy(message and message:find(expected, 1, true), tostring(message))
+    end
+    for _, text in ipairs {
+      '"fp16": {"enabled": true}', '"fp16": {"enabled": true, "loss_scale": 2, "auto_cast": true}',
+      '"fp16": {"enabled": true, "initial_scale_power": 1, "min_loss_scale": 4, "loss_scale": 1}',
+      '"bf16": {"enabled": true}, "data_types": {"grad_accum_dtype": "bf16"}',
+      '"fp16": {"enabled": true}, "data_types": {"grad_accum_dtype": "fp32"}',
+      '"data_types": {"grad_accum_dtype": null}', '"data_types": {"grad_accum_dtype": "auto"}',
+    } do
+      assert.is_nil(problem_of(text), text)
     end
   end)
 

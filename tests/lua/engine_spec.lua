@@ -152,7 +152,7 @@ describe("bf16", function()
     local engine = make {
       bf16 = { enabled = true }, optimizer = { type = "SGD", params = { lr = 1e-4 } } }
     assert.equal("bf16", engine.module.a.weight.dtype)
-    assert.equal("f32", engine.module.a.weight.grad.dtype)
+    assert.equal("f32", engine.zero.segments[1].p.dtype)
     local before = engine.module.a.weight:float():tolist()
     local b = batches(1)[1]
     local list = {}

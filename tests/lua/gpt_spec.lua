@@ -131,6 +131,54 @@ describe("the nano GPT against PyTorch", function()
   end)
 end)
 
+describe("the nano GPT in low precision", function()
+  local text, ids = read_text()
+  local c = { n_layer = 2, n_head = 4, n_embd = 64, block_size = 32, vocab_size = 65, batch = 8 }
+
+  local function curve(settings)
+    ds.seed(3)
+    local config = { train_micro_batch_size_per_gpu = c.batch, steps_per_print = 0,
+      optimizer = { type = "AdamW", params = { lr = 2e-3 } } }
+    for k, v in pairs(settings) do config[k] = v end
+    local engine = ds.initialize { config = config, model = GPT { n_layer = c.n_layer,
+      n_head = c.n_head, n_embd = c.n_embd, block_size = c.block_size, vocab_size = c.vocab_size } }
+    local stream, losses = stream_of(11), {}
+    for step = 1, 100 do
+      local sum = 0
+      repeat
+        local loss = engine(batch(text, ids, c, stream))
+        sum = sum + loss:item() / engine.gas
+        engine:backward(loss)
+      until engine:step()
+      losses[step] = sum
+    end
+    engine:destroy()
+    return losses, engine
+  end
+
+  for gas = 1, 2 do
+    it("learns as in fp32, accumulation " .. gas, function()
+      local fine = curve { gradient_accumulation_steps = gas }
+      assert(fine[100] < 0.7 * fine[1])
+      local bf16 = curve { gradient_accumulation_steps = gas, bf16 = { enabled = true } }
+      -- No step is skipped, or the curves would be one step apart.
+      local fp16, engine = curve { gradient_accumulation_steps = gas,
+        fp16 = { enabled = true, initial_scale_power = 10 } }
+      assert.equal(0, engine.skipped_steps)
+      for step = 1, 100 do
+        assert.is_near(fine[step], bf16[step], 0.05 * fine[step], "bf16, step " .. step)
+        assert.is_near(fine[step], fp16[step], 0.02 * fine[step], "fp16, step " .. step)
+      end
+    end)
+  end
+
+  it("learns in fp16 from the default loss scale", function()
+    local losses, engine = curve { fp16 = { enabled = true } }
+    assert(losses[100] < 0.7 * losses[1])
+    assert(engine.skipped_steps < 10, engine.skipped_steps)
+  end)
+end)
+
 describe("a GPT", function()
   local config = { n_layer = 1, n_head = 2, n_embd = 16, block_size = 8, vocab_size = 11 }
 

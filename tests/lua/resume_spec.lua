@@ -65,6 +65,9 @@ end
 describe("resuming", function()
   for name, changes in pairs {
     fp32 = {}, bf16 = { bf16 = { enabled = true } },
+    ["bf16 gradients"] = { bf16 = { enabled = true }, gradient_accumulation_steps = 1,
+      train_micro_batch_size_per_gpu = 8 },
+    fp16 = { fp16 = { enabled = true, initial_scale_power = 24, loss_scale_window = 3 } },
     ["SGD with momentum"] = { optimizer = { type = "SGD", params = { lr = 0.1, momentum = 0.9 } } },
     Lamb = { optimizer = { type = "Lamb", params = { lr = 0.01, weight_decay = 0.1 } } },
     Muon = { optimizer = { type = "Muon", params = { muon_lr = 0.02, adam_lr = 0.005 } } },
@@ -84,10 +87,14 @@ describe("resuming", function()
       assert.equal(dir .. "/global_step50", path)
       assert.same({ note = "half", seen = { 1, 2, 3 } }, client)
       assert.equal(50, second.global_steps)
-      assert.equal(100, second.micro_steps)
+      assert.equal(engine.micro_steps / 2, second.micro_steps)
+      assert.equal(first:loss_scale(), second:loss_scale())
       for _, loss in ipairs(train(second, second_loader, 50)) do got[#got + 1] = loss end
       assert.same(want, got)
       assert.same(engine:get_lr(), schedule:get_lr())
+      assert.equal(engine:loss_scale(), second:loss_scale())
+      assert.equal(engine.skipped_steps, second.skipped_steps)
+      assert(name ~= "fp16" or engine.skipped_steps > second.global_steps / 10)
       remove(dir)
     end)
   end
