@@ -446,12 +446,11 @@ static void mpi_abort(ds_comm *c, const char *why)
 }
 
 /* Ending with a code, and without MPI_Finalize, is how mpirun and srun are told that the job failed;
- * they end the others. MPI_Abort does the same and a text more, on whose way the PMIx inside mpirun
- * 4.1 can lock itself up for ever. Waiting neighbours need not wait for the launcher. */
+ * they end the others. MPI_Abort does the same and prints a text, on whose way the PMIx inside mpirun
+ * 4.1 can lock itself up for ever. */
 static void mpi_quit(ds_comm *world, int code)
 {
-    (void)code;
-    mpi_abort(world, "");
+    (void)world, (void)code;
     job.state = FAILED;
 }
 
