@@ -62,8 +62,8 @@ typedef struct ds_transport {
 
     /* Wakes whoever waits here and tells the peers; any thread may call it. (optional) */
     void (*abort)(ds_comm *c, const char *why);
-    /* Ends the job with this code: this process failed, and the others shall not wait for it. May
-     * not return. (optional) */
+    /* This process failed and is about to end with this code: the others shall not wait for it, nor
+     * closing for them. (optional) */
     void (*quit)(ds_comm *world, int code);
 } ds_transport;
 

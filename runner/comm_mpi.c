@@ -30,7 +30,7 @@ typedef struct group {
 
 /* MPI's state is the process's. */
 static struct {
-    enum { CLOSED, OPEN, FINISHED } state;
+    enum { CLOSED, OPEN, FAILED, FINISHED } state;
     int rank, size;
     int next_tag;
     int *node;     /* [size] lowest rank on the host of each */
@@ -432,7 +432,7 @@ static void mpi_close(ds_comm *c)
     free(g->ranks);
     free(g);
     c->state[DS_CPU] = NULL;
-    if (world)
+    if (world && job.state == OPEN)
         finish();
 }
 
@@ -445,12 +445,13 @@ static void mpi_abort(ds_comm *c, const char *why)
         g->lane->kind->warn(g->lane);
 }
 
+/* Ending with a code, and without MPI_Finalize, is how mpirun and srun are told that the job failed;
+ * they end the others. MPI_Abort does the same and prints a text, on whose way the PMIx inside mpirun
+ * 4.1 can lock itself up for ever. */
 static void mpi_quit(ds_comm *world, int code)
 {
-    (void)world;
-    fflush(NULL);
-    if (job.state == OPEN)
-        MPI_Abort(MPI_COMM_WORLD, code);
+    (void)world, (void)code;
+    job.state = FAILED;
 }
 
 /* ---- collectives, and messages between two */

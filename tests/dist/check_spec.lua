@@ -21,8 +21,8 @@ end
 case("kinds and sizes", function()
   ds.barrier()
   ds.barrier()
-  differ(last, ("rank %d called all_gather of f32 [10], rank 0 all_reduce of f32 [12] (collective 3)")
-    :format(last),
+  local text = "rank %d called all_gather of f32 [10], rank 0 all_reduce of f32 [12] (collective 3)"
+  differ(last, text:format(last),
     function() ds.all_gather(ds.ones(10)) end,
     function() ds.all_reduce(ds.ones(12)) end)
   differ(last, ("rank %d called barrier, rank 0 group (collective 5)"):format(last),

@@ -1,5 +1,5 @@
--- How a job of several ranks ends when one of them does not go on as the others do. The argument says
--- which way; tests/dist/run knows what must come of it.
+-- How a job of several ranks ends when one of them does not go on as the others do. The argument
+-- says which way; tests/dist/run knows what must come of it.
 
 local ds = require "ds"
 local C = require "ds.ffi".C

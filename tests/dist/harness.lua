@@ -1,5 +1,5 @@
---- Cases that every rank of a job runs. One that fails on any rank ends the job; the last line of rank
--- 0 counts those that passed, for tests/dist/run.
+--- Cases that every rank of a job runs. One that fails on any rank ends the job; the last line of
+-- rank 0 counts those that passed, for tests/dist/run.
 
 local ds = require "ds"
 

@@ -49,6 +49,30 @@ describe("one rank", function()
     assert.same({ 1, 1, 2 }, part:size())
   end)
 
+  it("is a group, and can be one more", function()
+    assert.equal(1, ds.local_size())
+    local g = ds.group(3, 7)
+    assert.same({ 0, 1, 0, 1 }, { g:rank(), g:world_size(), g:local_rank(), g:local_size() })
+    assert.same({ 5 }, g:all_reduce(ds.tensor { 5 }, "mean"):tolist())
+    assert.same({ 1, 2 }, g:all_to_all(ds.tensor { 1, 2 }):tolist())
+    g:barrier()
+    assert.same({ collectives = 3, bytes = 0 }, g:comm_stats())
+    assert.is_nil(ds.group())
+    local before = ds.comm_stats().collectives
+    ds.barrier()
+    assert.equal(before + 1, ds.comm_stats().collectives)
+    fails("group: colour and key are integers", ds.group, -1)
+    fails("group: colour and key are integers", ds.group, 0, "first")
+  end)
+
+  it("has nobody to talk to", function()
+    local t = ds.tensor { 1, 2 }
+    fails("send: rank 0 is this one", ds.send, t, 0)
+    fails("recv: rank 0 is this one", ds.recv, t, 0)
+    fails("send: there is no rank 1; the job has 1", ds.isend, t, 1)
+    fails("recv: there is no rank nil", ds.irecv, t)
+  end)
+
   it("refuses what makes no sense", function()
     local t = ds.tensor { 1, 2 }
     fails("all_reduce: unknown reduction 'avg'; there are sum, mean, max, min",
@@ -62,6 +86,7 @@ describe("one rank", function()
     fails("all_gather: argument 1 must be a tensor, not a table", ds.all_gather, { 1 })
     fails("meta device", ds.all_reduce, ds.empty(2, { device = "meta" }))
     fails("reduce_scatter: the first dimension of []", ds.reduce_scatter, ds.tensor(1))
+    fails("all_to_all: the first dimension of []", ds.all_to_all, ds.tensor(1))
   end)
 
   it("does not write into what backward needs", function()
