@@ -309,7 +309,8 @@ describe("gradients", function()
       local name = dtype == "f16" and "fp16" or dtype
       assert.equal(dtype, grad_dtype(settings))
       assert.equal("f32", grad_dtype(with(settings, four)))
-      assert.equal("f32", grad_dtype(with(settings, { data_types = { grad_accum_dtype = "fp32" } })))
+      local wide = { data_types = { grad_accum_dtype = "fp32" } }
+      assert.equal("f32", grad_dtype(with(settings, wide)))
       assert.equal(dtype, grad_dtype(with(settings,
         { gradient_accumulation_steps = 4, data_types = { grad_accum_dtype = name } })))
     end
@@ -386,7 +387,8 @@ describe("gradients", function()
   end)
   it("train every kind of layer in low precision as in fp32", function()
     local curves = {}
-    for name, settings in pairs { f32 = {}, bf16 = half.bf16, f16 = { fp16 = { enabled = true } } } do
+    local kinds = { f32 = {}, bf16 = half.bf16, f16 = { fp16 = { enabled = true } } }
+    for name, settings in pairs(kinds) do
       local engine = tower(settings, true)
       curves[name] = {}
       for i = 1, 40 do

@@ -214,6 +214,29 @@ describe("calls that not every rank makes", function()
   end
 end)
 
+it("an overflow on one rank is skipped by all, which lower their loss scale alike", function()
+  local code, out, err = run(2, write("overflow.lua", [[
+    local ds = require "ds"
+    local w = ds.nn.Parameter(ds.ones(4))
+    local engine = ds.initialize { model = function(x) return (x * w):sum():float() end,
+      model_parameters = { w }, config = { train_micro_batch_size_per_gpu = 1, steps_per_print = 0,
+        fp16 = { enabled = true, initial_scale_power = 5, loss_scale_window = 4 },
+        zero_optimization = { stage = 1 }, optimizer = { type = "SGD", params = { lr = 0.1 } } } }
+    local scales, steps = {}, "xxx.x.....x."
+    for i = 1, #steps do
+      local loss = engine(ds.ones(4))
+      local mine = i % 2 == ds.rank() -- in turns
+      engine:backward(mine and steps:sub(i, i) == "x" and loss * math.huge or loss)
+      engine:step()
+      scales[i] = engine:loss_scale()
+    end
+    local text = table.concat(scales, " ") .. ", " .. engine.skipped_steps .. " skipped"
+    for _, other in ipairs(require("ds.together").texts(text)) do assert(other == text, other) end
+    if ds.rank() == 0 then print(text) end]]))
+  assert.equal(0, code, err)
+  assert.equal("32 16 8 8 4 4 4 4 4 8 8 8, 5 skipped\n", out)
+end)
+
 it("a signal to one rank saves on all of them, at the same step, and ends the job", function()
   local dir = folder .. "/stopped"
   local code = run(2, ("'%s' steps=3 save=%s"):format(script, dir))
