@@ -1,7 +1,11 @@
 #!/usr/bin/env python3
 """The PyTorch side of `make bench`: a process that trains on command, so that sides take turns.
 
-    bench_peer.py nano|char|gpt2 fp32|bf16 eager|compile [--optimizer fused|loop]
+    bench_peer.py nano|char|gpt2 fp32|bf16 eager|compile|ddp|deepspeed0|deepspeed1
+                  [--optimizer fused|loop] [--batch N] [--ranks N]
+
+ddp is PyTorch's DistributedDataParallel, deepspeedN is DeepSpeed at that stage, both over gloo and with
+ranks of one thread each, which this process starts; rank 0 reads the lines.
 
 Full steps: forward, backward, clipping, AdamW. For each line on standard input one on standard output:
 
@@ -12,11 +16,14 @@ Full steps: forward, backward, clipping, AdamW. For each line on standard input 
     q         ends
 """
 import argparse
+import os
 import resource
+import subprocess
 import sys
 import time
 
 import torch
+import torch.distributed as dist
 
 import peer_gpt
 
@@ -32,7 +39,40 @@ def status(key):
 IMPORT_KB = status("VmRSS")
 
 
+def data(o, c):
+    return torch.randint(0, c["vocab_size"], (2, o.batch or c["batch"], c["block_size"]))
+
+
+def make_deepspeed_step(o):
+    import deepspeed
+
+    torch.manual_seed(0)
+    c = peer_gpt.CONFIGS[o.config]
+    model = peer_gpt.GPT(c)
+    config = {
+        "train_micro_batch_size_per_gpu": o.batch or c["batch"],
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": o.dtype == "bf16"},
+        "zero_optimization": {"stage": int(o.mode[-1])},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.95], "torch_adam": True}},
+    }
+    engine, _, _, _ = deepspeed.initialize(
+        model=model, model_parameters=peer_gpt.param_groups(model, 0.1), config=config
+    )
+    x, y = data(o, c)
+
+    def step():
+        loss = engine(x, y)
+        engine.backward(loss)
+        engine.step()
+        return loss
+
+    return step
+
+
 def make_step(o):
+    if o.mode.startswith("deepspeed"):
+        return make_deepspeed_step(o)
     torch.manual_seed(0)
     c = peer_gpt.CONFIGS[o.config]
     model = peer_gpt.GPT(c)
@@ -41,7 +81,9 @@ def make_step(o):
         peer_gpt.param_groups(model, 0.1), lr=1e-3, betas=(0.9, 0.95), **fused
     )
     forward = torch.compile(model) if o.mode == "compile" else model
-    x, y = torch.randint(0, c["vocab_size"], (2, c["batch"], c["block_size"]))
+    if o.mode == "ddp":
+        forward = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    x, y = data(o, c)
     foreach = None if o.optimizer == "fused" else False
 
     def step():
@@ -81,17 +123,52 @@ def answer(step, line):
     return train(step, seconds=float(word[0]))
 
 
+def join(o):
+    """Starts the other ranks, from rank 0, and makes the group."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank == 0:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(o.ranks), MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=str(20000 + os.getpid() % 20000), DS_ACCELERATOR="cpu")
+        for r in range(1, o.ranks):
+            env = dict(os.environ, RANK=str(r), LOCAL_RANK=str(r))
+            subprocess.Popen([sys.executable, *sys.argv], env=env, stdin=subprocess.DEVNULL)
+    dist.init_process_group("gloo")
+    return rank
+
+
+def lines(rank):
+    """Rank 0's standard input, on every rank."""
+    while True:
+        line = [sys.stdin.readline() if rank == 0 else None]
+        dist.broadcast_object_list(line)
+        if not line[0]:
+            return
+        yield line[0]
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("config", choices=sorted(peer_gpt.CONFIGS))
     parser.add_argument("dtype", choices=["fp32", "bf16"])
-    parser.add_argument("mode", choices=["eager", "compile"])
+    parser.add_argument("mode", choices=["eager", "compile", "ddp", "deepspeed0", "deepspeed1"])
     parser.add_argument("--optimizer", choices=["fused", "loop"], default="fused")
-    step = make_step(parser.parse_args())
-    for line in sys.stdin:
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--ranks", type=int, default=1)
+    o = parser.parse_args()
+    rank, source = 0, sys.stdin
+    if o.ranks > 1:
+        rank = join(o)
+        source = lines(rank)
+    step = make_step(o)
+    for line in source:
         if line.startswith("q"):
             break
-        print(answer(step, line), flush=True)
+        if o.ranks > 1:  # by time, ranks would make different numbers of steps
+            text = train(step, steps=int(float(line)))
+        else:
+            text = answer(step, line)
+        if rank == 0:
+            print(text, flush=True)
 
 
 if __name__ == "__main__":

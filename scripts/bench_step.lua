@@ -1,11 +1,12 @@
 --- Our side of `make bench`: a process that trains on command, so that sides take turns.
 --
---     dsrun scripts/bench_step.lua nano|char|gpt2 fp32|bf16 [checkpoint folder]
+--     dsrun scripts/bench_step.lua nano|char|gpt2 fp32|bf16 [folder=F] [batch=N] [stage=N]
 --
--- Full steps through the engine: forward, backward, clipping, AdamW. For each line on standard
--- input one on standard output:
+-- Full steps through the engine: forward, backward, clipping, AdamW; batch: samples a rank. For each
+-- line on standard input (rank 0's) one on standard output:
 --
---     SECONDS   trains that long, at least one step   → median_ms min_ms steps loss
+--     SECONDS   trains that long, at least one step; on several ranks, so many steps
+--               → median_ms min_ms steps loss
 --     steps N   trains N steps                        → the same
 --     memory    → peak_kB now_kB import_kB faults     (peak since the last `reset`)
 --     reset     starts a new peak                     → ok
@@ -14,6 +15,7 @@
 --     q         ends
 
 local ds = require "ds"
+local together = require "ds.together"
 local seconds = require("ds.ffi").C.ds_seconds
 
 --- A line of /proc/self/status, in kB.
@@ -34,12 +36,16 @@ local configs = { -- as in scripts/peer_gpt.py
     batch = 4 },
 }
 
-local config, dtype, folder = configs[arg[1]], arg[2], arg[3]
-if not config or (dtype ~= "fp32" and dtype ~= "bf16") then
-  error("usage: bench_step.lua nano|char|gpt2 fp32|bf16 [checkpoint folder]", 0)
+local config, dtype, options = configs[arg[1]], arg[2], {}
+for i = 3, #arg do
+  local key, value = arg[i]:match "^(%w+)=(.*)$"
+  options[key or ""] = value
+end
+if not config or (dtype ~= "fp32" and dtype ~= "bf16") or options[""] then
+  error("usage: bench_step.lua nano|char|gpt2 fp32|bf16 [folder=F] [batch=N] [stage=N]", 0)
 end
 
-local batch = config.batch
+local folder, batch = options.folder, tonumber(options.batch) or config.batch
 config.batch = nil
 local model = GPT(config)
 local engine = ds.initialize {
@@ -49,6 +55,7 @@ local engine = ds.initialize {
     train_micro_batch_size_per_gpu = batch,
     gradient_clipping = 1.0,
     bf16 = { enabled = dtype == "bf16" },
+    zero_optimization = { stage = tonumber(options.stage) or 0 },
     optimizer = { type = "AdamW", params = { lr = 1e-3, betas = { 0.9, 0.95 } } },
   },
 }
@@ -103,10 +110,19 @@ local answers = {
   end,
 }
 
-for line in io.lines() do
+--- The next line of rank 0's standard input, on every rank; nil at its end.
+local function next_line()
+  local line = ds.rank() == 0 and (io.read() or "q") or ""
+  return together.texts(line)[1]
+end
+
+for line in next_line do
   local word, rest = line:match "^(%S+)%s*(.*)"
   if word == "q" then break end
   local answer = answers[word]
-  print(answer and answer(rest) or train(tonumber(word), 1))
+  -- by time, ranks would make different numbers of steps
+  local text = answer and answer(rest) or ds.world_size() == 1 and train(tonumber(word), 1)
+    or train(0, tonumber(word))
+  if ds.rank() == 0 then print(text) end
   io.flush()
 end
