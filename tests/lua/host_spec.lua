@@ -108,12 +108,12 @@ describe("the command line", function()
     assert.same({ 0, "args.lua\t2\t--seed\t3\t--seed\t3\n" }, { code, out })
   end)
 
-  it("knows the launcher's options and refuses them until there are ranks", function()
-    for _, option in ipairs { "--num_gpus 2", "--num-gpus=2", "-H hosts", "--include=a:0",
+  it("knows the launcher's options and refuses those of several machines", function()
+    for _, option in ipairs { "--num_nodes 2", "--num-nodes=2", "-H hosts", "--include=a:0",
       "-e worker-2:0" } do
       local code, out, err = sh("$D " .. option .. " x.lua")
       assert.same({ 2, "" }, { code, out })
-      has(err, "several ranks are not supported yet")
+      has(err, "several machines are not supported yet")
     end
   end)
 
@@ -407,26 +407,8 @@ describe("signals", function()
   end)
 end)
 
-describe("several ranks", function()
-  it("are refused, once, without hanging", function()
-    local code, out, err = sh "OMPI_COMM_WORLD_SIZE=2 OMPI_COMM_WORLD_RANK=0 timeout 10 $D x.lua"
-    assert.same({ 2, "" }, { code, out })
-    has(err, "started as one of 2 ranks, but several ranks are not supported yet")
-    code, out, err = sh "SLURM_STEP_NUM_TASKS=2 SLURM_PROCID=1 timeout 10 $D x.lua"
-    assert.same({ 2, "", "" }, { code, out, err })
-  end)
-
-  it("also under mpirun itself", function()
-    if sh "command -v mpirun" ~= 0 then return pending "no mpirun here" end
-    local code, _, err = sh [[
-      export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
-      timeout 60 mpirun --oversubscribe -np 2 $D x.lua]]
-    assert.equal(2, code)
-    local _, times = err:gsub("several ranks are not supported yet", "")
-    assert.equal(1, times)
-  end)
-
-  it("one rank under mpirun has all cores", function()
+describe("a launcher", function()
+  it("mpirun leaves one rank all cores", function()
     if sh "command -v mpirun" ~= 0 then return pending "no mpirun here" end
     local _, alone = sh "$D -e 'print(require(\"ds.ffi\").C.ds_threads())'"
     local _, out = sh [[
