@@ -30,7 +30,7 @@ static void no_signals_blocked(void)
     sigprocmask(SIG_SETMASK, &none, NULL);
 }
 
-int ds_child_start(pid_t *pid, int *output, char *const *argv)
+int ds_child_start(pid_t *pid, int *output, char *const *argv, int input)
 {
     pid_t parent = getpid();
     int ends[2], nothing;
@@ -50,7 +50,8 @@ int ds_child_start(pid_t *pid, int *output, char *const *argv)
             _exit(1);
         no_signals_blocked();
         nothing = open("/dev/null", O_RDONLY);
-        if (nothing < 0 || dup2(nothing, 0) < 0 || dup2(ends[1], 1) < 0 || dup2(ends[1], 2) < 0)
+        if (nothing < 0 || (!input && dup2(nothing, 0) < 0) || dup2(ends[1], 1) < 0 ||
+            dup2(ends[1], 2) < 0)
             _exit(126);
         execvp(argv[0], argv);
         _exit(127);
@@ -67,7 +68,7 @@ int ds_child_ask(char *line, size_t bytes, char *const *argv)
     size_t used = 0;
     int output, status;
     pid_t pid;
-    int rc = ds_child_start(&pid, &output, argv);
+    int rc = ds_child_start(&pid, &output, argv, 0);
 
     if (rc < 0)
         return rc;

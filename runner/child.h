@@ -7,7 +7,7 @@
 
 /* Starts a command in a process group of its own that does not outlive this process. *output: what
  * it writes to stdout and stderr; its stdin is empty. */
-int ds_child_start(pid_t *pid, int *output, char *const *argv);
+int ds_child_start(pid_t *pid, int *output, char *const *argv, int input);
 
 /* The first line that a command prints, within a few seconds; "" if it prints none. */
 int ds_child_ask(char *line, size_t bytes, char *const *argv);

@@ -88,7 +88,7 @@ int ds_hub_open(ds_hub **out, const ds_hub_config *config, double now)
         return ds_fail(DS_ENOMEM, "out of memory");
     h->config = *config;
     h->listener = h->events = h->culprit = h->code = -1;
-    h->opened = h->served = h->moved = h->window = now;
+    h->opened = h->served = h->heard = h->moved = h->window = now;
     h->ranks = calloc((size_t)config->ranks, sizeof *h->ranks);
     rc = h->ranks ? listen_here(h) : ds_fail(DS_ENOMEM, "out of memory");
     for (int r = 0; rc == 0 && r < config->ranks; r++) {
@@ -168,6 +168,7 @@ static int greet(ds_hub *h, ds_link *k, double now)
     if (strcmp(channel, "side")) {
         if (r->presence != DS_PRESENT || !h->config.output)
             return 0;
+        tell(k->fd, welcome);
         k->channel = OUTPUT;
         k->stream = strcmp(channel, "err") ? DS_STDOUT : DS_STDERR;
         r->streams++;
@@ -206,7 +207,7 @@ static void take_state(ds_hub *h, int rank, const char *text, double now)
         return;
     if (kind != r->kind || number != r->number || calls != r->calls)
         r->since = now;
-    r->kind = kind;
+    r->kind = kind >= 0 && kind < DS_COLLECTIVES ? kind : DS_COLLECTIVES;
     r->number = number;
     r->calls = calls;
     r->bytes = bytes;
@@ -239,13 +240,30 @@ static void take_end(ds_hub *h, int rank, int code, double now)
         h->code = code;
 }
 
+/* After a time in which no rank ran, or the hub did not (stopped with all the others, or by a full
+ * pipe), what it did not hear then is no sign of anything. */
+static void forgive(ds_hub *h, double seconds)
+{
+    for (int r = 0; r < h->config.ranks; r++) {
+        h->ranks[r].heard += seconds;
+        h->ranks[r].since += seconds;
+    }
+    h->moved += seconds;
+    h->heard += seconds;
+    h->opened += seconds;
+    h->asked += seconds;
+}
+
 /* One line from a rank. 0: it makes no sense. */
 static int take_line(ds_hub *h, ds_link *k, double now)
 {
     ds_seen *r = &h->ranks[k->rank];
     const char *line = k->line;
 
-    r->heard = now;
+    if (now - h->heard >
+        ds_hub_patience(h)) /* all were stopped; this one is only the first again */
+        forgive(h, now - h->heard);
+    r->heard = h->heard = now;
     if (!strncmp(line, "state ", 6)) {
         take_state(h, k->rank, line + 6, now);
     } else if (!strncmp(line, "here ", 5)) {
@@ -336,10 +354,10 @@ static void drop_link(ds_hub *h, ds_link *k, double now)
         r->streams--;
         h->config.output(h->config.data, k->rank, k->stream, NULL, 0);
     } else if (k->channel == SIDE) {
-        if (r->presence == DS_PRESENT && (h->stopping || h->ended_by))
-            r->code = 128 + (h->stopping ? h->stopping : h->ended_by);
-        else if (r->presence == DS_PRESENT)
-            ds_hub_trouble_with(h, DS_TROUBLE_LOST, k->rank, -1, now);
+        r->lost = r->presence == DS_PRESENT;
+        if (r->lost && (h->stopping || !h->ended_by))
+            ds_hub_trouble_with(h, h->stopping ? DS_TROUBLE_STOPPED : DS_TROUBLE_LOST, k->rank, -1,
+                                now);
         r->presence = DS_GONE;
         r->side = -1;
         if (r->group && h->config.group)
@@ -415,19 +433,6 @@ static void drop_strangers(ds_hub *h, double now)
         if (k->channel == STRANGER && now - k->since > HELLO_SECONDS)
             drop_link(h, k, now);
     }
-}
-
-/* After a time in which the hub did not run (stopped with all the others, or by a full pipe), what
- * it did not hear then is no sign of anything. */
-static void forgive(ds_hub *h, double seconds)
-{
-    for (int r = 0; r < h->config.ranks; r++) {
-        h->ranks[r].heard += seconds;
-        h->ranks[r].since += seconds;
-    }
-    h->moved += seconds;
-    h->opened += seconds;
-    h->asked += seconds;
 }
 
 void ds_hub_serve(ds_hub *h, double now)
@@ -523,8 +528,8 @@ void ds_hub_ask(ds_hub *h, double now)
         ds_hub_report(h, now);
 }
 
-/* A group outlives its first process where that one's children go on; so the culprit's is ended as
- * well. */
+/* A group outlives its first process where that one's children go on; so those of ranks that were
+ * killed are ended as well. */
 void ds_hub_kill(ds_hub *h, int code)
 {
     char text[24];
@@ -536,7 +541,7 @@ void ds_hub_kill(ds_hub *h, int code)
 
         if (!h->config.output) /* rank 0 is no launcher: its own ends the others */
             break;
-        if (s->group && (s->side >= 0 || r == h->culprit))
+        if (s->group && (s->side >= 0 || s->lost))
             kill(-s->group, SIGKILL);
         if (s->pid && s->side >= 0)
             kill(s->pid, SIGKILL);

@@ -23,9 +23,10 @@
 /* What has happened to the job. */
 enum ds_trouble {
     DS_TROUBLE_NONE,
-    DS_TROUBLE_FAILED, /* a rank says so itself, by an error or a code that is not 0 */
-    DS_TROUBLE_LOST,   /* its connection was closed without a word */
-    DS_TROUBLE_STUCK,  /* no progress for the length of the timeout */
+    DS_TROUBLE_FAILED,  /* a rank says so itself, by an error or a code that is not 0 */
+    DS_TROUBLE_LOST,    /* its connection was closed without a word */
+    DS_TROUBLE_STOPPED, /* the same, after it was asked to stop: nothing in it would save */
+    DS_TROUBLE_STUCK,   /* no progress for the length of the timeout */
 };
 
 typedef struct ds_hub_config {

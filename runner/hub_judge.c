@@ -13,7 +13,8 @@
 #include "runner/comm.h"
 #include "runner/hub_ranks.h"
 
-#define SILENT 4.0  /* seconds; a watchdog reports every second */
+#define SILENT 4.0  /* seconds without a report; there is one every second, */
+#define MISSED 2.5  /* so this is the least that means anything */
 #define WAITING 7.0 /* seconds in one collective without a byte moved, before it is said */
 #define START 120.0 /* seconds from the first rank's start to the last one's */
 #define END 60.0    /* seconds to end in, once all ranks have said that they do */
@@ -54,9 +55,14 @@ static int present(const ds_seen *r)
     return r->presence == DS_PRESENT || r->presence == DS_ENDING;
 }
 
+double ds_hub_patience(const ds_hub *h)
+{
+    return limit(h, SILENT) > MISSED ? limit(h, SILENT) : MISSED;
+}
+
 static int silent(const ds_hub *h, const ds_seen *r, double now)
 {
-    return present(r) && now - r->heard > limit(h, SILENT);
+    return present(r) && now - r->heard > ds_hub_patience(h);
 }
 
 static int waits(const ds_hub *h, const ds_seen *r, double now)
@@ -117,13 +123,14 @@ void ds_hub_report(ds_hub *h, double now)
 
         add(&p, "dsrun: rank %d: ", r);
         if (silent(h, &h->ranks[r], now))
-            add(&p, "silent for %.0f s, last ", now - h->ranks[r].heard);
+            add(&p, "silent for %.0f s, ", now - h->ranks[r].heard);
         add_place(&p, &h->ranks[r], now);
         h->config.say(h->config.data, -1, p.text);
     }
 }
 
-/* "rank 2 is silent for 6 s, last seen at train.lua:12, in get(41); ranks 0, 1 wait in all_reduce #7
+/* Those who are waited for (of them, the silent ones if there are any) and those who wait:
+ * "rank 2 is silent for 6 s, last seen at train.lua:12, in get(41); ranks 0, 1 wait in all_reduce #7
  * at train.lua:33". */
 static void name_them(ds_hub *h, phrase *p, double now)
 {
@@ -131,9 +138,12 @@ static void name_them(ds_hub *h, phrase *p, double now)
     char *wait = calloc((size_t)ranks, 1);
     int64_t number = 0;
     const char *site = "";
+    int quiet = 0;
 
     if (!wait)
         return;
+    for (int r = 0; r < ranks; r++)
+        quiet += silent(h, &h->ranks[r], now);
     for (int r = 0; r < ranks; r++) {
         const ds_seen *s = &h->ranks[r];
 
@@ -143,12 +153,12 @@ static void name_them(ds_hub *h, phrase *p, double now)
             collective = s->kind;
             number = s->number;
             site = s->site;
-        } else if (s->presence != DS_GONE || s->code == 0) {
+        } else if (!quiet || silent(h, s, now)) {
             if (++named > 8)
                 continue;
             add(p, "%srank %d ", named > 1 ? "; " : "", r);
             if (silent(h, s, now))
-                add(p, "is silent for %.0f s, last ", now - s->heard);
+                add(p, "is silent for %.0f s, ", now - s->heard);
             add_place(p, s, now);
         }
     }

@@ -11,6 +11,7 @@ typedef struct ds_seen {
     int side;       /* its side connection's descriptor, or -1 */
     int streams;    /* of its output that are still open */
     int pid, group; /* 0: on another machine */
+    int lost;       /* it went without saying so */
     int code;       /* what it said it would end with */
     double heard;   /* when it last said anything */
     int kind;       /* the collective it is in; DS_COLLECTIVES: none */
@@ -31,6 +32,7 @@ struct ds_hub {
     struct ds_link *links; /* connections, a list */
     ds_seen *ranks;
     double opened, served;
+    double heard; /* when any rank last said anything */
     enum ds_trouble trouble;
     double since;
     int culprit, code;
@@ -43,6 +45,9 @@ struct ds_hub {
     double warned_wait; /* the wait that was last warned about, seconds; 0: none */
     double window;      /* when the stragglers' window began */
 };
+
+/* How long a rank may say nothing, seconds. */
+double ds_hub_patience(const ds_hub *h);
 
 /* What to do about those from whom nothing comes. */
 void ds_hub_judge(ds_hub *h, double now);

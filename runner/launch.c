@@ -53,8 +53,8 @@ typedef struct job {
     int stop;                         /* the signal that asked the job to stop */
     double grace;                     /* until when it may take to do so */
     double killed, termed;            /* when ranks were, when mpirun was; 0: not */
-    int now;                          /* 1: the user, or the end of the grace time, wants that */
-    char said[65536];                 /* mpirun's words that are not shown yet */
+    int now;          /* 1: all ends now: the user wants that, or the grace is over */
+    char said[65536]; /* mpirun's words that are not shown yet */
     size_t said_used;
     double said_at;
 } job;
@@ -142,7 +142,7 @@ static int share_cores(const ds_options *options, int *cores)
         if (CPU_ISSET(i, &set))
             cpu[n++] = i;
     if (n < 0)
-        return ds_fail(DS_EINVAL, "--bind_core_list: %s", ds_error());
+        return n;
     if (n < options->num_ranks)
         return ds_fail(DS_EINVAL, "%d ranks cannot be tied to %d cores, as one has at least one",
                        options->num_ranks, n);
@@ -207,7 +207,8 @@ static int start_mpirun(job *j, int major, int argc, char **argv)
     program[length] = 0;
     rc = ds_mpirun_command(&command, &what, major);
     if (rc == 0)
-        rc = ds_child_start(&j->mpirun, &j->noise, command);
+        /* Rank 0 reads what is piped in; a terminal stays with the shell's own group. */
+        rc = ds_child_start(&j->mpirun, &j->noise, command, !isatty(STDIN_FILENO));
     ds_mpirun_free(command);
     return rc;
 }
@@ -315,9 +316,11 @@ static int must_end(const job *j, double now)
     int culprit = ds_hub_culprit(j->hub);
     double since = now - ds_hub_since(j->hub);
 
-    if (j->now || (j->stop && now > j->grace))
+    if (j->now)
         return 1;
     switch (ds_hub_trouble(j->hub)) {
+    case DS_TROUBLE_STOPPED: /* the others can't go on without it */
+        return since > LAST_WORDS;
     case DS_TROUBLE_FAILED:
         return since > LAST_WORDS || (culprit >= 0 && ds_hub_gone(j->hub, culprit));
     case DS_TROUBLE_LOST:
@@ -338,6 +341,8 @@ static void go_on(job *j, double now)
         j->stop = signal;
         j->grace = now + j->options->grace;
     }
+    if (j->stop && now > j->grace && !j->ended)
+        j->now = 1;
     if (!j->killed && must_end(j, now)) {
         ds_hub_kill(j->hub, 1);
         j->killed = now;
@@ -418,7 +423,7 @@ static int conclude(job *j)
     int rank = ds_hub_culprit(j->hub), code = ds_hub_code(j->hub);
     char text[160];
 
-    if (j->now || (j->stop && j->killed && trouble == DS_TROUBLE_NONE && !ds_hub_all_gone(j->hub)))
+    if (j->now || trouble == DS_TROUBLE_STOPPED)
         return 128 + j->stop;
     if (trouble == DS_TROUBLE_FAILED) {
         code = code > 0 ? code : 1;

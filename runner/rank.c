@@ -149,7 +149,7 @@ int ds_rank_cpus(int *out, int most, const char *list)
             break;
         text = end + 1;
     }
-    return ds_fail(DS_EINVAL, "'%s' is no ascending list of cores below %d, as 0,2-5", list,
+    return ds_fail(DS_EINVAL, "--bind_core_list: '%.80s' is no ascending list of cores below %d, as 0,2-5", list,
                    CPU_SETSIZE);
 }
 

@@ -241,12 +241,13 @@ static int welcomed(int fd)
 static int redirect(int fd, const char *address, const char *token, const char *channel)
 {
     const struct timeval forever = {0};
-    int other = call(address, token, channel), rc;
+    int other = call(address, token, channel), rc = -1;
 
     if (other < 0)
         return -1;
     setsockopt(other, SOL_SOCKET, SO_SNDTIMEO, &forever, sizeof forever);
-    rc = dup2(other, fd);
+    if (welcomed(other)) /* else the hub might hear of this rank's end before of its output */
+        rc = dup2(other, fd);
     close(other);
     return rc;
 }

@@ -1,0 +1,422 @@
+--- A job of several ranks as its users meet it: every test starts dsrun with --num_gpus.
+-- Scripts print, sleep, raise, crash and are killed; nothing of a job may stay behind.
+
+local host = require "ds.host"
+
+local dsrun = host.executable
+local folder
+
+local function write(name, text)
+  local file = assert(io.open(folder .. "/" .. name, "w"))
+  file:write(text)
+  file:close()
+end
+
+local function read(name)
+  local file = io.open(folder .. "/" .. name)
+  if not file then return "" end
+  local text = file:read "*a"
+  file:close()
+  return text
+end
+
+--- Runs a shell command in the test's folder; "$D" is dsrun, "$J" a job of dsrun's that ends.
+-- @treturn number exit code
+-- @treturn string standard output
+-- @treturn string standard error
+-- @treturn number seconds
+local function timed(command)
+  write("command.sh", ("cd '%s'\nD='%s'\nexport TMPDIR='%s/tmp' MARK='%s'\n"
+    .. "unset OMP_NUM_THREADS\n%s\n"):format(folder, dsrun, folder, folder, command))
+  local begun = require "ds.ffi".C.ds_seconds()
+  local status = os.execute(("timeout -k 1 30 sh '%s/command.sh' >'%s/out' 2>'%s/err' </dev/null")
+    :format(folder, folder, folder))
+  local seconds = require "ds.ffi".C.ds_seconds() - begun
+  return type(status) == "number" and math.floor(status / 256) or status, read "out", read "err",
+    seconds
+end
+
+local function sh(command)
+  local code, out, err = timed(command)
+  return code, out, err
+end
+
+local function has(text, piece)
+  assert(text:find(piece, 1, true), ("no '%s' in:\n%s"):format(piece, text))
+end
+
+local function lacks(text, piece)
+  assert(not text:find(piece, 1, true), ("'%s' in:\n%s"):format(piece, text))
+end
+
+local function count(text, piece)
+  local n, at = 0, 1
+  while true do
+    local first, last = text:find(piece, at, true)
+    if not first then return n end
+    n, at = n + 1, last + 1
+  end
+end
+
+local function lines(text)
+  local all = {}
+  for line in text:gmatch "[^\n]+" do all[#all + 1] = line end
+  table.sort(all)
+  return all
+end
+
+--- Asserts that no process of this test's jobs is left, and no file. All that `sh` starts has MARK in
+-- its environment; a folder of a job's in /dev/shm belongs to a dsrun that runs now.
+local function nothing_left()
+  local left
+  for _ = 1, 40 do
+    local pipe = io.popen(("grep -slz '^MARK=%s$' /proc/[0-9]*/environ; ls '%s/tmp'")
+      :format(folder, folder))
+    left = pipe:read "*a"
+    pipe:close()
+    if left == "" then return end
+    os.execute "sleep 0.05"
+  end
+  os.execute("for p in $(grep -slz '^MARK=" .. folder .. "$' /proc/[0-9]*/environ); do "
+    .. "tr '\\0' ' ' <${p%environ}cmdline >&2; echo >&2; kill -9 $(echo $p | tr -dc 0-9); done")
+  error("left behind:\n" .. left, 2)
+end
+
+-- What every script begins with.
+local prelude = [[
+local rank, size = tonumber(os.getenv "RANK"), tonumber(os.getenv "WORLD_SIZE")
+local ffi = require "ffi"
+ffi.cdef "int usleep(unsigned us); int getpid(void); int kill(int pid, int signal);"
+local function sleep(seconds) for _ = 1, seconds * 100 do ffi.C.usleep(10000) end end
+local function me(signal) ffi.C.kill(ffi.C.getpid(), signal) end
+_G.unused = { rank, size, sleep, me }
+]]
+
+local function script(name, text) write(name, prelude:gsub("\n", " ") .. text) end
+
+setup(function()
+  folder = os.tmpname()
+  os.remove(folder)
+  assert(os.execute("mkdir -p '" .. folder .. "/tmp'") == 0)
+end)
+
+teardown(function() os.execute("rm -rf '" .. folder .. "'") end)
+
+after_each(function() nothing_left() end)
+
+describe("ranks", function()
+  it("know who they are, and get the arguments as they were given", function()
+    script("env.lua", [[
+      local t = {}
+      for _, name in ipairs { "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR",
+        "MASTER_PORT" } do t[#t + 1] = os.getenv(name) end
+      print(table.concat(t, " "), #os.getenv "DSRUN_JOB", (("<%s>"):rep(#arg):format(...):gsub("\n", "/")))]])
+    local code, out, err = sh [[$D --num_gpus 3 --master_port 1234 env.lua a : '\:' '' ' x
+y' --num_gpus 9]]
+    assert.same({ 0, "" }, { code, err })
+    local rest = "127.0.0.1 1234\t32\t<a><:><\\:><>< x/y><--num_gpus><9>\n"
+    for r = 0, 2 do has(out, ("%d 3 %d 3 %s"):format(r, r, rest)) end
+  end)
+
+  it("share the cores: threads, and patience where there are more ranks than cores", function()
+    script("threads.lua", [[print(os.getenv "OMP_NUM_THREADS", os.getenv "OMP_WAIT_POLICY")]])
+    local _, cores = sh [[$D -e 'print(require("ds.ffi").C.ds_threads())']]
+    cores = tonumber(cores)
+    local _, out = sh("$D --num_gpus " .. cores .. " threads.lua")
+    assert.equal(("1\tnil\n"):rep(cores), out)
+    _, out = sh("$D --num_procs " .. 2 * cores .. " threads.lua")
+    assert.equal(("1\tpassive\n"):rep(2 * cores), out)
+    _, out = sh "OMP_NUM_THREADS=5 $D --num_gpus 1 threads.lua"
+    assert.equal("5\tpassive\n", out)
+  end)
+
+  it("are tied to their share of the cores when that is asked for", function()
+    local _, all = sh "taskset -cp $$ | sed 's/.*: //'"
+    if not all:find "^0[-,]1" then pending "one core here" return end
+    script("cores.lua", [[os.execute "taskset -cp $PPID | sed 's/.*: //'"]])
+    local _, out = sh "$D --num_gpus 2 --bind_core_list 0-1 cores.lua"
+    assert.same({ "0", "1" }, lines(out))
+    _, out = sh "$D --num_gpus 1 --bind_core_list 1 cores.lua"
+    assert.same({ "1" }, lines(out))
+    _, out = sh "$D --num_gpus 2 cores.lua"
+    assert.equal(all .. all, out)
+    local code, _, err = sh "$D --num_gpus 3 --bind_core_list 0,1 cores.lua"
+    assert.equal(2, code)
+    has(err, "3 ranks cannot be tied to 2 cores")
+  end)
+
+  it("may start another dsrun, which is none of them", function()
+    script("outer.lua", [[if rank == 1 then
+      os.execute("'" .. require("ds.host").executable .. "' inner.lua") end]])
+    script("inner.lua", [[print(rank, size, require("ds").world_size())]])
+    assert.same({ 0, "nil\tnil\t1\n", "" }, { sh "$D --num_gpus 2 outer.lua" })
+  end)
+
+  it("may be one", function()
+    script("one.lua", "print(rank, size, require('ds').world_size())")
+    assert.same({ 0, "0\t1\t1\n", "" }, { sh "$D --num_gpus 1 one.lua" })
+  end)
+
+  it("may be started by mpirun", function()
+    script("by_mpirun.lua", [[print(rank, size, os.getenv "LOCAL_RANK", os.getenv "LOCAL_SIZE")]])
+    local code, out = sh [[mpirun --allow-run-as-root --oversubscribe -np 2 $D by_mpirun.lua]]
+    assert.equal(0, code)
+    assert.same({ "0\t2\t0\t2", "1\t2\t1\t2" }, lines(out))
+    local err
+    code, out, err = sh
+      [[mpirun --allow-run-as-root --oversubscribe -np 2 $D --num_gpus 2 by_mpirun.lua]]
+    assert.same({ 2, "" }, { code, out })
+    has(err, "this is one of 2 ranks already")
+  end)
+end)
+
+describe("output", function()
+  it("comes in whole lines, stdout and stderr apart", function()
+    script("many.lua", [[
+      for i = 1, 3000 do
+        io.write(rank, " ", i, " ") io.write(("x"):rep(i % 200), " end\n")
+        if i % 3 == 0 then io.stderr:write(rank, " err ", i, "\n") end
+      end
+      io.write("tail ", rank)]])
+    local code, out, err = sh "$D --num_gpus 4 many.lua"
+    assert.equal(0, code)
+    local seen = {}
+    for line in out:gmatch "[^\n]+" do
+      local r, i, x = line:match "^(%d) (%d+) (x*) end$"
+      if r then
+        seen[r] = (seen[r] or 0) + 1
+        assert.equal(seen[r], tonumber(i)) -- each rank's in order
+        assert.equal(seen[r] % 200, #x)
+      else
+        assert.truthy(line:match "^tail %d$", line)
+      end
+    end
+    for r = 0, 3 do assert.equal(3000, seen[tostring(r)]) end
+    assert.equal(4, count(out, "tail "))
+    assert.equal(4000, #lines(err))
+    for line in err:gmatch "[^\n]+" do assert.truthy(line:match "^%d err %d+$", line) end
+  end)
+
+  it("is tagged by rank, and kept in a file for each, when that is asked for", function()
+    script("tags.lua", [[print("out " .. rank) print "" io.stderr:write("err ", rank, "\n")]])
+    local code, out, err = sh "$D --num_gpus 2 --tag-output --enable_each_rank_log a/logs tags.lua"
+    assert.equal(0, code)
+    assert.same({ "[0] ", "[0] out 0", "[1] ", "[1] out 1" }, lines(out))
+    assert.same({ "[0] err 0", "[1] err 1" }, lines(err))
+    for r = 0, 1 do
+      assert.same({ "err " .. r, "out " .. r }, lines(read(("a/logs/rank_%d.log"):format(r))))
+    end
+    code, _, err = sh "$D --num_gpus 2 --enable_each_rank_log tags.lua/x tags.lua"
+    assert.equal(2, code)
+    has(err, "tags.lua/x")
+  end)
+
+  it("that nobody reads stops the ranks, not the signals", function()
+    script("flood.lua", [[while true do print(("y"):rep(100)) end]])
+    local code, _, _, seconds = timed [[mkfifo f; $D --num_gpus 2 flood.lua >f & p=$!
+      exec 3<f; sleep 1; kill -TERM $p; sleep 0.2; kill -TERM $p; wait $p]]
+    assert.equal(143, code)
+    assert.truthy(seconds < 5, seconds)
+  end)
+end)
+
+describe("the end of a job", function()
+  -- how rank 1 ends, the job's exit code, what is said
+  for name, case in pairs {
+    ["an error"] = { [[error "boom"]], 1, "rank 1: end.lua:1: boom" },
+    ["os.exit"] = { [[os.exit(3)]], 3, "dsrun: rank 1 ended with code 3" },
+    ["a crash"] = { [[ffi.cast("int *", 0)[0] = 1]], 139,
+      "dsrun: rank 1 was killed by signal 11 (Segmentation fault)" },
+    ["SIGKILL"] = { [[me(9)]], 137, "dsrun: rank 1 was killed by signal 9 (Killed)" },
+  } do
+    it("by " .. name .. " of one rank", function()
+      script("end.lua", ([[print "before" sleep(0.3)
+        if rank == 1 then %s end os.execute "sleep 20"]]):format(case[1]):gsub("\n", " "))
+      local code, out, err, seconds = timed "$D --num_gpus 3 end.lua"
+      assert.equal(case[2], code)
+      has(err, case[3])
+      assert.equal(1, count(err, "dsrun: rank "))
+      lacks(err, "mpirun")
+      assert.equal(3, count(out, "before"))
+      assert.truthy(seconds < 3, seconds)
+    end)
+  end
+
+  it("shows one traceback when all ranks fail alike", function()
+    script("same.lua", [[
+      local function deep() error "the same" end
+      deep()]])
+    local code, _, err = sh "$D --num_gpus 4 same.lua"
+    assert.equal(1, code)
+    assert.equal(1, count(err, "the same"))
+    assert.equal(1, count(err, "stack traceback"))
+    local errors
+    code, _, errors = sh "$D --num_gpus 2 -e 'syntax error here'"
+    assert.equal(1, code)
+    assert.equal(1, count(errors, "'=' expected near"))
+  end)
+
+  it("waits for the last rank", function()
+    script("late.lua", [[if rank == 1 then sleep(0.5) end print(rank)]])
+    assert.same({ 0, "0\n1\n", "" }, { sh "$D --num_gpus 2 late.lua" })
+  end)
+
+  it("that cannot begin has one message", function()
+    local code, _, err = sh "$D --num_gpus 2 nowhere.lua"
+    assert.equal(2, code)
+    assert.equal("dsrun: cannot read the script nowhere.lua: No such file or directory\n", err)
+    script("x.lua", "")
+    code, _, err = sh "PATH=/nowhere /bin/sh -c \"'$D' --num_gpus 2 x.lua\""
+    assert.equal(2, code)
+    has(err, "there is no mpirun here")
+    code, _, err = sh [[mkdir -p fake; printf '#!/bin/sh\necho "HYDRA build details:"\n' >fake/mpirun
+      chmod +x fake/mpirun; PATH=$PWD/fake:$PATH $D --num_gpus 2 x.lua]]
+    assert.equal(2, code)
+    has(err, "mpirun is not Open MPI's")
+    code, _, err = sh [[printf '#!/bin/sh
+[ "$1" = --version ] && echo "mpirun (Open MPI) 4.1.0" && exit; echo no luck; exit 9\n' >fake/mpirun
+      PATH=$PWD/fake:$PATH $D --num_gpus 2 x.lua]]
+    assert.equal(9, code)
+    has(err, "no luck")
+    has(err, "mpirun ended with code 9 before all ranks had started")
+  end)
+end)
+
+describe("signals", function()
+  -- Stands for an engine: looks for a signal at its step boundaries.
+  local engine = [[
+    local C = require "ds.ffi".C
+    C.ds_signal_claim(1)
+    io.stderr:write "ready\n"
+    while C.ds_signal_pending() == 0 do sleep(0.05) end
+    sleep(STEP)
+    print("saved " .. rank)
+    os.exit(128 + C.ds_signal_pending())]]
+  -- Starts the job, waits until its ranks are ready, goes on with the rest.
+  local function job(options, ranks, rest)
+    return timed(([[$D %s & p=$!
+      for i in $(seq 200); do [ $(grep -c ready err) = %d ] && break; sleep 0.02; done
+      %s]]):format(options, ranks, rest))
+  end
+
+  it("reach all ranks, which save; the code is 128 + the signal", function()
+    script("engine.lua", (engine:gsub("STEP", "1.5 * rank")))
+    for signal, code in pairs { TERM = 143, INT = 130, USR1 = 138 } do
+      local got, out, err = job("--num_gpus 2 engine.lua", 2, "kill -" .. signal .. " $p; wait $p")
+      assert.equal(code, got)
+      assert.same({ "saved 0", "saved 1" }, lines(out))
+      has(err, "ranks save and end at their next step")
+      lacks(err, "mpirun")
+    end
+  end)
+
+  it("end now when they come twice, and after the grace time", function()
+    script("stubborn.lua", (engine:gsub("STEP", "20")))
+    local code, out, _, seconds = job("--num_gpus 2 stubborn.lua", 2,
+      "kill -TERM $p; sleep 0.3; kill -TERM $p; wait $p")
+    assert.same({ 143, "" }, { code, out })
+    assert.truthy(seconds < 4, seconds)
+    code, out, _, seconds = job("--num_gpus 2 --grace 0.5 stubborn.lua", 2, "kill -INT $p; wait $p")
+    assert.same({ 130, "" }, { code, out })
+    assert.truthy(seconds < 4, seconds)
+  end)
+
+  it("end at once where nobody saves", function()
+    script("plain.lua", [[io.stderr:write "ready\n" sleep(20)]])
+    local code, _, _, seconds = job("--num_gpus 2 plain.lua", 2, "kill -TERM $p; wait $p")
+    assert.equal(143, code)
+    assert.truthy(seconds < 4, seconds)
+  end)
+
+  it("kill all when dsrun is killed", function()
+    script("orphans.lua", [[io.stderr:write "ready\n" os.execute "sleep 20"]])
+    job("--num_gpus 2 --save_pid orphans.lua", 2, "[ -s tmp/$p.ds ] && echo pid; kill -KILL $p")
+    assert.equal("pid\n", read "out")
+  end)
+
+  it("kill all when mpirun is killed", function()
+    script("orphans.lua", [[io.stderr:write "ready\n" os.execute "sleep 20"]])
+    local code = job("--num_gpus 2 orphans.lua", 2, "kill -KILL $(pgrep -P $p mpirun); wait $p")
+    assert.truthy(code ~= 0)
+  end)
+
+  it("ask where the ranks are: SIGUSR2", function()
+    script("where.lua", [[
+      local C = require "ds.ffi".C
+      io.stderr:write "ready\n"
+      if rank == 0 then
+        C.ds_breadcrumb "get(41) of the loader"
+        sleep(1.5)
+      else
+        local t = 0
+        while os.clock() < 1.2 do t = t + math.sin(t)
+        end
+      end]])
+    local code, _, err = job("--num_gpus 2 where.lua", 2, "sleep 0.3; kill -USR2 $p; wait $p")
+    assert.equal(0, code)
+    has(err, "rank 0: ")
+    has(err, "in get(41) of the loader")
+    assert.truthy(err:find "rank 1: [^\n]*where%.lua:%d", err)
+  end)
+end)
+
+describe("a rank that hangs", function()
+  it("is named, and left alone if it comes back", function()
+    script("stopped.lua", [[
+      if rank == 2 then
+        require "ds.ffi".C.ds_breadcrumb "get(41) of the loader"
+        os.execute "(sleep 4.6; kill -CONT $PPID) &"
+        local function work() return os.clock() end
+        while work() < 1.5 do work() end
+        me(19)
+      end
+      sleep(4.5)
+      print "done"]])
+    local code, out, err = sh "$D --num_gpus 3 --timeout 4 stopped.lua"
+    assert.same({ 0, "done\ndone\ndone\n" }, { code, out })
+    assert.truthy(err:find "rank 2 is silent for %d s, last seen at stopped%.lua:%d", err)
+    has(err, "in get(41) of the loader")
+  end)
+
+  it("ends the job after --timeout", function()
+    script("frozen.lua", [[sleep(0.2) if rank == 1 then me(19) end sleep(20)]])
+    local code, _, err, seconds = timed "$D --num_gpus 2 --timeout 3 frozen.lua"
+    assert.equal(124, code)
+    has(err, "no progress for 3 s (--timeout): rank 1 is silent for")
+    assert.truthy(seconds < 12, seconds)
+  end)
+
+  it("is not the matter when all are stopped", function()
+    script("all.lua", [[io.stderr:write "ready\n" sleep(1.5) print "done"]])
+    local code, out, err = sh [[$D --num_gpus 2 --timeout 2 all.lua & p=$!
+      for i in $(seq 200); do [ $(grep -c ready err) = 2 ] && break; sleep 0.02; done
+      ranks=$(pgrep -P $(pgrep -P $p mpirun))
+      kill -STOP $ranks; sleep 3; kill -CONT $ranks; wait $p]]
+    assert.same({ 0, "done\ndone\n" }, { code, out })
+    lacks(err, "silent")
+  end)
+end)
+
+describe("options", function()
+  it("that make no sense are refused", function()
+    script("x.lua", "")
+    for options, message in pairs {
+      ["--num_gpus 0"] = "--num_gpus wants a number from 1 to 4096, not '0'",
+      ["--num_gpus two"] = "--num_gpus wants a number",
+      ["--num_gpus 2 --num_procs 3"] = "how many ranks is one whole number",
+      ["--num_gpus 1.5"] = "one whole number",
+      ["--tag_output"] = "--tag_output is for a job of several ranks: add --num_gpus N",
+      ["--num_gpus 2 --launcher pdsh"] = "--launcher pdsh is not supported yet",
+      ["--num_gpus 2 --bind_core_list 3-1"] = "'3-1' is no ascending list of cores",
+      ["--num_gpus 2 --timeout 0"] = "--timeout wants a number from 1",
+      ["--num_gpus 2 -H hosts"] = "--hostfile: several machines are not supported yet",
+    } do
+      local code, out, err = sh("$D " .. options .. " x.lua")
+      assert.same({ 2, "" }, { code, out })
+      has(err, message)
+    end
+    local code, _, err = sh "$D --num_gpus 2 env"
+    assert.equal(2, code)
+    has(err, "repl and env are one process")
+  end)
+end)
