@@ -6,7 +6,7 @@
 #include <sys/types.h>
 
 /* Starts a command in a process group of its own that does not outlive this process. *output: what
- * it writes to stdout and stderr; its stdin is empty. */
+ * it writes to stdout and stderr. input 1: it has this process's stdin; 0: an empty one. */
 int ds_child_start(pid_t *pid, int *output, char *const *argv, int input);
 
 /* The first line that a command prints, within a few seconds; "" if it prints none. */

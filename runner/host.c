@@ -355,8 +355,25 @@ static int show_error(lua_State *L)
 {
     const char *message = lua_tostring(L, -1);
 
-    if (message)
-        ds_side_failed(message);
+    if (!message)
+        return 1;
+    if (!strcmp(message, "stack overflow")) /* interpreted code: Lua asks no handler */
+        message = "stack overflow: does a function call itself without end?";
+    ds_side_failed(message);
+    return 1;
+}
+
+/* boot.lua's handler, unless the stack is full: Lua has a few slots left then, too few for it, and
+ * the place is in the message already. */
+static int on_error(lua_State *L)
+{
+    const char *message = lua_tostring(L, 1);
+
+    if (message && strstr(message, "stack overflow"))
+        return 1;
+    lua_pushvalue(L, lua_upvalueindex(1));
+    lua_insert(L, 1);
+    lua_call(L, 1, 1);
     return 1;
 }
 
@@ -366,6 +383,7 @@ static int run(ds_host *host, const task *task)
     int handler, count, code = 0;
 
     push_boot(L, "handler");
+    lua_pushcclosure(L, on_error, 1);
     handler = lua_gettop(L);
     count = task->push(host, task);
     if (count < 0 || lua_pcall(L, count, 0, handler))

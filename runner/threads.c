@@ -152,16 +152,19 @@ static int threads_of(const ds_rank *rank, int cores)
 
 void ds_threads_init(const ds_rank *rank, char **argv)
 {
-    int cores, threads;
+    int cores, threads, tied;
     cpu_set_t set;
     char text[16];
 
     if (env_number("OMP_NUM_THREADS", 0) > 0)
         return;
-    if (rank->launched == DS_BY_ANOTHER)
+    /* `mpirun -np 1` makes no job, but ties its process to a core all the same */
+    tied = rank->launched == DS_BY_ANOTHER ||
+           (rank->launched == DS_ALONE && env_number("OMPI_COMM_WORLD_SIZE", 0) == 1);
+    if (tied)
         take_share(rank);
     threads = cores = ds_threads_cores(&set);
-    if (rank->launched == DS_BY_ANOTHER) {
+    if (tied) {
         threads = threads_of(rank, cores);
         snprintf(text, sizeof text, "%d", threads);
         setenv("OMP_NUM_THREADS", text, 1);

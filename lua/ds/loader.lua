@@ -230,6 +230,12 @@ end
 -- @return what the dataset's samples hold, each stacked: x, y
 function Loader:next() return fetch(self, false) end
 
+--- `for x, y in loader do`: a loader is no iterator, it has several.
+function Loader.__call()
+  raise("loader: it is no iterator; one pass is `for x, y in loader:epoch() do`, no end has "
+    .. "loader:forever(), one batch is loader:next()")
+end
+
 --- Batches without end: `for x, y in loader:forever() do … end`.
 function Loader:forever()
   return function() return fetch(self, false) end

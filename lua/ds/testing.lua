@@ -114,6 +114,9 @@ end
 -- @usage ds.testing.gradcheck(function(x) return my_layer(x) end, { ds.randn(2, 3) })
 function M.gradcheck(f, inputs, options)
   options = options or {}
+  if type(inputs) ~= "table" or tensor.is_tensor(inputs) then
+    raise("gradcheck: expects a table of inputs, as ds.testing.gradcheck(f, { x })")
+  end
   if not nn.is_module(f) then return check(f, inputs, options) end
   local parameters, dtypes = f:parameters(), {}
   for i, p in ipairs(parameters) do dtypes[i] = p.dtype end

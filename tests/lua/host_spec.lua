@@ -297,6 +297,14 @@ describe("an error", function()
     has(long, host.root:sub(-8) .. "/ds/")
   end)
 
+  it("of endless recursion names a line, or says what it is", function()
+    write("deep.lua", "local function f()\n  return 1 + f()\nend\nf()\n")
+    local code, _, err = sh "$D -e 'jit.off()' deep.lua"
+    assert.equal(1, code)
+    assert(err == "stack overflow: does a function call itself without end?\n"
+      or err:find "^deep.lua:%d: stack overflow\n$", err)
+  end)
+
   it("in an operation shows no generated code", function()
     write("shapes.lua", "local ds = require 'ds'\nprint(ds.ones(2) + ds.ones(3))\n")
     local code, _, err = sh "$D shapes.lua"
