@@ -93,7 +93,8 @@ static int make_folder(job *j)
     const char *places[] = {"/dev/shm", temporary(), "/tmp"};
 
     for (size_t i = 0; i < sizeof places / sizeof *places; i++) {
-        int n = snprintf(j->folder, sizeof j->folder, "%s/dsrun-XXXXXX", places[i]);
+        int n =
+            snprintf(j->folder, sizeof j->folder, "%s/dsrun-%d-XXXXXX", places[i], (int)getpid());
         if (n < (int)sizeof j->folder && mkdtemp(j->folder))
             return 0;
     }

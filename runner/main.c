@@ -71,7 +71,7 @@ static int refuse(const ds_options *options, const ds_rank *rank)
                 "dsrun: --%s: several machines are not supported yet (--num_gpus N starts ranks on "
                 "this one)\n",
                 options->machines);
-    else if (options->num_ranks && rank->launched == DS_BY_ANOTHER)
+    else if (options->num_ranks && rank->launched == DS_BY_ANOTHER && rank->size > 1)
         fprintf(stderr,
                 "dsrun: this is one of %d ranks already, as mpirun or srun started them; leave "
                 "out --num_gpus, or start dsrun without them\n",
@@ -161,7 +161,8 @@ static int process(const ds_options *options, int argc, char **argv)
         fputs("dsrun --help says more\n", stderr);
         return USAGE;
     }
-    if (options->num_ranks && rank.launched == DS_ALONE) {
+    if (options->num_ranks && rank.launched != DS_BY_DSRUN) {
+        ds_rank_forget(); /* a step of SLURM's, say, of one task */
         code = ds_launch(options, argc, argv);
         return code < 0 ? complain(USAGE) : code;
     }

@@ -180,7 +180,7 @@ int ds_site_watch(void (*ask)(void))
 
 /* ---- the same for a watchdog, which prints nothing */
 
-enum look { NOT_WAITED, ANSWERED, ASLEEP, BUSY };
+enum look { UNKNOWN, ANSWERED, ASLEEP, BUSY };
 
 /* Whether the main thread runs. One that sleeps in a system call is in C, so Lua could not answer;
  * and the signal that asks it would cut a sleep of the script's short. */
@@ -200,36 +200,32 @@ static int main_runs(void)
     return state && state[1] && state[2] == 'R';
 }
 
-void ds_site_sample(int wait)
+void ds_site_sample(int thorough)
 {
     const struct timespec moment = {.tv_nsec = LOOK_MS * 1000000L};
-    int before = atomic_load(&site_answers);
+    int before = atomic_load(&site_answers), look = ASLEEP;
 
-    look_was = NOT_WAITED;
+    look_was = UNKNOWN;
     if (!site_ask)
         return;
-    for (int ms = 0; ms <= (wait ? ANSWER_MS : 0); ms += LOOK_MS) {
-        int runs = main_runs();
-
-        if (ms == 0 && runs)
+    for (int ms = 0; ms < (thorough ? ANSWER_MS : 4 * LOOK_MS) && look != ANSWERED; ms += LOOK_MS) {
+        look = main_runs() ? BUSY : ASLEEP;
+        if (look == ASLEEP)
+            break;
+        if (ms == 0)
             site_ask();
-        if (!wait)
-            return;
-        look_was = runs ? BUSY : ASLEEP;
-        if (!runs && atomic_load(&site_answers) == before)
-            return;
         nanosleep(&moment, NULL);
-        if (atomic_load(&site_answers) != before) {
-            look_was = ANSWERED;
-            return;
-        }
+        if (atomic_load(&site_answers) != before)
+            look = ANSWERED;
     }
+    if (thorough) /* else it is for later, and then it was "last seen" there */
+        look_was = look;
 }
 
 void ds_site_describe(char *where, char *doing, size_t bytes)
 {
     static const char *const looks[] = {
-        [NOT_WAITED] = "last seen at ",
+        [UNKNOWN] = "last seen at ",
         [ANSWERED] = "at ",
         [ASLEEP] = "in C code, last seen at ",
         [BUSY] = "in C code or a compiled loop, last seen at ",

@@ -26,9 +26,9 @@ int ds_site_watch(void (*ask)(void));
 void ds_site_answer(const char *where);
 void ds_site_note(const char *where);
 
-/* For a watchdog thread: has Lua look where it is, if it runs; with `wait` up to half a second, until
- * it has said so. Then describe: "at train.lua:3", "last seen at …"; doing: the breadcrumb. */
-void ds_site_sample(int wait);
+/* For a watchdog thread: has Lua look where it is, if it runs; a thorough one gives it half a second
+ * to say so. Then describe: "at train.lua:3", "last seen at …"; doing: the breadcrumb. */
+void ds_site_sample(int thorough);
 void ds_site_describe(char *where, char *doing, size_t bytes);
 
 /* The loop that Lua compiled last: inside of one that calls nothing, Lua cannot answer. */

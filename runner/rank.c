@@ -60,17 +60,15 @@ static int slurm_local_size(int otherwise)
     return otherwise;
 }
 
-/* What launchers and MPI leave for a process; a setting of the user's (OMPI_MCA_…) goes as well, as
- * it can't be told from mpirun's own. */
-static void forget(void)
+/* A setting of the user's for Open MPI (OMPI_MCA_…) goes as well, as it can't be told from mpirun's
+ * own. */
+void ds_rank_forget(void)
 {
     static const char *const prefixes[] = {
-        "OMPI_",           "PMIX_",         "PMI_",
-        "ORTE_",           "PRTE_",         "DSRUN_SIDE",
-        "DSRUN_CPUS",      "DSRUN_PID",     "SLURM_STEP_NUM_TASKS",
-        "SLURM_PROCID",    "SLURM_LOCALID", "OMP_NUM_THREADS",
-        "OMP_WAIT_POLICY", "RANK=",         "WORLD_SIZE=",
-        "LOCAL_RANK=",     "LOCAL_SIZE="};
+        "OMPI_",      "PMIX_",      "PMI_",        "ORTE_",        "PRTE_",
+        "DSRUN_SIDE", "DSRUN_CPUS", "DSRUN_PID",   "RANK=",        "WORLD_SIZE=",
+        "LOCAL_SIZE", "LOCAL_RANK", "SLURM_STEP_", "SLURM_PROCID", "SLURM_LOCALID",
+    };
     char name[256];
     int i = 0;
 
@@ -95,13 +93,15 @@ void ds_rank_find(ds_rank *out)
 
     *out = (ds_rank){.size = 1, .local_size = 1};
     if (parent && parent != (int)getpid()) {
-        forget();
+        ds_rank_forget();
+        unsetenv("OMP_NUM_THREADS"); /* the rank's share */
+        unsetenv("OMP_WAIT_POLICY");
         return;
     }
     for (size_t i = 0; i < sizeof launchers / sizeof *launchers; i++) {
         int size = number(launchers[i].size, 0);
 
-        if (size < 1 || (size == 1 && !getenv("DSRUN_SIDE")))
+        if (size < 1)
             continue;
         out->launched = getenv("DSRUN_SIDE") ? DS_BY_DSRUN : DS_BY_ANOTHER;
         out->size = size;
@@ -149,8 +149,9 @@ int ds_rank_cpus(int *out, int most, const char *list)
             break;
         text = end + 1;
     }
-    return ds_fail(DS_EINVAL, "--bind_core_list: '%.80s' is no ascending list of cores below %d, as 0,2-5", list,
-                   CPU_SETSIZE);
+    return ds_fail(DS_EINVAL,
+                   "--bind_core_list: '%.80s' is no ascending list of cores below %d, as 0,2-5",
+                   list, CPU_SETSIZE);
 }
 
 /* The local_rank-th of local_size shares of the launcher's cores. */

@@ -19,6 +19,9 @@ typedef struct ds_rank {
  * it inherited of that is removed. */
 void ds_rank_find(ds_rank *out);
 
+/* Removes from the environment what launchers and MPI left there for this process. */
+void ds_rank_forget(void);
+
 /* Makes this process that rank: ends when its launcher does, sets RANK, WORLD_SIZE, LOCAL_RANK and
  * LOCAL_SIZE for the script, takes the cores that the launcher gave it, tags log lines. DS_EINVAL:
  * the launcher's cores do not suffice. */

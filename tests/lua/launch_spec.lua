@@ -65,20 +65,22 @@ local function lines(text)
   return all
 end
 
---- Asserts that no process of this test's jobs is left, and no file. All that `sh` starts has MARK in
--- its environment; a folder of a job's in /dev/shm belongs to a dsrun that runs now.
+--- Asserts that no process of this test's jobs is left, and no file. All that `sh` starts has MARK
+-- in its environment; a folder in /dev/shm has the number of the dsrun that it belongs to.
 local function nothing_left()
   local left
   for _ = 1, 40 do
-    local pipe = io.popen(("grep -slz '^MARK=%s$' /proc/[0-9]*/environ; ls '%s/tmp'")
-      :format(folder, folder))
+    local pipe = io.popen(([[grep -slz '^MARK=%s$' /proc/[0-9]*/environ; ls '%s/tmp'
+      for d in /dev/shm/dsrun-*; do
+        p=${d#*dsrun-}; [ ! -e "$d" ] || [ -e /proc/${p%%-*} ] || echo $d
+      done]]):format(folder, folder))
     left = pipe:read "*a"
     pipe:close()
     if left == "" then return end
     os.execute "sleep 0.05"
   end
   os.execute("for p in $(grep -slz '^MARK=" .. folder .. "$' /proc/[0-9]*/environ); do "
-    .. "tr '\\0' ' ' <${p%environ}cmdline >&2; echo >&2; kill -9 $(echo $p | tr -dc 0-9); done")
+    .. "kill -9 $(echo $p | tr -dc 0-9); done")
   error("left behind:\n" .. left, 2)
 end
 
@@ -110,7 +112,8 @@ describe("ranks", function()
       local t = {}
       for _, name in ipairs { "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR",
         "MASTER_PORT" } do t[#t + 1] = os.getenv(name) end
-      print(table.concat(t, " "), #os.getenv "DSRUN_JOB", (("<%s>"):rep(#arg):format(...):gsub("\n", "/")))]])
+      local given = ("<%s>"):rep(#arg):format(...):gsub("\n", "/")
+      print(table.concat(t, " "), #os.getenv "DSRUN_JOB", given)]])
     local code, out, err = sh [[$D --num_gpus 3 --master_port 1234 env.lua a : '\:' '' ' x
 y' --num_gpus 9]]
     assert.same({ 0, "" }, { code, err })
@@ -206,8 +209,8 @@ describe("output", function()
     for r = 0, 1 do
       assert.same({ "err " .. r, "out " .. r }, lines(read(("a/logs/rank_%d.log"):format(r))))
     end
-    code, _, err = sh "$D --num_gpus 2 --enable_each_rank_log tags.lua/x tags.lua"
-    assert.equal(2, code)
+    code, out, err = sh "$D --num_gpus 2 --enable_each_rank_log tags.lua/x tags.lua"
+    assert.same({ 2, "" }, { code, out })
     has(err, "tags.lua/x")
   end)
 
@@ -269,7 +272,8 @@ describe("the end of a job", function()
     code, _, err = sh "PATH=/nowhere /bin/sh -c \"'$D' --num_gpus 2 x.lua\""
     assert.equal(2, code)
     has(err, "there is no mpirun here")
-    code, _, err = sh [[mkdir -p fake; printf '#!/bin/sh\necho "HYDRA build details:"\n' >fake/mpirun
+    code, _, err = sh [[mkdir -p fake
+      printf '#!/bin/sh\necho "HYDRA build details:"\n' >fake/mpirun
       chmod +x fake/mpirun; PATH=$PWD/fake:$PATH $D --num_gpus 2 x.lua]]
     assert.equal(2, code)
     has(err, "mpirun is not Open MPI's")
