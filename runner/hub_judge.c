@@ -227,6 +227,7 @@ static void judge_waiting(ds_hub *h, double now)
 {
     int64_t bytes = 0, calls = 0;
     double longest = 0, wait;
+    int waited = waited_for(h, now);
 
     for (int r = 0; r < h->config.ranks; r++) {
         const ds_seen *s = &h->ranks[r];
@@ -244,11 +245,13 @@ static void judge_waiting(ds_hub *h, double now)
     }
     wait = now - h->moved < longest ? now - h->moved : longest;
     if (wait > h->config.timeout) {
-        give_up(h, waited_for(h, now), now);
+        give_up(h, waited, now);
+    } else if (h->ranks[waited < 0 ? 0 : waited].silent) {
+        return; /* that was said already */
     } else if (wait > (h->warned_wait > 0 ? h->warned_wait * 8 : limit(h, WAITING))) {
         phrase p = {.used = 0};
         name_them(h, &p, now);
-        ds_hub_say(h, waited_for(h, now), "dsrun: %s", p.text);
+        ds_hub_say(h, waited, "dsrun: %s", p.text);
         h->warned_wait = wait;
     }
 }

@@ -133,6 +133,8 @@ static int with_host(const ds_options *options, const ds_rank *rank, char **argv
     if (code == 0)
         code = ds_comm_join();
     if (code == 0)
+        code = ds_side_meet(rank, end_now);
+    if (code == 0)
         code = ds_host_open(&host, &config);
     if (code == 0)
         code = watch_signals(host);
@@ -141,7 +143,8 @@ static int with_host(const ds_options *options, const ds_rank *rank, char **argv
     if (code < 0)
         code = complain(USAGE);
     told = ds_side_end(code);
-    ds_run_end_hooks(code);
+    /* to save and end because of a signal is no failure: all ranks do it */
+    ds_run_end_hooks(code && code == 128 + ds_signal_pending() ? 0 : code);
     ds_host_close(host);
     return told;
 }

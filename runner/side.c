@@ -336,7 +336,7 @@ static void *serve(void *data)
     }
     if (ds_hub_trouble(h) == DS_TROUBLE_LOST || ds_hub_trouble(h) == DS_TROUBLE_STUCK) {
         if (ds_hub_trouble(h) == DS_TROUBLE_LOST)
-            fprintf(stderr, "dsrun: rank %d is gone, last seen %s\n", ds_hub_culprit(h),
+            fprintf(stderr, "dsrun: rank %d is gone, %s\n", ds_hub_culprit(h),
                     ds_hub_last_seen(h, ds_hub_culprit(h)));
         ds_hub_kill(h, 1);
         side.die(1);

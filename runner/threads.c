@@ -152,19 +152,16 @@ static int threads_of(const ds_rank *rank, int cores)
 
 void ds_threads_init(const ds_rank *rank, char **argv)
 {
-    int cores, threads, tied;
+    int cores, threads;
     cpu_set_t set;
     char text[16];
 
     if (env_number("OMP_NUM_THREADS", 0) > 0)
         return;
-    /* `mpirun -np 1` makes no job, but ties its process to a core all the same */
-    tied = rank->launched == DS_BY_ANOTHER ||
-           (rank->launched == DS_ALONE && env_number("OMPI_COMM_WORLD_SIZE", 0) == 1);
-    if (tied)
+    if (rank->launched == DS_BY_ANOTHER)
         take_share(rank);
     threads = cores = ds_threads_cores(&set);
-    if (tied) {
+    if (rank->launched == DS_BY_ANOTHER) {
         threads = threads_of(rank, cores);
         snprintf(text, sizeof text, "%d", threads);
         setenv("OMP_NUM_THREADS", text, 1);

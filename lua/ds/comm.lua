@@ -18,6 +18,7 @@
 
 local ffi = require "ffi"
 local border = require "ds.ffi"
+local host = require "ds.host"
 local scope = require "ds.scope"
 local tensor = require "ds.tensor"
 
@@ -255,6 +256,16 @@ end
 -- @treturn Tensor t
 function Group:recv(t, from)
   return in_place(t, "recv", receive, self, need_rank(self, from, "recv"))
+end
+
+-- Where this rank may wait for others, its watchdog is told the user's line.
+for _, name in ipairs { "barrier", "group", "all_reduce", "broadcast", "all_gather",
+  "reduce_scatter", "all_to_all", "send", "recv" } do
+  local method = Group[name]
+  Group[name] = function(self, ...)
+    if C.ds_comm_size(self._c) > 1 then host.here() end
+    return method(self, ...)
+  end
 end
 
 -- Each method is also a function, of the group of all.

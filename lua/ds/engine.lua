@@ -14,6 +14,7 @@
 
 local ffi = require "ffi"
 local border = require "ds.ffi"
+local host = require "ds.host"
 local scope = require "ds.scope"
 local tensor = require "ds.tensor"
 local autograd = require "ds.autograd"
@@ -442,6 +443,7 @@ function Engine:step()
     C.ds_side_step(self.global_steps + 1, C.ds_seconds() - self.step_ended)
   end
   C.ds_breadcrumb(place)
+  host.here()
   together.meet(place)
   self.zero:complete()
   self.zero:reduce()
