@@ -71,7 +71,7 @@ local function nothing_left()
   local left
   for _ = 1, 40 do
     local pipe = io.popen(([[grep -slz '^MARK=%s$' /proc/[0-9]*/environ; ls '%s/tmp'
-      for d in /dev/shm/dsrun-*; do
+      for d in /dev/shm/dsrun-[0-9]*-*; do
         p=${d#*dsrun-}; [ ! -e "$d" ] || [ -e /proc/${p%%-*} ] || echo $d
       done]]):format(folder, folder))
     left = pipe:read "*a"
