@@ -2,8 +2,8 @@
 --
 --     dsrun scripts/bench_step.lua nano|char|gpt2 fp32|bf16 [folder=F] [batch=N] [stage=N]
 --
--- Full steps through the engine: forward, backward, clipping, AdamW; batch: samples a rank. For each
--- line on standard input (rank 0's) one on standard output:
+-- Full steps through the engine: forward, backward, clipping, AdamW; batch: samples a rank. For
+-- each line on standard input (rank 0's) one on standard output:
 --
 --     SECONDS   trains that long, at least one step; on several ranks, so many steps
 --               → median_ms min_ms steps loss
