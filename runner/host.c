@@ -505,6 +505,7 @@ int ds_host_watch(ds_host *host)
     lua_thread = pthread_self();
     sigaction(SIGPROF, &ignore, NULL); /* what stopping the profiler goes back to */
     luaJIT_profile_start(host->L, "fi1000", on_sample, host);
+    ds_signal_off_stack(SIGPROF);
     setitimer(ITIMER_PROF, &off, NULL);
     push_boot(host->L, "watch");
     lua_call(host->L, 0, 0);

@@ -51,8 +51,10 @@ static void on_stop(int signal)
 static int watch_signals(ds_host *host)
 {
     static const int stops[] = {SIGINT, SIGTERM, SIGUSR1};
-    struct sigaction action = {.sa_handler = on_stop, .sa_flags = SA_RESTART};
+    struct sigaction action = {.sa_handler = on_stop, .sa_flags = SA_RESTART | SA_ONSTACK};
 
+    if (ds_signal_stack() < 0)
+        return DS_EIO;
     /* Even where it was ignored, as SIGINT is in the background jobs of a shell script: who sends
      * it to a training run wants it to save and stop. */
     for (size_t i = 0; i < sizeof stops / sizeof *stops; i++)

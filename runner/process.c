@@ -20,6 +20,7 @@
 #include "kernels/error.h"
 
 #define MAX_HOOKS 16
+#define HANDLER_STACK (64 << 10) /* bytes: a frame holds all vector registers, some 4 KB */
 #define NOTE_BYTES 256
 #define ANSWER_MS 500
 #define LOOK_MS 5
@@ -57,6 +58,28 @@ void ds_run_end_hooks(int code)
         int i = --at_end.count;
         at_end.hook[i](at_end.data[i], code);
     }
+}
+
+/* ---- handlers' own stack */
+
+int ds_signal_stack(void)
+{
+    static char memory[HANDLER_STACK];
+    const stack_t stack = {.ss_sp = memory, .ss_size = sizeof memory};
+
+    return sigaltstack(&stack, NULL) < 0
+               ? ds_fail(DS_EIO, "no stack for signals: %s", strerror(errno))
+               : 0;
+}
+
+void ds_signal_off_stack(int signal)
+{
+    struct sigaction action;
+
+    if (sigaction(signal, NULL, &action) < 0)
+        return;
+    action.sa_flags |= SA_ONSTACK;
+    sigaction(signal, &action, NULL);
 }
 
 /* ---- stopping */
@@ -165,7 +188,8 @@ static void on_site_timer(int signal)
 
 int ds_site_watch(void (*ask)(void))
 {
-    struct sigaction action = {.sa_handler = on_site_timer, .sa_flags = SA_RESTART};
+    struct sigaction action = {.sa_handler = on_site_timer,
+                               .sa_flags = SA_RESTART | SA_ONSTACK};
     struct sigevent event = {.sigev_notify = SIGEV_SIGNAL, .sigev_signo = SIGRTMAX - 1};
 
     site_ask = ask;

@@ -15,6 +15,12 @@
 int ds_at_end(void (*hook)(void *data, int code), void *data);
 void ds_run_end_hooks(int code);
 
+/* A stack for this thread's signal handlers. oneDNN's generated products use the stack pointer as an
+ * address of data: a handler that ran below it would write into the heap. So every handler has
+ * SA_ONSTACK; off_stack() adds it to one that somebody else installed. */
+int ds_signal_stack(void);
+void ds_signal_off_stack(int signal);
+
 /* Told by main()'s handler that SIGINT, SIGTERM or SIGUSR1 came; 1: end at once. */
 int ds_signal_arrived(int signal);
 
