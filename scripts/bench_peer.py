@@ -146,7 +146,15 @@ def lines(rank):
         yield line[0]
 
 
+def quiet():
+    """What libraries print goes to stderr; answers have stdout for themselves."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return answers
+
+
 def main():
+    answers = quiet()
     parser = argparse.ArgumentParser()
     parser.add_argument("config", choices=sorted(peer_gpt.CONFIGS))
     parser.add_argument("dtype", choices=["fp32", "bf16"])
@@ -168,7 +176,7 @@ def main():
         else:
             text = answer(step, line)
         if rank == 0:
-            print(text, flush=True)
+            print(text, flush=True, file=answers)
 
 
 if __name__ == "__main__":

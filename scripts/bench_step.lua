@@ -1,9 +1,10 @@
 --- Our side of `make bench`: a process that trains on command, so that sides take turns.
 --
 --     dsrun scripts/bench_step.lua nano|char|gpt2 fp32|bf16 [folder=F] [batch=N] [stage=N]
+--         [commands=F]
 --
 -- Full steps through the engine: forward, backward, clipping, AdamW; batch: samples a rank. For
--- each line on standard input (rank 0's) one on standard output:
+-- each line on standard input (rank 0's), or of the named pipe `commands`, one on standard output:
 --
 --     SECONDS   trains that long, at least one step; on several ranks, so many steps
 --               → median_ms min_ms steps loss
@@ -110,9 +111,12 @@ local answers = {
   end,
 }
 
---- The next line of rank 0's standard input, on every rank; nil at its end.
+local commands = ds.rank() == 0 and (options.commands and assert(io.open(options.commands))
+  or io.stdin)
+
+--- The next line that rank 0 reads, on every rank.
 local function next_line()
-  local line = ds.rank() == 0 and (io.read() or "q") or ""
+  local line = commands and (commands:read() or "q") or ""
   return together.texts(line)[1]
 end
 
