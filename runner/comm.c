@@ -285,6 +285,12 @@ void ds_comm_stats(int64_t *collectives, int64_t *bytes, const ds_comm *c)
     *bytes = c ? c->bytes : all_groups.bytes;
 }
 
+void ds_comm_count_anew(ds_comm *c)
+{
+    c->calls = c->bytes = c->number = 0;
+    all_groups.calls = all_groups.bytes = all_groups.number = 0;
+}
+
 void ds_comm_where(ds_comm_place *out)
 {
     *out = (ds_comm_place){.kind = all_groups.running,

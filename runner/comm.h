@@ -103,6 +103,9 @@ void ds_comm_where(ds_comm_place *out);
 /* What a transport adds as it sends. */
 void ds_comm_moved(ds_comm *c, int64_t bytes);
 
+/* Counts from 0 again: what went before was dsrun's own, and not the script's. */
+void ds_comm_count_anew(ds_comm *c);
+
 /* DS_CHECK=comm (comm_check.c): compares what every rank of the group is about to do, so that a
  * difference is an error that names it, on every rank, and not a hang. */
 int ds_comm_compare(ds_comm *c, const ds_call *call, int64_t number);

@@ -329,6 +329,7 @@ static void *serve(void *data)
 {
     ds_hub *h = data;
     struct pollfd fd = {ds_hub_fd(h), POLLIN, 0};
+    const struct timespec patience = {.tv_sec = 1, .tv_nsec = 500000000};
 
     while (!side.over && ds_hub_trouble(h) == DS_TROUBLE_NONE) {
         poll(&fd, 1, 500);
@@ -338,6 +339,7 @@ static void *serve(void *data)
         if (ds_hub_trouble(h) == DS_TROUBLE_LOST)
             fprintf(stderr, "dsrun: rank %d is gone, %s\n", ds_hub_culprit(h),
                     ds_hub_last_seen(h, ds_hub_culprit(h)));
+        nanosleep(&patience, NULL); /* a launcher that sees it too knows the right exit code */
         ds_hub_kill(h, 1);
         side.die(1);
     }
@@ -387,6 +389,8 @@ int ds_side_meet(const ds_rank *rank, ds_side_kill *die)
         rc = invite(&all, rank);
     if (rc == 0)
         rc = ds_broadcast(&t, 0, world, NULL);
+    if (rc == 0)
+        ds_comm_count_anew(world);
     return rc < 0 ? rc : join(rank, all.address, all.token, die);
 }
 
