@@ -103,7 +103,8 @@ flags_runner/comm_mpi := $(shell pkg-config --cflags-only-I $(mpi) 2>/dev/null)
 
 # The commit is told to one file only, so that committing does not rebuild the rest.
 commit := $(shell GIT_OPTIONAL_LOCKS=0 git describe --always --dirty --abbrev=10 2>/dev/null || echo unknown)
-flags_runner/version := -DDS_VERSION='"$(VERSION)"' -DDS_COMMIT='"$(commit)"'
+flags_runner/version := -DDS_VERSION='"$(VERSION)"' -DDS_COMMIT='"$(commit)"' \
+                        $(if $(SANITIZE),-DDS_SANITIZED='" with sanitizers"')
 $(BUILD)/runner/version.o: $(BUILD)/version.flags
 
 # Stamps: rewritten only when their text changes.

@@ -53,7 +53,8 @@ static int append(text *t, const char *data, size_t bytes)
 static void drop(text *t, size_t bytes)
 {
     t->used -= bytes;
-    memmove(t->data, t->data + bytes, t->used);
+    if (t->used) /* and so there is data */
+        memmove(t->data, t->data + bytes, t->used);
 }
 
 static int open_log(const char *folder, int rank)

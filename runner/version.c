@@ -8,8 +8,11 @@
 
 const char ds_version[] = DS_VERSION;
 const char ds_commit[] = DS_COMMIT;
+#ifndef DS_SANITIZED
+#define DS_SANITIZED ""
+#endif
 #ifdef __clang__
-const char ds_compiler[] = __VERSION__;
+const char ds_compiler[] = __VERSION__ DS_SANITIZED;
 #else
-const char ds_compiler[] = "gcc " __VERSION__;
+const char ds_compiler[] = "gcc " __VERSION__ DS_SANITIZED;
 #endif

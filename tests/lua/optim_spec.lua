@@ -4,6 +4,8 @@
 local ds = require "ds"
 local GPT = require "models.gpt"
 local nn, F = ds.nn, ds.F
+-- the sanitizer's own memory grows, and its pages count as ours
+local sanitized = require("ds.host").compiler:find "sanitizers"
 local close = ds.testing.assert_close
 
 local root = debug.getinfo(1, "S").source:match "^@(.*)tests/lua/" or ""
@@ -352,7 +354,7 @@ describe("in training", function()
       local after = ds.memory()
       assert.equal(before.takes, after.takes, type)
       assert(after.peak <= before.peak * 1.02, type)
-      assert(after.page_faults - before.page_faults < 500, type)
+      if not sanitized then assert(after.page_faults - before.page_faults < 500, type) end
       engine:destroy()
     end
   end)
