@@ -72,8 +72,9 @@ local function nothing_left()
   for _ = 1, 40 do
     local pipe = io.popen(([[grep -slz '^MARK=%s$' /proc/[0-9]*/environ; ls '%s/tmp'
       for d in /dev/shm/dsrun-[0-9]*-*; do
-        p=${d#*dsrun-}; [ ! -e "$d" ] || [ -e /proc/${p%%-*} ] || echo $d
-      done]]):format(folder, folder))
+        p=${d#*dsrun-}
+        [ ! -e "$d" ] || [ -e /proc/${p%%%%-*} ] || grep -qx $d '%s/old' || echo $d
+      done]]):format(folder, folder, folder))
     left = pipe:read "*a"
     pipe:close()
     if left == "" then return end
@@ -99,7 +100,8 @@ local function script(name, text) write(name, prelude:gsub("\n", " ") .. text) e
 setup(function()
   folder = os.tmpname()
   os.remove(folder)
-  assert(os.execute("mkdir -p '" .. folder .. "/tmp'") == 0)
+  assert(os.execute("mkdir -p '" .. folder .. "/tmp'; ls -d /dev/shm/dsrun-* >'"
+    .. folder .. "/old' 2>/dev/null; true") == 0)
 end)
 
 teardown(function() os.execute("rm -rf '" .. folder .. "'") end)
