@@ -188,8 +188,7 @@ static void on_site_timer(int signal)
 
 int ds_site_watch(void (*ask)(void))
 {
-    struct sigaction action = {.sa_handler = on_site_timer,
-                               .sa_flags = SA_RESTART | SA_ONSTACK};
+    struct sigaction action = {.sa_handler = on_site_timer, .sa_flags = SA_RESTART | SA_ONSTACK};
     struct sigevent event = {.sigev_notify = SIGEV_SIGNAL, .sigev_signo = SIGRTMAX - 1};
 
     site_ask = ask;
