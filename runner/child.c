@@ -2,14 +2,19 @@
  *
  * Nothing that dsrun starts outlives it, even where it is killed: its child is killed with it
  * (PR_SET_PDEATHSIG), its ranks with that one. What SIGKILL would leave behind are files, and
- * processes that ranks started: for those there is the cleaner, which notices by the end of a pipe.
+ * processes that ranks started: for those there is the cleaner, which notices by the end of a pipe,
+ * and knows them by a variable in their environment.
  */
 #include "runner/child.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <poll.h>
 #include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
@@ -19,7 +24,8 @@
 #include "kernels/error.h"
 #include "runner/ds.h"
 
-#define MAX_GROUPS 4096 /* as many ranks as there may be */
+#define MOST_ENVIRONMENT (4 << 20) /* bytes of a process that are read */
+#define PASSES 50 /* over all processes, as they may start others meanwhile */
 #define ANSWER_SECONDS 10
 
 static void no_signals_blocked(void)
@@ -100,22 +106,68 @@ static void close_all_but(int kept)
             close(fd);
 }
 
+/* Whether the process has this variable, "NAME=value", in the environment that it began with. */
+static int has_variable(const char *pid, const char *variable, char *text)
+{
+    char path[64];
+    ssize_t used = 0, n;
+    int fd;
+
+    snprintf(path, sizeof path, "/proc/%.20s/environ", pid);
+    fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return 0;
+    do {
+        n = read(fd, text + used, (size_t)(MOST_ENVIRONMENT - used));
+        used += n > 0 ? n : 0;
+    } while (n > 0 && used < MOST_ENVIRONMENT);
+    close(fd);
+    text[used] = 0;
+    for (const char *t = text; t < text + used; t += strlen(t) + 1)
+        if (!strcmp(t, variable))
+            return 1;
+    return 0;
+}
+
+/* Kills all that have the variable; returns how many there were. */
+static int kill_all_with(const char *variable, char *text)
+{
+    DIR *all = opendir("/proc");
+    struct dirent *entry;
+    int n = 0;
+
+    while (all && (entry = readdir(all))) {
+        pid_t pid = (pid_t)atoi(entry->d_name);
+
+        if (pid > 0 && pid != getpid() && has_variable(entry->d_name, variable, text))
+            n += kill(pid, SIGKILL) == 0;
+    }
+    if (all)
+        closedir(all);
+    return n;
+}
+
+static void end_job(const char *folder)
+{
+    const struct timespec moment = {.tv_nsec = 10000000};
+    char variable[PATH_MAX + 16], *text = malloc(MOST_ENVIRONMENT + 1);
+
+    snprintf(variable, sizeof variable, "DSRUN_FOLDER=%s", folder);
+    for (int i = 0; text && i < PASSES && kill_all_with(variable, text); i++)
+        nanosleep(&moment, NULL);
+    free(text);
+}
+
 static void clean(int pipe, const char *folder, const char *file)
 {
     const struct timespec moment = {.tv_nsec = 20000000};
-    static int groups[MAX_GROUPS];
-    int n = 0, in_order = 0, told;
+    int in_order = 0;
+    char told;
 
-    while (read(pipe, &told, sizeof told) == sizeof told) {
-        in_order |= told == 0;
-        if (told > 0 && n < MAX_GROUPS)
-            groups[n++] = told;
-        for (int i = 0; told < 0 && i < n; i++)
-            if (groups[i] == -told)
-                groups[i] = groups[--n];
-    }
-    for (int i = 0; i < n && !in_order; i++)
-        kill(-groups[i], SIGKILL);
+    while (read(pipe, &told, 1) == 1)
+        in_order = 1;
+    if (!in_order)
+        end_job(folder);
     if (file)
         unlink(file);
     ds_remove(folder);

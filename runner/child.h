@@ -12,10 +12,10 @@ int ds_child_start(pid_t *pid, int *output, char *const *argv, int input);
 /* The first line that a command prints, within a few seconds; "" if it prints none. */
 int ds_child_ask(char *line, size_t bytes, char *const *argv);
 
-/* A process that outlives this one to remove `folder` and, if it is not NULL, `file`, and to end the
- * process groups it was told of (written to *pipe as an int, and as -group when it is over; a 0 says
- * that all went in order, and there is no process to end). It does so when *pipe is closed, which the
- * kernel does when this process is killed. */
+/* A process that outlives this one to remove `folder` and, if it is not NULL, `file`, and to end every
+ * process of the job: those with DSRUN_FOLDER=folder in their environment. It does so when *pipe is
+ * closed, which the kernel does when this process is killed; a byte written before says that all went
+ * in order, and there is no process to end. */
 int ds_child_cleaner(pid_t *pid, int *pipe, const char *folder, const char *file);
 
 #endif

@@ -50,14 +50,15 @@ const char *ds_reduction_name(int op)
 /* Of all groups, whether they are still there or not. */
 static struct {
     _Atomic int64_t calls, bytes, number;
-    _Atomic int running;
-} all_groups = {.running = DS_COLLECTIVES};
+    _Atomic int running, peer;
+} all_groups = {.running = DS_COLLECTIVES, .peer = -1};
 
 /* What the watchdog reads: this rank is inside a collective, or (DS_COLLECTIVES) inside none. */
 static void inside(ds_comm *c, int kind, int64_t number)
 {
     if (number)
         c->number = all_groups.number = number;
+    all_groups.peer = -1;
     c->running = all_groups.running = kind;
 }
 
@@ -291,12 +292,18 @@ void ds_comm_count_anew(ds_comm *c)
     all_groups.calls = all_groups.bytes = all_groups.number = 0;
 }
 
+void ds_comm_waits_for(int rank)
+{
+    all_groups.peer = rank;
+}
+
 void ds_comm_where(ds_comm_place *out)
 {
     *out = (ds_comm_place){.kind = all_groups.running,
                            .number = all_groups.number,
                            .calls = all_groups.calls,
-                           .bytes = all_groups.bytes};
+                           .bytes = all_groups.bytes,
+                           .peer = all_groups.peer};
 }
 
 /* ---- collectives */

@@ -97,8 +97,12 @@ typedef struct ds_comm_place {
     int64_t number; /* of the last collective begun, in its group */
     int64_t calls;  /* collectives of all groups */
     int64_t bytes;  /* sent by this rank, in all groups; goes up while a collective runs */
+    int peer;       /* the rank, of all, that it last waited for there; -1: for none */
 } ds_comm_place;
 void ds_comm_where(ds_comm_place *out);
+
+/* What a transport says while it waits for that rank. */
+void ds_comm_waits_for(int rank);
 
 /* What a transport adds as it sends. */
 void ds_comm_moved(ds_comm *c, int64_t bytes);

@@ -15,9 +15,10 @@
 #include <string.h>
 
 #include "kernels/error.h"
+#include "runner/rank.h"
 
 #define SLOT (1 << 20)           /* bytes of a lane's slot: what a round sends */
-#define PIECE ((int64_t)1 << 30) /* bytes of a message at most: MPI counts in int */
+#define PIECE ((int64_t)16 << 20) /* bytes of a message at most; as each is through, it counts */
 #define END_TAG 0                /* "I send nothing more" */
 #define WORLD_TAG 2              /* of the group of all; tag + 1 is for send and recv */
 
@@ -33,7 +34,7 @@ static struct {
     enum { CLOSED, OPEN, FAILED, FINISHED } state;
     int rank, size;
     int next_tag;
-    int *node;     /* [size] lowest rank on the host of each */
+    int *node;     /* [size] the same for ranks on the same host */
     char *ended;   /* [size] who sent END_TAG */
     ds_lane *lane; /* of the group of all */
 } job;
@@ -57,6 +58,7 @@ static int idle(ds_lane *l, int peer)
     MPI_Status status;
     int some = 1;
 
+    ds_comm_waits_for(g->ranks[peer]);
     while (some && MPI_Iprobe(MPI_ANY_SOURCE, END_TAG, MPI_COMM_WORLD, &some, &status) == 0)
         if (some && MPI_Recv(NULL, 0, MPI_BYTE, status.MPI_SOURCE, END_TAG, MPI_COMM_WORLD,
                              MPI_STATUS_IGNORE) == 0)
@@ -262,6 +264,10 @@ static int choose_lane(ds_comm *c, group *g)
     rc = messages_open(&g->lane, c, g);
     if (rc < 0 || c->size == 1)
         return rc;
+    if (c->local_size < c->size) /* all ranks see that alike */
+        return !any && !strcmp(forced, "shm")
+                   ? ds_fail(DS_ECOMM, "DS_COMM=shm: the %d ranks are not on one machine", c->size)
+                   : 0;
     rc = ds_shm_open(&shared, g->lane, any || !strcmp(forced, "shm"));
     if (rc < 0)
         return rc;
@@ -301,15 +307,22 @@ static int make_group(ds_comm *c, int *ranks, int tag)
     return rc;
 }
 
+/* What dsrun launched knows it from dsrun; so in such a job every message is under the watchdog's
+ * eye. */
 static int know_hosts(void)
 {
-    MPI_Comm host;
+    const char *hosts = getenv("DSRUN_SIDE") ? getenv("DSRUN_HOSTS") : NULL;
     int lowest = job.rank;
+    MPI_Comm host;
 
     job.node = malloc((size_t)job.size * sizeof *job.node);
     job.ended = calloc((size_t)job.size, 1);
     if (!job.node || !job.ended)
         return ds_fail(DS_ENOMEM, "out of memory: %d ranks", job.size);
+    for (int r = 0; hosts && r < job.size; r++)
+        job.node[r] = ds_rank_hosts(hosts, r);
+    if (hosts)
+        return 0;
     if (MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &host) ||
         MPI_Bcast(&lowest, 1, MPI_INT, 0, host) || MPI_Comm_free(&host) ||
         MPI_Allgather(&lowest, 1, MPI_INT, job.node, 1, MPI_INT, MPI_COMM_WORLD))
@@ -503,8 +516,6 @@ static int start_parcel(ds_comm *c, const ds_tensor *t, int peer, int receives, 
     }
     if (code != MPI_SUCCESS)
         return work->code = mpi_failed(c, code);
-    if (!receives)
-        ds_comm_moved(c, bytes);
     work->state = p;
     work->done = 0;
     return 0;
@@ -531,8 +542,11 @@ static int mpi_progress(ds_work *work, int block)
             ready = 1; /* settle() says what is wrong */
     if (!ready)
         return ds_comm_aborted(work->comm) ? ds_comm_fail_aborted(work->comm, work->kind) : 0;
-    for (int i = 0; i < p->count && work->code == 0; i++)
+    for (int i = 0; i < p->count && work->code == 0; i++) {
         work->code = settle(g->lane, &p->requests[i], p->peer, p->receives ? piece_of(p, i) : -1);
+        if (!p->receives && work->code == 0)
+            ds_comm_moved(work->comm, piece_of(p, i));
+    }
     work->done = 1;
     if (work->code == 0) { /* else MPI may still use that memory */
         if (p->tensor.storage)

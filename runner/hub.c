@@ -1,8 +1,8 @@
 /* hub.c - the middle of the side channel: connections and what comes over them. */
 #include "runner/hub.h"
 
-#include <arpa/inet.h>
 #include <errno.h>
+#include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -61,21 +61,60 @@ void ds_hub_trouble_with(ds_hub *h, enum ds_trouble trouble, int rank, int code,
 
 /* ---- opening and closing */
 
+void ds_hub_lively(int fd)
+{
+    const struct {
+        int level, name, value;
+    } options[] = {
+        {IPPROTO_TCP, TCP_NODELAY, 1},
+        {SOL_SOCKET, SO_KEEPALIVE, 1}, /* while nothing is said */
+        {IPPROTO_TCP, TCP_KEEPIDLE, 2},
+        {IPPROTO_TCP, TCP_KEEPINTVL, 1},
+        {IPPROTO_TCP, TCP_KEEPCNT, DS_CUT_OFF_MS / 1000 - 2},
+        {IPPROTO_TCP, TCP_USER_TIMEOUT, DS_CUT_OFF_MS}, /* while something is */
+    };
+
+    for (size_t i = 0; i < sizeof options / sizeof *options; i++)
+        setsockopt(fd, options[i].level, options[i].name, &options[i].value, sizeof(int));
+}
+
+/* A socket that listens, or -1. Where there is IPv6, its address for all is IPv4's as well. */
+static int listen_on(int family, const struct sockaddr *address, socklen_t length)
+{
+    int fd = socket(family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), no = 0;
+
+    if (family == AF_INET6 && fd >= 0)
+        setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &no, sizeof no);
+    if (fd >= 0 && (bind(fd, address, length) < 0 || listen(fd, 4096) < 0)) {
+        close(fd);
+        fd = -1;
+    }
+    return fd;
+}
+
 static int listen_here(ds_hub *h)
 {
-    struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    const struct sockaddr_in6 all6 = {.sin6_family = AF_INET6, .sin6_addr = IN6ADDR_ANY_INIT};
+    const struct sockaddr_in all4 = {.sin_family = AF_INET};
+    const struct sockaddr_in here = {.sin_family = AF_INET,
+                                     .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    struct sockaddr_storage address;
     socklen_t length = sizeof address;
     struct epoll_event event = {.events = EPOLLIN};
 
-    h->listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (h->config.nodes > 1)
+        h->listener = listen_on(AF_INET6, (const struct sockaddr *)&all6, sizeof all6);
+    if (h->config.nodes > 1 && h->listener < 0)
+        h->listener = listen_on(AF_INET, (const struct sockaddr *)&all4, sizeof all4);
+    if (h->config.nodes <= 1)
+        h->listener = listen_on(AF_INET, (const struct sockaddr *)&here, sizeof here);
     h->events = epoll_create1(EPOLL_CLOEXEC);
     if (h->listener < 0 || h->events < 0 ||
-        bind(h->listener, (struct sockaddr *)&address, sizeof address) < 0 ||
-        listen(h->listener, 4096) < 0 ||
         getsockname(h->listener, (struct sockaddr *)&address, &length) < 0 ||
         epoll_ctl(h->events, EPOLL_CTL_ADD, h->listener, &event) < 0)
         return ds_fail(DS_ECOMM, "no port for the side channel: %s", strerror(errno));
-    h->port = ntohs(address.sin_port);
+    h->port = ntohs(address.ss_family == AF_INET6 ? ((struct sockaddr_in6 *)&address)->sin6_port
+                                                  : ((struct sockaddr_in *)&address)->sin_port);
     return 0;
 }
 
@@ -87,6 +126,8 @@ int ds_hub_open(ds_hub **out, const ds_hub_config *config, double now)
     if (!h)
         return ds_fail(DS_ENOMEM, "out of memory");
     h->config = *config;
+    if (config->timeout <= 0)
+        h->config.timeout = 1e12;
     h->listener = h->events = h->culprit = h->code = -1;
     h->opened = h->served = h->heard = h->moved = h->window = now;
     h->ranks = calloc((size_t)config->ranks, sizeof *h->ranks);
@@ -94,6 +135,7 @@ int ds_hub_open(ds_hub **out, const ds_hub_config *config, double now)
     for (int r = 0; rc == 0 && r < config->ranks; r++) {
         h->ranks[r].side = -1;
         h->ranks[r].kind = DS_COLLECTIVES;
+        h->ranks[r].peer = -1;
     }
     if (rc < 0) {
         ds_hub_close(h);
@@ -183,8 +225,6 @@ static int greet(ds_hub *h, ds_link *k, double now)
     if (k->local) {
         r->pid = pid;
         r->group = group == pid ? group : 0;
-        if (r->group && h->config.group)
-            h->config.group(h->config.data, r->group, 1);
     }
     tell(k->fd, welcome);
     if (h->stopping) {
@@ -199,16 +239,17 @@ static void take_state(ds_hub *h, int rank, const char *text, double now)
     ds_seen *r = &h->ranks[rank];
     long long number, calls, bytes, step, steps;
     const char *site = strchr(text, '\t'), *doing = site ? strchr(site + 1, '\t') : NULL;
-    int kind;
+    int kind, peer;
 
     if (r->presence != DS_PRESENT || !doing ||
-        sscanf(text, "%d %lld %lld %lld %lld %lld %lf", &kind, &number, &calls, &bytes, &step,
-               &steps, &r->busy) != 7)
+        sscanf(text, "%d %lld %d %lld %lld %lld %lld %lf", &kind, &number, &peer, &calls, &bytes,
+               &step, &steps, &r->busy) != 8)
         return;
     if (kind != r->kind || number != r->number || calls != r->calls)
         r->since = now;
     r->kind = kind >= 0 && kind < DS_COLLECTIVES ? kind : DS_COLLECTIVES;
     r->number = number;
+    r->peer = peer >= 0 && peer < h->config.ranks ? peer : -1;
     r->calls = calls;
     r->bytes = bytes;
     r->step = step;
@@ -291,6 +332,8 @@ static void read_outputs(ds_hub *h, int rank);
 /* The first failure is the cause; what fails after it fails because of it, mostly. */
 static void take_failure(ds_hub *h, ds_link *k, double now)
 {
+    char name[DS_NAME_BYTES];
+
     k->failure[k->failure_used] = 0;
     if (h->trouble == DS_TROUBLE_NONE) {
         ds_hub_trouble_with(h, DS_TROUBLE_FAILED, k->rank, -1, now);
@@ -298,7 +341,7 @@ static void take_failure(ds_hub *h, ds_link *k, double now)
         if (h->config.ranks == 1)
             h->config.say(h->config.data, k->rank, k->failure);
         else
-            ds_hub_say(h, k->rank, "rank %d: %s", k->rank, k->failure);
+            ds_hub_say(h, k->rank, "%s: %s", ds_hub_name(name, h, k->rank), k->failure);
     }
     free(k->failure);
     k->failure = NULL;
@@ -360,8 +403,6 @@ static void drop_link(ds_hub *h, ds_link *k, double now)
                                 now);
         r->presence = DS_GONE;
         r->side = -1;
-        if (r->group && h->config.group)
-            h->config.group(h->config.data, r->group, 0);
     }
     free_link(k);
 }
@@ -374,9 +415,12 @@ static int read_link(ds_hub *h, ds_link *k, double now)
     for (int i = 0; i < 16; i++) { /* then it is another's turn */
         ssize_t n = recv(k->fd, data, sizeof data, MSG_DONTWAIT);
 
-        if (n < 0)
-            return errno == EAGAIN || errno == EINTR;
-        if (n == 0 || !take_bytes(h, k, data, (size_t)n, now))
+        if (n < 0 && (errno == EAGAIN || errno == EINTR))
+            return 1;
+        if (n < 0 && k->channel == SIDE)
+            h->ranks[k->rank].cut_off =
+                errno == ETIMEDOUT || errno == EHOSTUNREACH || errno == ENETUNREACH;
+        if (n <= 0 || !take_bytes(h, k, data, (size_t)n, now))
             return 0;
         if ((size_t)n < sizeof data)
             return 1;
@@ -400,11 +444,23 @@ static int strangers(const ds_hub *h)
     return n;
 }
 
+/* The ranks of this machine call from there: they were told that address. */
+static int is_loopback(const struct sockaddr_storage *peer)
+{
+    const struct sockaddr_in6 *six = (const struct sockaddr_in6 *)peer;
+    const struct sockaddr_in *four = (const struct sockaddr_in *)peer;
+
+    if (peer->ss_family == AF_INET)
+        return four->sin_addr.s_addr == htonl(INADDR_LOOPBACK);
+    return IN6_IS_ADDR_LOOPBACK(&six->sin6_addr) ||
+           (IN6_IS_ADDR_V4MAPPED(&six->sin6_addr) && six->sin6_addr.s6_addr[12] == 127);
+}
+
 static void accept_links(ds_hub *h, double now)
 {
-    struct sockaddr_in peer;
+    struct sockaddr_storage peer;
     socklen_t length = sizeof peer;
-    int one = 1, fd;
+    int fd;
 
     while ((fd = accept4(h->listener, (struct sockaddr *)&peer, &length,
                          SOCK_CLOEXEC | SOCK_NONBLOCK)) >= 0) {
@@ -416,10 +472,10 @@ static void accept_links(ds_hub *h, double now)
             close(fd);
             continue;
         }
-        setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+        ds_hub_lively(fd);
         k->fd = fd;
         k->since = now;
-        k->local = peer.sin_addr.s_addr == htonl(INADDR_LOOPBACK);
+        k->local = is_loopback(&peer);
         k->next = h->links;
         h->links = k;
         length = sizeof peer;
@@ -489,6 +545,11 @@ double ds_hub_since(const ds_hub *h)
 int ds_hub_gone(const ds_hub *h, int rank)
 {
     return h->ranks[rank].presence == DS_GONE && h->ranks[rank].streams == 0;
+}
+
+int ds_hub_cut_off(const ds_hub *h, int rank)
+{
+    return h->ranks[rank].cut_off;
 }
 
 int ds_hub_all_gone(const ds_hub *h)

@@ -1,10 +1,13 @@
 /* hub_judge.c - who waits for whom, who says nothing, who is slow: what the hub makes of reports.
  *
  * Patience comes in two sizes. After seconds it names who is waited for, and no more: a rank that
- * saves or evaluates while others wait at a barrier is doing well. The job ends only when nothing
- * has moved for the length of the timeout. When all ranks are silent, or none waits, it is not a
- * matter between ranks, and nothing is done.
+ * saves or evaluates while others wait at a barrier is doing well, as long as its watchdog reports.
+ * Such a job ends only when nothing has moved for the length of the timeout. What cannot get better
+ * ends it within seconds: a watchdog that says nothing while others' do (the process is stopped, or
+ * its machine hangs), and ranks that all wait while no byte moves (they do not reach each other, or
+ * wait in circles). When all ranks are silent, it is not a matter between ranks, and nothing is done.
  */
+#include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -15,7 +18,9 @@
 
 #define SILENT 4.0  /* seconds without a report; there is one every second, */
 #define MISSED 2.5  /* so this is the least that means anything */
+#define FROZEN 8.0  /* seconds without a report that end the job: a watchdog does nothing but report */
 #define WAITING 7.0 /* seconds in one collective without a byte moved, before it is said */
+#define KNOTTED 8.0 /* seconds in which all wait and not a byte moves, that end the job */
 #define START 120.0 /* seconds from the first rank's start to the last one's */
 #define END 60.0    /* seconds to end in, once all ranks have said that they do */
 #define ANSWER 1.2  /* seconds to say where one is */
@@ -110,6 +115,14 @@ static void add_place(phrase *p, const ds_seen *r, double now)
         add(p, ", in %s", r->doing);
 }
 
+const char *ds_hub_name(char *out, const ds_hub *h, int rank)
+{
+    const char *where = h->config.where ? h->config.where[rank] : NULL;
+
+    snprintf(out, DS_NAME_BYTES, where ? "rank %d (%s)" : "rank %d", rank, where);
+    return out;
+}
+
 const char *ds_hub_last_seen(const ds_hub *h, int rank)
 {
     return rank >= 0 ? h->ranks[rank].site : "";
@@ -120,8 +133,9 @@ void ds_hub_report(ds_hub *h, double now)
     h->answers = 0;
     for (int r = 0; r < h->config.ranks; r++) {
         phrase p = {.used = 0};
+        char name[DS_NAME_BYTES];
 
-        add(&p, "dsrun: rank %d: ", r);
+        add(&p, "dsrun: %s: ", ds_hub_name(name, h, r));
         if (silent(h, &h->ranks[r], now))
             add(&p, "silent for %.0f s, ", now - h->ranks[r].heard);
         add_place(&p, &h->ranks[r], now);
@@ -138,6 +152,7 @@ static void name_them(ds_hub *h, phrase *p, double now)
     char *wait = calloc((size_t)ranks, 1);
     int64_t number = 0;
     const char *site = "";
+    char name[DS_NAME_BYTES];
     int quiet = 0;
 
     if (!wait)
@@ -156,7 +171,7 @@ static void name_them(ds_hub *h, phrase *p, double now)
         } else if (!quiet || silent(h, s, now)) {
             if (++named > 8)
                 continue;
-            add(p, "%srank %d ", named > 1 ? "; " : "", r);
+            add(p, "%s%s ", named > 1 ? "; " : "", ds_hub_name(name, h, r));
             if (silent(h, s, now))
                 add(p, "is silent for %.0f s, ", now - s->heard);
             add_place(p, s, now);
@@ -173,15 +188,41 @@ static void name_them(ds_hub *h, phrase *p, double now)
     free(wait);
 }
 
-static void give_up(ds_hub *h, int rank, double now)
+static void give_up(ds_hub *h, int rank, const char *why, double now)
 {
     phrase p = {.used = 0};
 
     if (h->trouble != DS_TROUBLE_NONE)
         return;
     name_them(h, &p, now);
-    ds_hub_say(h, rank, "dsrun: no progress for %g s (--timeout): %s", h->config.timeout, p.text);
+    ds_hub_say(h, rank, "dsrun: %s: %s", why, p.text);
     ds_hub_trouble_with(h, DS_TROUBLE_STUCK, rank, -1, now);
+}
+
+static void time_out(ds_hub *h, int rank, double now)
+{
+    char why[64];
+
+    snprintf(why, sizeof why, "no progress for %g s (--timeout)", h->config.timeout);
+    give_up(h, rank, why, now);
+}
+
+/* All wait, and nothing moves: whoever waits for a rank on another machine may not reach it. */
+static void untie(ds_hub *h, double now)
+{
+    phrase p = {.used = 0};
+    char name[DS_NAME_BYTES];
+    int shown = 0;
+
+    add(&p, "all ranks wait, and nothing has moved for %.0f s", now - h->moved);
+    for (int r = 0; r < h->config.ranks && shown < 8; r++) {
+        if (h->ranks[r].peer < 0 || !present(&h->ranks[r]))
+            continue;
+        add(&p, "%s%s", shown++ ? "; " : " (", ds_hub_name(name, h, r));
+        add(&p, " for %s", ds_hub_name(name, h, h->ranks[r].peer));
+    }
+    add(&p, shown ? ")%s" : "%s", h->config.nodes > 1 ? ": do their machines reach each other?" : "");
+    give_up(h, -1, p.text, now);
 }
 
 /* Ranks that are frozen or cut off, while others are not. */
@@ -209,8 +250,8 @@ static void judge_silence(ds_hub *h, double now)
         name_them(h, &p, now);
         ds_hub_say(h, longest, "dsrun: %s", p.text);
     }
-    if (now - h->ranks[longest].heard > h->config.timeout)
-        give_up(h, longest, now);
+    if (now - h->ranks[longest].heard > fmin(FROZEN, h->config.timeout))
+        give_up(h, longest, "a rank is frozen or cut off, and the job ends", now);
 }
 
 /* The rank that the others wait for: the one that has not begun what they are in, or -1. */
@@ -245,7 +286,9 @@ static void judge_waiting(ds_hub *h, double now)
     }
     wait = now - h->moved < longest ? now - h->moved : longest;
     if (wait > h->config.timeout) {
-        give_up(h, waited, now);
+        time_out(h, waited, now);
+    } else if (waited < 0 && wait > fmin(KNOTTED, h->config.timeout)) {
+        untie(h, now);
     } else if (h->ranks[waited < 0 ? 0 : waited].silent) {
         return; /* that was said already */
     } else if (wait > (h->warned_wait > 0 ? h->warned_wait * 8 : limit(h, WAITING))) {
@@ -293,6 +336,7 @@ static void judge_speed(ds_hub *h, double now)
 {
     int ranks = h->config.ranks;
     double *each, *sorted, median;
+    char name[DS_NAME_BYTES];
 
     if (ranks < 2 || now - h->window < WINDOW)
         return;
@@ -315,9 +359,9 @@ static void judge_speed(ds_hub *h, double now)
     for (int r = 0; r < ranks; r++)
         if (each[r] > SLOWER * median)
             ds_hub_say(h, r,
-                       "dsrun: rank %d is slow: %.3g ms a step over the last %.0f s, against "
+                       "dsrun: %s is slow: %.3g ms a step over the last %.0f s, against "
                        "%.3g (median of all ranks)",
-                       r, each[r] * 1e3, now - h->window, median * 1e3);
+                       ds_hub_name(name, h, r), each[r] * 1e3, now - h->window, median * 1e3);
     free(each);
     h->window = now;
 }

@@ -9,12 +9,14 @@ enum ds_presence { DS_ABSENT, DS_PRESENT, DS_ENDING, DS_GONE };
 typedef struct ds_seen {
     enum ds_presence presence;
     int side;       /* its side connection's descriptor, or -1 */
+    int cut_off;    /* that ended because its host no longer answered */
     int streams;    /* of its output that are still open */
     int pid, group; /* 0: on another machine */
     int lost;       /* it went without saying so */
     int code;       /* what it said it would end with */
     double heard;   /* when it last said anything */
     int kind;       /* the collective it is in; DS_COLLECTIVES: none */
+    int peer; /* the rank that it waits for there, or -1 */
     int64_t number, calls, bytes;
     double since; /* since when it has been in it */
     char site[DS_SITE_BYTES], doing[DS_SITE_BYTES];

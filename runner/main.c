@@ -14,6 +14,7 @@
 #include "runner/comm.h"
 #include "runner/host.h"
 #include "runner/launch.h"
+#include "runner/mpirun.h"
 #include "runner/options.h"
 #include "runner/process.h"
 #include "runner/rank.h"
@@ -68,18 +69,12 @@ static int watch_signals(ds_host *host)
 
 static int refuse(const ds_options *options, const ds_rank *rank)
 {
-    if (options->machines)
-        fprintf(stderr,
-                "dsrun: --%s: several machines are not supported yet (--num_gpus N starts ranks on "
-                "this one)\n",
-                options->machines);
-    else if (options->num_ranks && rank->launched == DS_BY_ANOTHER && rank->size > 1)
-        fprintf(stderr,
-                "dsrun: this is one of %d ranks already, as mpirun or srun started them; leave "
-                "out --num_gpus, or start dsrun without them\n",
-                rank->size);
-    else
+    if (!options->ranks || rank->launched != DS_BY_ANOTHER || rank->size == 1)
         return 0;
+    fprintf(stderr,
+            "dsrun: this is one of %d ranks already, as mpirun or srun started them; leave out "
+            "--%s, or start dsrun without them\n",
+            rank->size, options->ranks);
     return USAGE;
 }
 
@@ -166,7 +161,7 @@ static int process(const ds_options *options, int argc, char **argv)
         fputs("dsrun --help says more\n", stderr);
         return USAGE;
     }
-    if (options->num_ranks && rank.launched != DS_BY_DSRUN) {
+    if (options->ranks && rank.launched != DS_BY_DSRUN) {
         ds_rank_forget(); /* a step of SLURM's, say, of one task */
         code = ds_launch(options, argc, argv);
         return code < 0 ? complain(USAGE) : code;
@@ -205,6 +200,8 @@ int main(int argc, char **argv)
     int code;
 
     hold_streams();
+    if (argc > 1 && !strcmp(argv[1], "--agent"))
+        return ds_agent(argc, argv) < 0 ? complain(USAGE) : 0;
     /* lines as they come: a training log is read while it is written */
     setvbuf(stdout, NULL, _IOLBF, BUFSIZ);
     if (ds_options_parse(&options, argc, argv) < 0) {

@@ -1,34 +1,77 @@
-/* mpirun.c - the command line of Open MPI's mpirun.
+/* mpirun.c - the commands that start ranks.
  *
- * What it is not asked to do: binding (ranks take their cores themselves), output (ranks send it to
- * dsrun), signals and exit codes (the side channel).
+ * What mpirun is not asked to do: binding (ranks take their cores themselves), output (ranks send it
+ * to dsrun), signals and exit codes (the side channel).
+ *
+ * It starts a daemon of its own on every other host, by ssh. That one goes through this program
+ * (ds_agent), so that the job's files are in a folder of the same name everywhere, which goes with it.
  */
 #include "runner/mpirun.h"
 
+#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include "kernels/error.h"
 #include "runner/child.h"
 #include "runner/rank.h"
 
-/* An option by version; %s: the folder. NULL: that version needs none. */
+#define MOST_WORDS 3
+
+/* Which jobs an option is for. */
+enum when { ALWAYS, HERE, NETWORK, BY_SSH };
+
+/* Words that stand for something; a row with one that is not there is left out. */
+enum word { FOLDER, HOSTS, SSH, AGENT, INTERFACE, CWD, WORDS };
+static const char *const names[WORDS] = {"FOLDER", "HOSTS", "SSH", "AGENT", "INTERFACE", "CWD"};
+
+/* An option of mpirun's, by version. None: that version needs none. */
 static const struct {
-    const char *v4[3], *v5[3];
+    enum when when;
+    const char *v4[MOST_WORDS], *v5[MOST_WORDS];
 } flags[] = {
-    {{"--allow-run-as-root"}, {"--allow-run-as-root"}},
+    {ALWAYS, {"--allow-run-as-root"}, {"--allow-run-as-root"}},
     /* more ranks than cores are the user's to decide */
-    {{"--oversubscribe"}, {"--map-by", ":OVERSUBSCRIBE"}},
+    {ALWAYS, {"--oversubscribe"}, {"--map-by", ":OVERSUBSCRIBE"}},
     /* the default is one core a rank, for all of its threads */
-    {{"--bind-to", "none"}, {"--bind-to", "none"}},
+    {ALWAYS, {"--bind-to", "none"}, {"--bind-to", "none"}},
     /* version 4 hangs above 32 local ranks when it starts them from several threads; and a rank is
      * killed when the thread that started it ends */
-    {{"--mca", "odls_base_num_threads", "0"}, {NULL}},
+    {ALWAYS, {"--mca", "odls_base_num_threads", "0"}, {NULL}},
+    {ALWAYS, {"--mca", "orte_tmpdir_base", "FOLDER"}, {"--prtemca", "prte_tmpdir_base", "FOLDER"}},
+    {ALWAYS,
+     {"--mca", "btl_vader_backing_directory", "FOLDER"},
+     {"--mca", "btl_sm_backing_directory", "FOLDER"}},
     /* ranks of this machine, whatever an allocation of SLURM's says */
-    {{"--mca", "plm", "isolated"}, {NULL}},
-    {{"--mca", "orte_tmpdir_base", "%s"}, {"--prtemca", "prte_tmpdir_base", "%s"}},
-    {{"--mca", "btl_vader_backing_directory", "%s"}, {"--mca", "btl_sm_backing_directory", "%s"}},
+    {HERE, {"--mca", "plm", "isolated"}, {NULL}},
+    {NETWORK, {"--hostfile", "HOSTS"}, {"--hostfile", "HOSTS"}},
+    {NETWORK, {"-wdir", "CWD"}, {"--wdir", "CWD"}},
+    {BY_SSH, {"--mca", "plm", "rsh"}, {"--prtemca", "plm", "ssh"}},
+    {BY_SSH, {"--mca", "plm_rsh_agent", "SSH"}, {"--prtemca", "plm_ssh_agent", "SSH"}},
+    /* only this machine needs to reach the others by ssh */
+    {BY_SSH,
+     {"--mca", "plm_rsh_no_tree_spawn", "1"},
+     {"--prtemca", "plm_ssh_no_tree_spawn", "1"}},
+    {NETWORK, {"--mca", "orte_launch_agent", "AGENT"}, {"--prtemca", "prte_launch_agent", "AGENT"}},
+    /* a host that is gone is noticed after 2 + 3 * 1 s; without these, never */
+    {NETWORK,
+     {"--mca", "oob_tcp_keepalive_time", "2"},
+     {"--prtemca", "oob_tcp_keepalive_time", "2"}},
+    {NETWORK,
+     {"--mca", "oob_tcp_keepalive_intvl", "1"},
+     {"--prtemca", "oob_tcp_keepalive_intvl", "1"}},
+    {NETWORK,
+     {"--mca", "oob_tcp_keepalive_probes", "3"},
+     {"--prtemca", "oob_tcp_keepalive_probes", "3"}},
+    {NETWORK,
+     {"--mca", "oob_tcp_if_include", "INTERFACE"},
+     {"--prtemca", "prte_if_include", "INTERFACE"}},
+    {NETWORK,
+     {"--mca", "btl_tcp_if_include", "INTERFACE"},
+     {"--mca", "btl_tcp_if_include", "INTERFACE"}},
 };
 
 #define FLAGS (sizeof flags / sizeof *flags)
@@ -52,6 +95,71 @@ int ds_mpirun_version(int *major)
     return 0;
 }
 
+/* ---- building a command */
+
+typedef struct command {
+    char **argv;
+    size_t count, room;
+    int lost; /* there was no memory for a word */
+} command;
+
+static void add(command *c, const char *word)
+{
+    if (c->count + 2 > c->room) {
+        char **grown = realloc(c->argv, (c->room + 64) * sizeof *grown);
+
+        if (!grown) {
+            c->lost = 1;
+            return;
+        }
+        c->argv = grown;
+        c->room += 64;
+    }
+    c->argv[c->count] = strdup(word);
+    c->lost |= !c->argv[c->count];
+    c->argv[c->count += !c->lost] = NULL;
+}
+
+static void add_number(command *c, int number)
+{
+    char text[16];
+
+    snprintf(text, sizeof text, "%d", number);
+    add(c, text);
+}
+
+/* The words of a text as a shell takes them apart: blanks, quotes, backslashes; nothing is expanded. */
+static int add_words(command *c, const char *text)
+{
+    char *word = malloc(strlen(text) + 1), quote = 0;
+    size_t n = 0;
+    int some = 0;
+
+    if (!word)
+        return ds_fail(DS_ENOMEM, "out of memory");
+    for (const char *t = text;; t++) {
+        if (!*t || (!quote && strchr(" \t\n", *t))) {
+            word[n] = 0;
+            if (some)
+                add(c, word);
+            n = 0;
+            some = 0;
+            if (!*t)
+                break;
+            continue;
+        }
+        some = 1;
+        if (quote ? *t == quote : *t == '"' || *t == '\'')
+            quote = quote ? 0 : *t;
+        else if (*t == '\\' && quote != '\'' && t[1])
+            word[n++] = *++t;
+        else
+            word[n++] = *t;
+    }
+    free(word);
+    return quote ? ds_fail(DS_EINVAL, "--launcher_args: a %c has no end in: %s", quote, text) : 0;
+}
+
 void ds_mpirun_free(char **argv)
 {
     for (char **a = argv; a && *a; a++)
@@ -59,40 +167,190 @@ void ds_mpirun_free(char **argv)
     free(argv);
 }
 
-/* Copies with the folder in place of %s, or (NULL) as it is. */
-static char *copy(const char *text, const char *folder)
+/* Whether the user has something to say of an option of Open MPI's. */
+static int is_given(const ds_plan *p, const char *option)
 {
-    return strdup(folder && !strcmp(text, "%s") ? folder : text);
+    const char *args = p->options->value[DS_OPT_launcher_args];
+    char name[96];
+
+    snprintf(name, sizeof name, "OMPI_MCA_%s", option);
+    return (args && strstr(args, option)) || ds_variables_find(&p->env, name) || getenv(name);
 }
 
-int ds_mpirun_command(char ***out, const ds_mpirun *what, int major)
+/* What the words of the table stand for; those that do not apply stay "". */
+static void fill_words(char words[WORDS][PATH_MAX + 96], const ds_start *s)
 {
-    size_t room = FLAGS * 3 + 8 + (size_t)what->count, n = 0;
-    char **argv = calloc(room, sizeof *argv), ranks[16];
-    int whole = 1;
+    const ds_plan *p = s->plan;
+    const char *port = p->options->value[DS_OPT_ssh_port];
 
-    *out = argv;
-    if (!argv)
-        return ds_fail(DS_ENOMEM, "out of memory");
-    argv[n++] = strdup("mpirun");
+    memset(words, 0, WORDS * sizeof *words);
+    snprintf(words[FOLDER], sizeof *words, "%s", s->folder);
+    snprintf(words[HOSTS], sizeof *words, "%s/hosts", s->folder);
+    snprintf(words[SSH], sizeof *words, "ssh%s%s -o BatchMode=yes -o ConnectTimeout=10",
+             port ? " -p " : "", port ? port : "");
+    /* mpirun takes it apart at blanks */
+    if (!strpbrk(s->program, " \t") && !(s->library && strpbrk(s->library, " \t")))
+        snprintf(words[AGENT], sizeof *words, "%s%s%s%s --agent %s %s",
+                 s->library ? "env LD_LIBRARY_PATH=" : "", s->library ? s->library : "",
+                 s->library ? " " : "", s->program, s->folder, s->version < 5 ? "orted" : "prted");
+    if (!is_given(p, "btl_tcp_if_include") && !is_given(p, "btl_tcp_if_exclude") &&
+        !is_given(p, "oob_tcp_if_include") && !is_given(p, "oob_tcp_if_exclude"))
+        snprintf(words[INTERFACE], sizeof *words, "%s", p->interface);
+    snprintf(words[CWD], sizeof *words, "%s", s->cwd ? s->cwd : "");
+}
+
+static const char *meaning(const char *word, char words[WORDS][PATH_MAX + 96])
+{
+    for (int w = 0; w < WORDS; w++)
+        if (!strcmp(word, names[w]))
+            return words[w];
+    return word;
+}
+
+static void add_flags(command *c, const ds_start *s)
+{
+    const ds_plan *p = s->plan;
+    char words[WORDS][PATH_MAX + 96];
+
+    fill_words(words, s);
     for (size_t i = 0; i < FLAGS; i++) {
-        const char *const *words = major < 5 ? flags[i].v4 : flags[i].v5;
-        for (int w = 0; w < 3 && words[w]; w++)
-            argv[n++] = copy(words[w], what->folder);
+        const char *const *row = s->version < 5 ? flags[i].v4 : flags[i].v5;
+        int fits = flags[i].when == ALWAYS ||
+                   (p->network ? flags[i].when == NETWORK || (flags[i].when == BY_SSH && !p->slurm)
+                               : flags[i].when == HERE);
+
+        for (int w = 0; w < MOST_WORDS && row[w]; w++)
+            fits = fits && *meaning(row[w], words);
+        for (int w = 0; fits && w < MOST_WORDS && row[w]; w++)
+            add(c, meaning(row[w], words));
     }
-    snprintf(ranks, sizeof ranks, "%d", what->ranks);
-    argv[n++] = strdup("-np");
-    argv[n++] = strdup(ranks);
-    argv[n++] = strdup(what->program);
-    for (int i = 0; i < what->count; i++) {
-        const char *a = what->arguments[i];
-        char *escaped = ds_rank_colon(a) ? malloc(strlen(a) + 2) : NULL;
+}
+
+static void add_program(command *c, const ds_start *s, int escapes)
+{
+    add(c, s->program);
+    for (int i = 0; i < s->count; i++) {
+        const char *a = s->arguments[i];
+        char *escaped = escapes && ds_rank_colon(a) ? malloc(strlen(a) + 2) : NULL;
 
         if (escaped)
             sprintf(escaped, "\\%s", a);
-        argv[n++] = escaped ? escaped : copy(a, NULL);
+        add(c, escaped ? escaped : a);
+        free(escaped);
     }
-    for (size_t i = 0; i < n; i++)
-        whole &= argv[i] != NULL;
-    return whole ? 0 : ds_fail(DS_ENOMEM, "out of memory");
+}
+
+static int mpirun_command(command *c, const ds_start *s)
+{
+    const ds_plan *p = s->plan;
+    const char *args = p->options->value[DS_OPT_launcher_args];
+    int rc;
+
+    add(c, "mpirun");
+    add_flags(c, s);
+    if (s->library) {
+        add(c, "-x");
+        add(c, "LD_LIBRARY_PATH");
+    }
+    for (int i = 0; p->network && i < p->env.count; i++) {
+        add(c, "-x"); /* the value travels as it is, and is in no command line */
+        add(c, p->env.each[i].name);
+    }
+    rc = args ? add_words(c, args) : 0;
+    add(c, "-np");
+    add_number(c, p->ranks);
+    add_program(c, s, 1);
+    return rc;
+}
+
+/* Ranks host by host, as many on each as it has slots: SLURM reads that from SLURM_HOSTFILE. */
+static int srun_command(command *c, const ds_start *s)
+{
+    const ds_plan *p = s->plan;
+    const char *args = p->options->value[DS_OPT_launcher_args];
+    int rc;
+
+    add(c, "srun");
+    add(c, "--mpi=pmix");
+    add(c, "--distribution=arbitrary");
+    add(c, "--overcommit");
+    add(c, "--cpu-bind=none");
+    add(c, "--kill-on-bad-exit=1");
+    add(c, "--export=ALL");
+    if (s->cwd) {
+        add(c, "--chdir");
+        add(c, s->cwd);
+    }
+    rc = args ? add_words(c, args) : 0;
+    add(c, "--nodes");
+    add_number(c, p->hosts->count);
+    add(c, "--ntasks");
+    add_number(c, p->ranks);
+    add_program(c, s, 0);
+    return rc;
+}
+
+int ds_mpirun_command(char ***argv, const ds_start *start)
+{
+    command c = {0};
+    int rc = start->plan->options->srun ? srun_command(&c, start) : mpirun_command(&c, start);
+
+    *argv = c.argv;
+    return rc == 0 && c.lost ? ds_fail(DS_ENOMEM, "out of memory") : rc;
+}
+
+int ds_mpirun_hosts(const ds_start *start)
+{
+    const ds_hosts *hosts = start->plan->hosts;
+    char path[PATH_MAX];
+    FILE *f;
+    int srun = start->plan->options->srun;
+
+    if (!start->plan->network)
+        return 0;
+    snprintf(path, sizeof path, "%s/hosts", start->folder);
+    f = fopen(path, "w");
+    if (!f)
+        return ds_fail(DS_EIO, "cannot write %s: %s", path, strerror(errno));
+    for (int h = 0; h < hosts->count; h++) {
+        const ds_host *host = &hosts->host[h];
+
+        for (int s = 0; s < host->slots && srun; s++)
+            fprintf(f, "%s\n", host->name);
+        if (!srun)
+            fprintf(f, "%s slots=%d\n", host->name, host->slots);
+    }
+    if (srun)
+        setenv("SLURM_HOSTFILE", path, 1);
+    return fclose(f) == 0 ? 0 : ds_fail(DS_EIO, "cannot write %s: %s", path, strerror(errno));
+}
+
+/* ---- on another host */
+
+int ds_agent(int argc, char **argv)
+{
+    const char *folder = argc > 3 ? argv[2] : "";
+    pid_t cleaner;
+    int pipe;
+
+    if (*folder != '/')
+        return ds_fail(DS_EINVAL, "--agent is for dsrun's own use");
+    /* A host may be this machine under another name: then the folder is there, and not ours. */
+    if (mkdir(folder, 0700) == 0) {
+        int rc = ds_child_cleaner(&cleaner, &pipe, folder, NULL);
+
+        if (rc < 0)
+            return rc;
+        /* The daemon keeps its end of the pipe: it closes when that one ends. */
+        if (dup(pipe) < 0)
+            return ds_fail(DS_EIO, "no descriptor: %s", strerror(errno));
+    } else if (errno != EEXIST) {
+        return ds_fail(DS_EIO, "cannot make the folder %s on this machine: %s", folder,
+                       strerror(errno));
+    }
+    execvp(argv[3], argv + 3);
+    return ds_fail(DS_ENOENT,
+                   "cannot start %s, Open MPI's daemon: install openmpi-bin here, and see that its "
+                   "folder is on PATH for commands over ssh",
+                   argv[3]);
 }

@@ -1,21 +1,34 @@
-/* mpirun.h - the command line of Open MPI's mpirun, versions 4 and 5. */
+/* mpirun.h - the commands that start ranks: Open MPI's mpirun, versions 4 and 5, and SLURM's srun. */
 #ifndef DS_MPIRUN_H
 #define DS_MPIRUN_H
 
+#include "runner/plan.h"
+
 /* What to start and how. */
-typedef struct ds_mpirun {
-    int ranks;
-    const char *folder;  /* for its files, which it may leave there */
+typedef struct ds_start {
+    const ds_plan *plan;
+    int version;         /* Open MPI's major one */
+    const char *folder;  /* for its files, on every host; ours as well */
     const char *program; /* what each rank runs */
+    const char *library; /* where its shared libraries are beside the usual places, or NULL */
+    const char *cwd;     /* where it runs on other hosts, or NULL: where this process does */
     int count;           /* and its arguments */
     char **arguments;
-} ds_mpirun;
+} ds_start;
 
 /* Asks mpirun for its version. DS_ENOENT: there is none, or it is not Open MPI's. */
 int ds_mpirun_version(int *major);
 
-/* *argv is to be freed with ds_mpirun_free(). */
-int ds_mpirun_command(char ***argv, const ds_mpirun *what, int major);
+/* The command of the plan's launcher. *argv is to be freed with ds_mpirun_free(). */
+int ds_mpirun_command(char ***argv, const ds_start *start);
 void ds_mpirun_free(char **argv);
+
+/* Writes the file of hosts that the command names, into start->folder. */
+int ds_mpirun_hosts(const ds_start *start);
+
+/* On another host, in place of Open MPI's daemon: `argv` is "dsrun --agent FOLDER DAEMON …". Makes
+ * the folder, leaves a process that removes it when the daemon has ended, and what the job's ranks
+ * left with it; then becomes the daemon. Returns only with an error. */
+int ds_agent(int argc, char **argv);
 
 #endif

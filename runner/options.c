@@ -2,6 +2,7 @@
 #include "runner/options.h"
 
 #include <ctype.h>
+#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
@@ -9,7 +10,7 @@
 #include "kernels/error.h"
 #include "runner/log.h"
 
-enum action { DS_USE, DS_JOB, DS_RANKS, DS_NOTE, DS_REFUSE, GROUP };
+enum action { DS_USE, DS_RANKS, DS_JOB, DS_NOTE, DS_REFUSE, GROUP };
 
 typedef struct option {
     const char *name;
@@ -126,8 +127,8 @@ static int keep(ds_options *options, const option *o, const char *value)
 {
     switch (o->action) {
     case DS_RANKS:
-        if (!options->machines)
-            options->machines = o->name;
+        if (!options->ranks)
+            options->ranks = o->name;
         break;
     case DS_JOB:
         if (!options->job)
@@ -200,59 +201,125 @@ static int names_hosts(const char *text)
                                       "0123456789-_.,:@")] == 0;
 }
 
-/* A number from `least` to `most` into *out, which stays as it is where the option is not given. */
-static int read_number(double *out, const ds_options *options, enum ds_option_id id,
-                       const char *name, double least, double most)
+/* Options whose value is a number: a whole one where the target is an int. */
+static const struct {
+    enum ds_option_id id;
+    const char *name;
+    double least, most;
+    size_t whole, real; /* where it goes in ds_options; 0: nowhere */
+} numbers[] = {
+#define INT(name, field, least, most)                                                              \
+    {DS_OPT_##name, #name, least, most, offsetof(ds_options, field), 0},
+#define REAL(name, field, least, most)                                                             \
+    {DS_OPT_##name, #name, least, most, 0, offsetof(ds_options, field)},
+#define PORT(name) {DS_OPT_##name, #name, 1, 65535, 0, 0},
+    INT(num_gpus, num_slots, 1, 4096)
+    INT(num_accelerators, num_slots, 1, 4096)
+    INT(num_procs, num_slots, 1, 4096)
+    INT(num_nodes, num_nodes, 1, 65536)
+    INT(max_restarts, max_restarts, 0, 1000000)
+    INT(min_elastic_nodes, min_nodes, 1, 65536)
+    INT(max_elastic_nodes, max_nodes, 1, 65536)
+    REAL(timeout, timeout, 0, 1e7)
+    REAL(grace, grace, 0, 1e7)
+    PORT(master_port)
+    PORT(ssh_port)
+};
+
+/* Two options for one number may not differ: `given` has the fields that were set so far. */
+static int read_number(ds_options *options, ds_options *given, size_t i)
 {
-    const char *text = options->value[id];
+    const char *text = options->value[numbers[i].id];
+    int *to = numbers[i].whole ? (int *)((char *)options + numbers[i].whole) : NULL;
+    int *before = numbers[i].whole ? (int *)((char *)given + numbers[i].whole) : NULL;
     char *end;
     double x;
 
     if (!text)
         return 0;
     x = strtod(text, &end);
-    if (end == text || *end || !(x >= least && x <= most))
-        return ds_fail(DS_EINVAL, "--%s wants a number from %g to %g, not '%s'", name, least, most,
-                       text);
-    *out = x;
+    if (end == text || *end || !(x >= numbers[i].least && x <= numbers[i].most))
+        return ds_fail(DS_EINVAL, "--%s wants a number from %g to %g, not '%s'", numbers[i].name,
+                       numbers[i].least, numbers[i].most, text);
+    if (numbers[i].real) {
+        *(double *)((char *)options + numbers[i].real) = x;
+        return 0;
+    }
+    if (x != (int)x)
+        return ds_fail(DS_EINVAL, "--%s wants a whole number, not '%s'", numbers[i].name, text);
+    if (!to)
+        return 0;
+    if (*before && *before != (int)x)
+        return ds_fail(DS_EINVAL, "--%s %s: another option says %d", numbers[i].name, text,
+                       *before);
+    *to = *before = (int)x;
     return 0;
+}
+
+static int check_launcher(ds_options *options)
+{
+    static const struct {
+        const char *name;
+        int srun;
+    } launchers[] = {{"openmpi", 0}, {"slurm", 1}};
+    const char *name = options->value[DS_OPT_launcher];
+
+    for (size_t i = 0; name && i < sizeof launchers / sizeof *launchers; i++) {
+        if (!strcasecmp(name, launchers[i].name)) {
+            options->srun = launchers[i].srun;
+            return 0;
+        }
+    }
+    return name ? ds_fail(DS_EINVAL, "--launcher %s: there are openmpi and slurm", name) : 0;
 }
 
 /* What concerns a job of several ranks. */
 static int check_job(ds_options *options)
 {
-    static const struct {
-        const char *name;
-        enum ds_option_id id;
-    } counts[] = {{"num_gpus", DS_OPT_num_gpus},
-                  {"num_accelerators", DS_OPT_num_accelerators},
-                  {"num_procs", DS_OPT_num_procs}};
-    const char *launcher = options->value[DS_OPT_launcher];
-    double ranks = 0, port = 0, before;
+    ds_options given = {0};
 
     options->timeout = 600;
-    options->grace = 300;
-    for (size_t i = 0; i < sizeof counts / sizeof *counts; i++) {
-        before = ranks;
-        if (read_number(&ranks, options, counts[i].id, counts[i].name, 1, 4096) < 0)
+    options->grace = 60;
+    options->min_nodes = 1;
+    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++)
+        if (read_number(options, &given, i) < 0)
             return DS_EINVAL;
-        if (ranks != (int)ranks || (before && before != ranks))
-            return ds_fail(DS_EINVAL, "--%s %s: how many ranks is one whole number", counts[i].name,
-                           options->value[counts[i].id]);
-    }
-    options->num_ranks = (int)ranks;
-    if (read_number(&options->timeout, options, DS_OPT_timeout, "timeout", 1, 1e7) < 0 ||
-        read_number(&options->grace, options, DS_OPT_grace, "grace", 0, 1e7) < 0 ||
-        read_number(&port, options, DS_OPT_master_port, "master_port", 1, 65535) < 0)
+    options->elastic = options->value[DS_OPT_elastic] || options->value[DS_OPT_elastic_training];
+    if (check_launcher(options) < 0)
         return DS_EINVAL;
-    if (launcher && strcasecmp(launcher, "openmpi"))
-        return ds_fail(DS_EINVAL, "--launcher %s is not supported yet; there is openmpi", launcher);
-    if (options->job && !options->num_ranks && !options->machines)
-        return ds_fail(DS_EINVAL, "--%s is for a job of several ranks: add --num_gpus N",
+    if (options->job && !options->ranks)
+        return ds_fail(DS_EINVAL,
+                       "--%s is for a job of several ranks: add --num_gpus N, or --hostfile FILE",
                        options->job);
-    if (options->num_ranks && options->command != DS_RUN_SCRIPT)
+    if (options->elastic && !options->max_restarts)
+        return ds_fail(DS_EINVAL, "--elastic is about starting again: add --max_restarts N");
+    if (options->value[DS_OPT_json] && !options->value[DS_OPT_dry_run])
+        return ds_fail(DS_EINVAL, "--json is for --dry-run");
+    if (options->ranks && options->command != DS_RUN_SCRIPT)
         return ds_fail(DS_EINVAL, "repl and env are one process: leave out what asks for ranks");
     return 0;
+}
+
+/* -e HOSTS, in a job: it is no code. */
+static void take_hosts(ds_options *options)
+{
+    int kept = 0;
+
+    if (!options->script)
+        return;
+    for (int i = 0; i < options->evals; i++) {
+        const char *text = options->eval[i];
+
+        if (!names_hosts(text)) {
+            options->eval[kept++] = text;
+            continue;
+        }
+        options->value[DS_OPT_exclude] = text;
+        options->ranks = options->ranks ? options->ranks : "exclude";
+    }
+    options->evals = kept;
+    if (kept == 0)
+        options->value[DS_OPT_eval] = NULL;
 }
 
 static int check(ds_options *options)
@@ -266,10 +333,7 @@ static int check(ds_options *options)
                        seed);
     if (device && strcmp(device, "cpu") && strcmp(device, "cuda"))
         return ds_fail(DS_EINVAL, "--device wants cpu or cuda, not '%s'", device);
-    if (options->script && !options->machines)
-        for (int i = 0; i < options->evals; i++)
-            if (names_hosts(options->eval[i]))
-                options->machines = "exclude";
+    take_hosts(options);
     if (check_job(options) < 0)
         return DS_EINVAL;
     if (!level && options->value[DS_OPT_quiet])
@@ -345,6 +409,8 @@ void ds_options_help(FILE *out)
     fputs("\nexamples\n"
           "  dsrun models/gpt/train.lua --steps 500     train a character GPT\n"
           "  dsrun --num_gpus 2 train.lua               two ranks on this machine\n"
+          "  dsrun -H hosts train.lua                   ranks on the machines of a file\n"
+          "  dsrun -H hosts --dry-run train.lua         where they would run, and how\n"
           "  dsrun --seed 7 train.lua                   the same numbers every time\n"
           "  dsrun -e 'print(ds.randn(2, 3))'           ds is there without require\n"
           "  dsrun --config-help optimizer              a section of the config file\n"

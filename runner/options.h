@@ -21,10 +21,12 @@ typedef struct ds_options {
     const char *script; /* NULL: none; "-": standard input */
     char **arguments;   /* what follows the script */
     int count;
-    int num_ranks;         /* --num_gpus and its like; 0: one process, without a launcher */
-    double timeout, grace; /* seconds */
-    const char *job;       /* the first option that makes sense for a job of ranks only */
-    const char *machines;  /* the first option that asks for several machines */
+    const char *ranks;        /* the first option that asks for several ranks; NULL: one process */
+    int num_slots, num_nodes; /* --num_gpus and its like, --num_nodes; 0: all there are */
+    int srun;                 /* 1: srun starts the ranks; 0: mpirun */
+    double timeout, grace;    /* seconds */
+    int max_restarts, elastic, min_nodes, max_nodes; /* max_nodes 0: all */
+    const char *job; /* the first option that makes sense for a job of ranks only */
 } ds_options;
 
 /* Options before the script are dsrun's, those after it the script's. DS_EINVAL: ds_error() says

@@ -66,8 +66,9 @@ void ds_rank_forget(void)
 {
     static const char *const prefixes[] = {
         "OMPI_",      "PMIX_",      "PMI_",        "ORTE_",        "PRTE_",
-        "DSRUN_SIDE", "DSRUN_CPUS", "DSRUN_PID",   "RANK=",        "WORLD_SIZE=",
-        "LOCAL_SIZE", "LOCAL_RANK", "SLURM_STEP_", "SLURM_PROCID", "SLURM_LOCALID",
+        "DSRUN_SIDE", "DSRUN_CPUS", "DSRUN_PID",   "DSRUN_HOSTS",  "DSRUN_DEVICES",
+        "DSRUN_JOB",  "RANK=",      "WORLD_SIZE=", "LOCAL_SIZE",   "LOCAL_RANK",
+        "NODE_RANK",  "SLURM_STEP_", "SLURM_PROCID", "SLURM_LOCALID",
     };
     char name[256];
     int i = 0;
@@ -87,11 +88,36 @@ void ds_rank_forget(void)
     }
 }
 
+int ds_rank_hosts(const char *hosts, int rank)
+{
+    int node = 0, slots = 0;
+
+    for (const char *c = strchr(hosts, ' '); c; c = strchr(c, ' '), node++) {
+        slots++;
+        for (c++; *c && *c != ';'; c++)
+            slots += *c == ',';
+        if (rank >= 0 && rank < slots)
+            return node;
+    }
+    return rank < 0 ? node : -1;
+}
+
+/* The slots of host number `node`, as "0,1", into out. */
+static void slots_of(char *out, size_t bytes, const char *hosts, int node)
+{
+    const char *c = strchr(hosts, ' ');
+
+    for (; c && node > 0; node--)
+        c = strchr(c + 1, ' ');
+    snprintf(out, bytes, "%.*s", c ? (int)strcspn(c + 1, ";") : 0, c ? c + 1 : "");
+}
+
 void ds_rank_find(ds_rank *out)
 {
+    const char *hosts = getenv("DSRUN_HOSTS");
     int parent = number("DSRUN_PID", 0);
 
-    *out = (ds_rank){.size = 1, .local_size = 1};
+    *out = (ds_rank){.size = 1, .local_size = 1, .nodes = 1};
     if (parent && parent != (int)getpid()) {
         ds_rank_forget();
         unsetenv("OMP_NUM_THREADS"); /* the rank's share */
@@ -109,6 +135,10 @@ void ds_rank_find(ds_rank *out)
         out->local_size = launchers[i].local_size ? number(launchers[i].local_size, size)
                                                   : slurm_local_size(size);
         out->local_rank = number(launchers[i].local_rank, out->rank);
+        if (hosts) {
+            out->nodes = ds_rank_hosts(hosts, -1);
+            out->node = ds_rank_hosts(hosts, out->rank);
+        }
         return;
     }
 }
@@ -154,16 +184,26 @@ int ds_rank_cpus(int *out, int most, const char *list)
                    list, CPU_SETSIZE);
 }
 
-/* The local_rank-th of local_size shares of the launcher's cores. */
+/* Ties this process to the local_rank-th of local_size shares of the cores in the list, or ("all") of
+ * those it may use. */
 static int bind(const ds_rank *rank, const char *list)
 {
-    int cpu[CPU_SETSIZE], n = ds_rank_cpus(cpu, CPU_SETSIZE, list);
+    int cpu[CPU_SETSIZE], n = 0;
     cpu_set_t set;
 
+    if (strcmp(list, "all")) {
+        n = ds_rank_cpus(cpu, CPU_SETSIZE, list);
+    } else {
+        ds_threads_cores(&set);
+        for (int i = 0; i < CPU_SETSIZE; i++)
+            if (CPU_ISSET(i, &set))
+                cpu[n++] = i;
+    }
     if (n < 0)
         return n;
     if (n < rank->local_size)
-        return ds_fail(DS_EINVAL, "%d ranks cannot share the cores %s", rank->local_size, list);
+        return ds_fail(DS_EINVAL, "%d ranks cannot be tied to %d cores, as one has at least one",
+                       rank->local_size, n);
     CPU_ZERO(&set);
     for (int i = n * rank->local_rank / rank->local_size;
          i < n * (rank->local_rank + 1) / rank->local_size; i++)
@@ -173,9 +213,11 @@ static int bind(const ds_rank *rank, const char *list)
     return 0;
 }
 
-int ds_rank_settle(const ds_rank *rank)
+int ds_rank_settle(ds_rank *rank)
 {
-    const char *cpus = getenv("DSRUN_CPUS");
+    const char *cpus = getenv("DSRUN_CPUS"), *hosts = getenv("DSRUN_HOSTS");
+    char slots[8192];
+    int rc;
 
     ds_log_rank(rank->rank);
     if (rank->launched == DS_ALONE)
@@ -187,7 +229,20 @@ int ds_rank_settle(const ds_rank *rank)
     set_number("WORLD_SIZE", rank->size);
     set_number("LOCAL_RANK", rank->local_rank);
     set_number("LOCAL_SIZE", rank->local_size);
-    return cpus ? bind(rank, cpus) : 0;
+    if (rank->launched == DS_BY_DSRUN && hosts) {
+        set_number("NODE_RANK", rank->node);
+        set_number("CROSS_RANK", rank->node); /* DeepSpeed's names for the same */
+        set_number("CROSS_SIZE", rank->nodes);
+        slots_of(slots, sizeof slots, hosts, rank->node);
+        if (getenv("DSRUN_DEVICES")) /* the slots are numbers of GPUs */
+            setenv("CUDA_VISIBLE_DEVICES", slots, 1);
+    }
+    if (!cpus)
+        return 0;
+    rc = bind(rank, cpus);
+    rank->tied = rc == 0;
+    unsetenv("DSRUN_CPUS"); /* it is done, also where this process starts itself anew */
+    return rc;
 }
 
 int ds_rank_colon(const char *argument)

@@ -6,8 +6,10 @@
  */
 #include "runner/side.h"
 
-#include <arpa/inet.h>
 #include <errno.h>
+#include <ifaddrs.h>
+#include <net/if.h>
+#include <netdb.h>
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <pthread.h>
@@ -36,6 +38,7 @@ static struct {
     int fd; /* -1: there is no hub */
     int rank, size;
     enum ds_launched launched;
+    pid_t parent; /* mpirun, or its daemon on this machine, where dsrun launched this rank */
     ds_side_kill *die;
     pthread_mutex_t lock; /* of sending, and of what follows */
     pthread_cond_t answered;
@@ -111,8 +114,8 @@ static void report(const char *word)
 
     ds_comm_where(&place);
     ds_site_describe(site, doing, sizeof site);
-    n = snprintf(text, sizeof text, "%s %d %lld %lld %lld %lld %lld %.6f\t%s\t%s\n", word,
-                 place.kind, (long long)place.number, (long long)place.calls,
+    n = snprintf(text, sizeof text, "%s %d %lld %d %lld %lld %lld %lld %.6f\t%s\t%s\n", word,
+                 place.kind, (long long)place.number, place.peer, (long long)place.calls,
                  (long long)place.bytes, (long long)progress.step, (long long)progress.count,
                  (double)progress.busy_us * 1e-6, site, doing);
     say(text, (size_t)n);
@@ -134,6 +137,15 @@ static void leave(void)
     side.over = 1;
     pthread_cond_broadcast(&side.answered);
     pthread_mutex_unlock(&side.lock);
+}
+
+/* Whoever watched over this job is gone, or cut off from this machine, and the job with it. The
+ * daemon that started this rank may not notice: it ends as well. */
+static void give_up(void)
+{
+    if (side.parent > 1 && getppid() == side.parent)
+        kill(side.parent, SIGKILL);
+    side.die(1);
 }
 
 static void obey(const char *line)
@@ -195,7 +207,7 @@ static void *watch(void *unused)
             !side.over) {
             leave();
             if (!side.ending)
-                side.die(1); /* whoever watched over this job is gone, and the job with it */
+                give_up();
         }
     }
     return NULL;
@@ -203,27 +215,49 @@ static void *watch(void *unused)
 
 /* ---- joining */
 
+/* A connection to a numeric address, or -1. */
+static int connect_to(const char *host, const char *port)
+{
+    const struct timeval patience = {.tv_sec = CONNECT_SECONDS};
+    const struct addrinfo hints = {.ai_socktype = SOCK_STREAM,
+                                   .ai_flags = AI_NUMERICHOST | AI_NUMERICSERV};
+    struct addrinfo *to;
+    int fd, one = 1;
+
+    if (getaddrinfo(host, port, &hints, &to) != 0)
+        return -1;
+    fd = socket(to->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (fd >= 0) {
+        setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience);
+        setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
+        setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+        if (connect(fd, to->ai_addr, to->ai_addrlen) < 0) {
+            close(fd);
+            fd = -1;
+        }
+    }
+    freeaddrinfo(to);
+    return fd;
+}
+
 /* Connects, and says who this is. A descriptor, or -1. */
 static int call(const char *address, const char *token, const char *channel)
 {
-    const struct timeval patience = {.tv_sec = CONNECT_SECONDS};
-    struct sockaddr_in to = {.sin_family = AF_INET};
+    const char *colon = strrchr(address, ':');
     char host[64], hello[160];
-    int port, one = 1, fd, n;
+    int fd, n;
 
-    if (sscanf(address, "%63[^:]:%d", host, &port) != 2 ||
-        inet_pton(AF_INET, host, &to.sin_addr) != 1)
+    if (!colon)
         return -1;
-    to.sin_port = htons((uint16_t)port);
-    fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    snprintf(host, sizeof host, "%.*s", (int)(colon - address), address);
+    fd = connect_to(host, colon + 1);
     if (fd < 0)
         return -1;
-    setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience);
-    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
-    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+    if (!strcmp(channel, "side")) /* output may wait for a reader as long as it takes */
+        ds_hub_lively(fd);
     n = snprintf(hello, sizeof hello, "hello %s %d %s %d %d\n", token, side.rank, channel,
                  (int)getpid(), (int)getpgrp());
-    if (connect(fd, (struct sockaddr *)&to, sizeof to) < 0 || send_all(fd, hello, (size_t)n) < 0) {
+    if (send_all(fd, hello, (size_t)n) < 0) {
         close(fd);
         return -1;
     }
@@ -275,13 +309,14 @@ static int join(const ds_rank *rank, const char *address, const char *token, ds_
     side.rank = rank->rank;
     side.size = rank->size;
     side.launched = rank->launched;
+    side.parent = rank->launched == DS_BY_DSRUN ? getppid() : 0;
     side.die = die;
     fd = call(address, token, "side");
     if (fd < 0 || !welcomed(fd)) {
         if (fd >= 0)
             close(fd);
-        return ds_fail(DS_ECOMM, "rank %d: the launcher does not answer at %s", rank->rank,
-                       address);
+        return ds_fail(DS_ECOMM, "rank %d: the launcher does not answer at %s: %s", rank->rank,
+                       address, errno ? strerror(errno) : "it knows no such rank");
     }
     side.fd = fd;
     if (rank->launched == DS_BY_DSRUN && (redirect(STDOUT_FILENO, address, token, "out") < 0 ||
@@ -291,17 +326,37 @@ static int join(const ds_rank *rank, const char *address, const char *token, ds_
     return start_thread(watch, NULL);
 }
 
+/* The launcher's address for machine number `node`: DSRUN_SIDE is "PORT ADDRESS;ADDRESS…", one for
+ * each. 0: there is none. */
+static int address_for(char *out, size_t bytes, const char *all, int node)
+{
+    size_t port = strcspn(all, " ");
+    const char *at = all[port] ? all + port + 1 : NULL;
+
+    for (; at && node > 0; node--) {
+        at = strchr(at, ';');
+        at += at ? 1 : 0;
+    }
+    if (!at || node < 0)
+        return 0;
+    return snprintf(out, bytes, "%.*s:%.*s", (int)strcspn(at, ";"), at, (int)port, all) <
+           (int)bytes;
+}
+
 int ds_side_join(const ds_rank *rank, ds_side_kill *die)
 {
-    const char *address = getenv("DSRUN_SIDE"), *token = getenv("DSRUN_JOB");
+    const char *all = getenv("DSRUN_SIDE"), *token = getenv("DSRUN_JOB");
+    char address[96];
 
     side.rank = rank->rank;
     side.size = rank->size;
     if (rank->launched != DS_BY_DSRUN)
         return 0;
-    if (!token)
-        return ds_fail(DS_ECOMM, "DSRUN_SIDE is set, and DSRUN_JOB is not: start dsrun with "
-                                 "--num_gpus, or unset DSRUN_SIDE");
+    if (!token || !address_for(address, sizeof address, all, rank->node))
+        return ds_fail(DS_ECOMM,
+                       "DSRUN_SIDE is set ('%.80s'), and is not for a rank of this job: start "
+                       "dsrun with --num_gpus or --hostfile, or unset DSRUN_SIDE",
+                       all);
     return join(rank, address, token, die);
 }
 
@@ -347,10 +402,35 @@ static void *serve(void *data)
     return NULL;
 }
 
-/* The address of the hub and the job's token, as rank 0 tells all others. */
+/* Where the hub may be reached, and the job's token, as rank 0 tells all others. */
 typedef struct invitation {
-    char address[32], token[DS_TOKEN_BYTES];
+    char address[8][72], token[DS_TOKEN_BYTES];
 } invitation;
+
+/* The addresses of this machine, its own for itself first. */
+static int list_addresses(invitation *out, int port)
+{
+    struct ifaddrs *all, *a;
+    int n = 0;
+
+    snprintf(out->address[n++], sizeof *out->address, "127.0.0.1:%d", port);
+    if (getifaddrs(&all) < 0)
+        return n;
+    for (a = all; a && n < 8; a = a->ifa_next) {
+        char host[64];
+        int family = a->ifa_addr ? a->ifa_addr->sa_family : 0;
+        socklen_t length = family == AF_INET ? sizeof(struct sockaddr_in)
+                                             : (socklen_t)sizeof(struct sockaddr_in6);
+
+        if ((family == AF_INET || family == AF_INET6) && !(a->ifa_flags & IFF_LOOPBACK) &&
+            (a->ifa_flags & IFF_UP) &&
+            getnameinfo(a->ifa_addr, length, host, sizeof host, NULL, 0, NI_NUMERICHOST) == 0 &&
+            !strchr(host, '%')) /* such an address has a meaning on this machine only */
+            snprintf(out->address[n++], sizeof *out->address, "%.60s:%d", host, port);
+    }
+    freeifaddrs(all);
+    return n;
+}
 
 static int invite(invitation *out, const ds_rank *rank)
 {
@@ -361,17 +441,18 @@ static int invite(invitation *out, const ds_rank *rank)
 
     ds_side_token(token);
     config.token = token;
+    config.nodes = rank->local_size < rank->size ? 2 : 1; /* or more */
     rc = ds_hub_open(&h, &config, ds_seconds());
     if (rc < 0)
         return rc;
-    snprintf(out->address, sizeof out->address, "127.0.0.1:%d", ds_hub_port(h));
+    list_addresses(out, ds_hub_port(h));
     memcpy(out->token, token, sizeof token);
     return start_thread(serve, h);
 }
 
 int ds_side_meet(const ds_rank *rank, ds_side_kill *die)
 {
-    invitation all = {.address = ""};
+    invitation all = {.token = ""};
     ds_tensor t = {.data = &all,
                    .numel = sizeof all,
                    .shape = {sizeof all},
@@ -382,7 +463,7 @@ int ds_side_meet(const ds_rank *rank, ds_side_kill *die)
     ds_comm *world;
     int rc;
 
-    if (rank->launched != DS_BY_ANOTHER || rank->local_size != rank->size)
+    if (rank->launched != DS_BY_ANOTHER || rank->size == 1)
         return 0;
     rc = ds_comm_world(&world);
     if (rc == 0 && rank->rank == 0)
@@ -391,7 +472,12 @@ int ds_side_meet(const ds_rank *rank, ds_side_kill *die)
         rc = ds_broadcast(&t, 0, world, NULL);
     if (rc == 0)
         ds_comm_count_anew(world);
-    return rc < 0 ? rc : join(rank, all.address, all.token, die);
+    if (rc < 0)
+        return rc;
+    rc = DS_ECOMM;
+    for (int i = 0; i < 8 && *all.address[i] && rc < 0; i++)
+        rc = join(rank, all.address[i], all.token, die);
+    return rc;
 }
 
 /* ---- the end */

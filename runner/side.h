@@ -21,8 +21,7 @@ typedef void ds_side_kill(int code);
 int ds_side_join(const ds_rank *rank, ds_side_kill *die);
 
 /* For a job that another launcher started, once its ranks can talk: rank 0 gets the hub, in a
- * thread, and all join it. Nothing for other processes, and for ranks on several machines. Every
- * rank calls it. */
+ * thread, and all join it. Nothing for other processes. Every rank calls it. */
 int ds_side_meet(const ds_rank *rank, ds_side_kill *die);
 
 /* The error that ends this process: printed by the hub, for the first rank that has one, or here. */

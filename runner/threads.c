@@ -7,9 +7,10 @@
  * libgomp's own defaults are right for a process that nobody launched: threads spin for some 3 ms
  * between regions (so Lua's time between two kernels costs no wake-up: measured 0.6 µs for an empty
  * region after gaps up to 2 ms, 30 µs after 20 ms, when they sleep), and not at all when there are
- * more threads than cores. dsrun tells the ranks that it launches what they need. Those of another
- * launcher must be told before libgomp looks: Open MPI ties a rank to one core, or leaves it all
- * cores that the others use as well. There the process takes its share and starts itself anew.
+ * more threads than cores. dsrun tells the ranks that it launches on its own machine what they need.
+ * Those on other machines, and those of another launcher, must be told before libgomp looks: Open MPI
+ * ties a rank to one core, or leaves it all cores that the others use as well. There the process
+ * takes its share and starts itself anew.
  */
 #include "runner/threads.h"
 
@@ -145,7 +146,8 @@ static int threads_of(const ds_rank *rank, int cores)
     int cpus = (int)sysconf(_SC_NPROCESSORS_ONLN);
     cpu_set_t set;
 
-    if (sched_getaffinity(0, sizeof set, &set) == 0 && CPU_COUNT(&set) < cpus)
+    if (rank->tied || (rank->launched == DS_BY_ANOTHER &&
+                       sched_getaffinity(0, sizeof set, &set) == 0 && CPU_COUNT(&set) < cpus))
         return cores;
     return cores / rank->local_size > 0 ? cores / rank->local_size : 1;
 }
@@ -161,7 +163,7 @@ void ds_threads_init(const ds_rank *rank, char **argv)
     if (rank->launched == DS_BY_ANOTHER)
         take_share(rank);
     threads = cores = ds_threads_cores(&set);
-    if (rank->launched == DS_BY_ANOTHER) {
+    if (rank->launched != DS_ALONE) {
         threads = threads_of(rank, cores);
         snprintf(text, sizeof text, "%d", threads);
         setenv("OMP_NUM_THREADS", text, 1);

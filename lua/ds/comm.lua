@@ -8,6 +8,7 @@
 --     ds.all_to_all(t)                likewise cut; part i goes to rank i, and its part comes back
 --     ds.send(t, 1)  ds.recv(t, 0)    between two ranks; recv writes into t
 --     work = ds.irecv(t, 0)           without waiting, as isend; work:wait(), work:done()
+--     ds.restart_count()              how often the launcher has started this job before
 --
 --     g = ds.group(colour, key)       the ranks that name this colour, ordered by key, then rank;
 --     g:all_reduce(t)  g:rank() …     all of the above are its methods, with its ranks and size
@@ -267,6 +268,10 @@ for _, name in ipairs { "barrier", "group", "all_reduce", "broadcast", "all_gath
     return method(self, ...)
   end
 end
+
+--- How often the launcher has started this job before (`--max_restarts`): 0 in its first life.
+-- @treturn number
+function M.restart_count() return tonumber(os.getenv "DSRUN_RESTARTS") or 0 end
 
 -- Each method is also a function, of the group of all.
 for name, method in pairs(Group) do

@@ -25,7 +25,7 @@ local functions = {
 for _, name in ipairs {
   "rank", "world_size", "local_rank", "local_size", "barrier", "all_reduce", "broadcast",
   "all_gather", "reduce_scatter", "all_to_all", "send", "recv", "isend", "irecv", "group",
-  "comm_stats",
+  "comm_stats", "restart_count",
 } do
   functions[name] = { "ds.comm", name }
 end

@@ -83,8 +83,8 @@ static void state(int rank, int kind, int number, int bytes, const char *site, c
 {
     char text[256];
 
-    snprintf(text, sizeof text, "state %d %d %d %d 7 0 0\t%s\t%s\n", kind, number, number, bytes,
-             site, doing);
+    snprintf(text, sizeof text, "state %d %d %d %d %d 7 0 0\t%s\t%s\n", kind, number,
+             (rank + 1) % RANKS, number, bytes, site, doing);
     tell(t.side[rank], text);
 }
 
@@ -254,12 +254,24 @@ static void who_is_waited_for_is_named_and_left_alone(void **unused)
 static void nothing_moving_for_the_timeout_ends_the_job(void **unused)
 {
     (void)unused;
-    pass(99, -1, all_wait, 7);
+    pass(99, -1, one_late, 7);
     assert_int_equal(ds_hub_trouble(t.hub), DS_TROUBLE_NONE);
     t.said[0] = 0;
-    pass(4, -1, all_wait, 7);
+    pass(4, -1, one_late, 7);
     assert_int_equal(ds_hub_trouble(t.hub), DS_TROUBLE_STUCK);
-    assert_said("no progress for 100 s (--timeout): ranks 0, 1, 2, 3 wait in all_reduce #7");
+    assert_said("no progress for 100 s (--timeout): rank 2 step 7, at a.lua:3, in get(41); "
+                "ranks 0, 1, 3 wait in all_reduce #7");
+}
+
+static void ranks_that_all_wait_for_each_other_end_the_job(void **unused)
+{
+    (void)unused;
+    pass(8, -1, all_wait, 7);
+    assert_int_equal(ds_hub_trouble(t.hub), DS_TROUBLE_NONE);
+    pass(2, -1, all_wait, 7);
+    assert_int_equal(ds_hub_trouble(t.hub), DS_TROUBLE_STUCK);
+    assert_said("all ranks wait, and nothing has moved for 9 s (rank 0 for rank 1; rank 1 for rank 2; "
+                "rank 2 for rank 3; rank 3 for rank 0): ranks 0, 1, 2, 3 wait in all_reduce #7");
 }
 
 static void bytes_that_move_are_progress(void **unused)
@@ -290,9 +302,11 @@ static void a_silent_rank_is_named_then_given_up(void **unused)
     pass(6, 2, one_late, 7);
     assert_said("rank 2 is silent for 5 s, step 7, at a.lua:3, in get(41); "
                 "ranks 0, 1, 3 wait in all_reduce #7");
-    pass(100, 2, one_late, 7);
+    assert_int_equal(ds_hub_trouble(t.hub), DS_TROUBLE_NONE);
+    pass(4, 2, one_late, 7);
     assert_int_equal(ds_hub_trouble(t.hub), DS_TROUBLE_STUCK);
     assert_int_equal(ds_hub_culprit(t.hub), 2);
+    assert_said("a rank is frozen or cut off, and the job ends: rank 2 is silent for 9 s");
 }
 
 static void silence_of_all_means_nothing(void **unused)
@@ -320,7 +334,7 @@ static void all_say_where_they_are(void **unused)
     for (int r = 0; r < RANKS; r++)
         assert_string_equal(told(t.side[r]), "where\n");
     for (int r = 0; r < RANKS - 1; r++)
-        tell(t.side[r], "here -1 0 0 0 0 0 0\tat b.lua:1\t\n");
+        tell(t.side[r], "here -1 0 -1 0 0 0 0 0\tat b.lua:1\t\n");
     serve();
     assert_string_equal(t.said, "");
     t.now += 1.5; /* one does not answer */
@@ -335,7 +349,7 @@ static void a_straggler_is_named(void **unused)
         t.now += 1;
         for (int r = 0; r < RANKS; r++) {
             char text[128];
-            snprintf(text, sizeof text, "state %d 0 %d 0 %d %d %f\t\t\n", NONE, s, s * 10, s * 10,
+            snprintf(text, sizeof text, "state %d 0 -1 %d 0 %d %d %f\t\t\n", NONE, s, s * 10, s * 10,
                      s * 10 * (r == 3 ? 0.020 : 0.010));
             tell(t.side[r], text);
         }
@@ -355,6 +369,7 @@ int main(void)
         TEST(a_stop_is_told_to_all_also_to_those_who_come_later),
         TEST(who_is_waited_for_is_named_and_left_alone),
         TEST(nothing_moving_for_the_timeout_ends_the_job),
+        TEST(ranks_that_all_wait_for_each_other_end_the_job),
         TEST(bytes_that_move_are_progress),
         TEST(long_work_of_all_is_no_trouble),
         TEST(a_silent_rank_is_named_then_given_up),

@@ -1,0 +1,56 @@
+/* plan.h - a job before it starts: which rank runs where, with which variables, by which command. */
+#ifndef DS_PLAN_H
+#define DS_PLAN_H
+
+#include <limits.h>
+#include <stdio.h>
+
+#include "runner/envfile.h"
+#include "runner/hostfile.h"
+#include "runner/options.h"
+
+#define DS_ADDRESS_BYTES 64
+
+/* What is known of a host beside its name and slots. */
+typedef struct ds_place {
+    int here;                        /* it is this machine */
+    char address[DS_ADDRESS_BYTES];  /* its own, as this machine sees it; "": unknown */
+    char launcher[DS_ADDRESS_BYTES]; /* this machine's, as it sees that */
+} ds_place;
+
+typedef struct ds_plan {
+    const ds_options *options;
+    ds_hosts *hosts;
+    ds_place *places; /* [hosts->count] */
+    int ranks;
+    int network;       /* 1: over the network; 0: on this machine alone */
+    int slurm;         /* 1: hosts are those of a SLURM allocation */
+    int devices;       /* 1: slots are numbers of GPUs, of a hostfile or a filter */
+    char **where;      /* [ranks] "worker-2, slot 1", or NULL on this machine alone */
+    ds_variables env;  /* of the ranks */
+    char interface[64]; /* the network that reaches all hosts, as 10.0.0.0/24; "": unknown */
+    char program[PATH_MAX]; /* this dsrun */
+} ds_plan;
+
+/* Hosts and slots from the options, and from what they leave open: /job/hostfile, an allocation of
+ * SLURM's, this machine. Close it also after an error. */
+int ds_plan_open(ds_plan *p, const ds_options *options);
+void ds_plan_close(ds_plan *p);
+
+/* Takes other hosts instead, for a start with fewer or more of them; owns them then. */
+int ds_plan_move(ds_plan *p, ds_hosts *hosts);
+
+/* Addresses, as far as they are not known yet, and the variables of the ranks. port: the hub's;
+ * token: the job's; folder: the job's folder on every host; restarts: starts before this one. */
+int ds_plan_finish(ds_plan *p, int port, const char *token, const char *folder, int restarts);
+
+/* The variables, put into this process's environment: mpirun takes them from there. */
+int ds_plan_apply(const ds_plan *p);
+
+/* What --dry-run prints: the ranks, the variables, the command; as text or as JSON. */
+int ds_plan_show(const ds_plan *p, char *const *command, int json, FILE *out);
+
+/* The rank's host. */
+int ds_plan_host_of(const ds_plan *p, int rank);
+
+#endif
