@@ -1,4 +1,4 @@
-/* child.c - the launcher's two children.
+/* child.c - processes that the launcher starts.
  *
  * Nothing that dsrun starts outlives it, even where it is killed: its child is killed with it
  * (PR_SET_PDEATHSIG), its ranks with that one. What SIGKILL would leave behind are files, and
@@ -36,36 +36,43 @@ static void no_signals_blocked(void)
     sigprocmask(SIG_SETMASK, &none, NULL);
 }
 
-int ds_child_start(pid_t *pid, int *output, char *const *argv, int input)
+int ds_child_spawn(pid_t *pid, char *const *argv, const int *streams)
 {
     pid_t parent = getpid();
-    int ends[2], nothing;
 
-    if (pipe2(ends, O_CLOEXEC) < 0)
-        return ds_fail(DS_EIO, "no pipe for %s: %s", argv[0], strerror(errno));
     *pid = fork();
-    if (*pid < 0) {
-        close(ends[0]);
-        close(ends[1]);
+    if (*pid < 0)
         return ds_fail(DS_EIO, "cannot start %s: %s", argv[0], strerror(errno));
-    }
     if (*pid == 0) {
         setpgid(0, 0); /* Ctrl-C is for the launcher alone */
         prctl(PR_SET_PDEATHSIG, SIGKILL);
         if (getppid() != parent)
             _exit(1);
         no_signals_blocked();
-        nothing = open("/dev/null", O_RDONLY);
-        if (nothing < 0 || (!input && dup2(nothing, 0) < 0) || dup2(ends[1], 1) < 0 ||
-            dup2(ends[1], 2) < 0)
-            _exit(126);
+        for (int i = 0; i < 3; i++) {
+            int from = streams[i] >= 0 ? streams[i] : open("/dev/null", i ? O_WRONLY : O_RDONLY);
+            if (from < 0 || dup2(from, i) < 0)
+                _exit(126);
+        }
         execvp(argv[0], argv);
         _exit(127);
     }
     setpgid(*pid, *pid);
-    close(ends[1]);
-    *output = ends[0];
     return 0;
+}
+
+int ds_child_start(pid_t *pid, int *output, char *const *argv, int input)
+{
+    int ends[2], rc;
+
+    if (pipe2(ends, O_CLOEXEC) < 0)
+        return ds_fail(DS_EIO, "no pipe for %s: %s", argv[0], strerror(errno));
+    rc = ds_child_spawn(pid, argv, (int[]){input ? 0 : -1, ends[1], ends[1]});
+    close(ends[1]);
+    if (rc < 0)
+        close(ends[0]);
+    *output = rc < 0 ? -1 : ends[0];
+    return rc;
 }
 
 int ds_child_ask(char *line, size_t bytes, char *const *argv)

@@ -1,12 +1,16 @@
-/* child.h - the launcher's two children: the command that starts the ranks, and one that cleans up.
- */
+/* child.h - processes that the launcher starts: commands, and one that cleans up. */
 #ifndef DS_CHILD_H
 #define DS_CHILD_H
 
 #include <sys/types.h>
 
-/* Starts a command in a process group of its own that does not outlive this process. *output: what
- * it writes to stdout and stderr. input 1: it has this process's stdin; 0: an empty one. */
+/* Starts a command in a process group of its own that does not outlive this process. streams: [3]
+ * what it has as stdin, stdout and stderr, above 2 (or 0 for stdin); -1: nothing. It ends with 127
+ * where there is no such command. The caller waits for it. */
+int ds_child_spawn(pid_t *pid, char *const *argv, const int *streams);
+
+/* The same. *output: what it writes to stdout and stderr. input 1: it has this process's stdin; 0:
+ * an empty one. */
 int ds_child_start(pid_t *pid, int *output, char *const *argv, int input);
 
 /* The first line that a command prints, within a few seconds; "" if it prints none. */
