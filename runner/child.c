@@ -198,6 +198,7 @@ int ds_child_cleaner(pid_t *pid, int *out, const char *folder, const char *file)
         return ds_fail(DS_EIO, "cannot start a process: %s", strerror(errno));
     }
     if (*pid == 0) {
+        prctl(PR_SET_NAME, "ds-cleaner"); /* killall dsrun is not for it either */
         setsid(); /* a signal to the launcher's group or terminal is not for it */
         signal(SIGINT, SIG_IGN);
         signal(SIGTERM, SIG_IGN);

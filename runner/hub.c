@@ -590,13 +590,16 @@ void ds_hub_ask(ds_hub *h, double now)
 }
 
 /* A group outlives its first process where that one's children go on; so those of ranks that were
- * killed are ended as well. */
-void ds_hub_kill(ds_hub *h, int code)
+ * killed are ended as well. Nothing is said to who may be cut off: the system would wait for the
+ * answer, and with that anew for the sign that there is none. Such a rank ends by itself. */
+void ds_hub_kill(ds_hub *h, int code, double now)
 {
     char text[24];
 
     snprintf(text, sizeof text, "die %d\n", code);
-    tell_all(h, text);
+    for (int r = 0; r < h->config.ranks; r++)
+        if (ds_hub_hears(h, r, now))
+            tell(h->ranks[r].side, text);
     for (int r = 0; r < h->config.ranks; r++) {
         const ds_seen *s = &h->ranks[r];
 

@@ -77,6 +77,6 @@ void ds_hub_stop(ds_hub *h, int signal);
 /* Has all ranks say where they are; the answer is printed when it is there, within a second. */
 void ds_hub_ask(ds_hub *h, double now);
 /* Ends all ranks now: those of this machine by SIGKILL, also where they are stopped. */
-void ds_hub_kill(ds_hub *h, int code);
+void ds_hub_kill(ds_hub *h, int code, double now);
 
 #endif

@@ -18,9 +18,9 @@
 
 #define SILENT 4.0  /* seconds without a report; there is one every second, */
 #define MISSED 2.5  /* so this is the least that means anything */
-#define FROZEN 8.0  /* seconds without a report that end the job: a watchdog does nothing but report */
+#define FROZEN 7.0  /* seconds without a report that end the job: a watchdog does nothing but report */
 #define WAITING 7.0 /* seconds in one collective without a byte moved, before it is said */
-#define KNOTTED 8.0 /* seconds in which all wait and not a byte moves, that end the job */
+#define KNOTTED 6.0 /* seconds in which all wait and not a byte moves, that end the job */
 #define START 120.0 /* seconds from the first rank's start to the last one's */
 #define END 60.0    /* seconds to end in, once all ranks have said that they do */
 #define ANSWER 1.2  /* seconds to say where one is */
@@ -58,6 +58,11 @@ static double limit(const ds_hub *h, double usual)
 static int present(const ds_seen *r)
 {
     return r->presence == DS_PRESENT || r->presence == DS_ENDING;
+}
+
+int ds_hub_hears(const ds_hub *h, int rank, double now)
+{
+    return now - h->ranks[rank].heard < MISSED;
 }
 
 double ds_hub_patience(const ds_hub *h)

@@ -48,6 +48,9 @@ struct ds_hub {
     double window;      /* when the stragglers' window began */
 };
 
+/* Whether a rank has reported lately. */
+int ds_hub_hears(const ds_hub *h, int rank, double now);
+
 /* How long a rank may say nothing, seconds. */
 double ds_hub_patience(const ds_hub *h);
 

@@ -22,6 +22,7 @@
 #include "runner/ds.h"
 #include "runner/hub.h"
 #include "runner/lines.h"
+#include "runner/log.h"
 #include "runner/side.h"
 
 #define GAVE_UP 124       /* exit code: no progress, or no answer; timeout(1) has it too */
@@ -160,10 +161,10 @@ static void go_on(job *j, double now)
     if (j->stop && now > j->grace && !j->ended)
         j->now = 1;
     if (!j->killed && must_end(j, now)) {
-        ds_hub_kill(j->hub, 1);
+        ds_hub_kill(j->hub, 1, now);
         j->killed = now;
     }
-    if (!j->ended && j->killed && now - j->killed > TERM_SECONDS) {
+    if (!j->ended && j->killed && now - j->killed > patience(j, TERM_SECONDS)) {
         if (!j->termed) {
             kill(j->mpirun, SIGTERM);
             j->termed = now;
@@ -174,7 +175,7 @@ static void go_on(job *j, double now)
     if (!j->ended && !j->killed && !j->termed && ds_hub_all_gone(j->hub)) {
         j->killed = now; /* nothing is left but mpirun */
     }
-    if (j->said_used && now - j->said_at > NOISE_SECONDS && !j->killed && !j->stop && !j->ended &&
+    if (j->said_used && now - j->said_at > patience(j, NOISE_SECONDS) && !j->killed && !j->stop && !j->ended &&
         ds_hub_trouble(j->hub) == DS_TROUBLE_NONE)
         show_noise(j);
 }
@@ -209,12 +210,11 @@ static void turn(job *j, int wait_ms)
 
 /* ---- the end */
 
-/* How mpirun says that a process ended: 128 + signal, or its code. */
+/* How mpirun says that a process ended: 128 + signal, or its code. Where it was killed itself (it may
+ * crash when it is asked to end while it does), the rank was as well, for all that is known. */
 static int mpirun_code(const job *j)
 {
-    if (WIFEXITED(j->status))
-        return WEXITSTATUS(j->status);
-    return WIFSIGNALED(j->status) ? 128 + WTERMSIG(j->status) : 1;
+    return WIFEXITED(j->status) ? WEXITSTATUS(j->status) : 128 + SIGKILL;
 }
 
 /* A rank whose host does not answer, or -1. Others may have gone because of it, and before. */
@@ -349,6 +349,8 @@ int ds_job_run(int *failed, ds_plan *plan, ds_start *start, ds_job_streams *stre
         }
         ds_hub_serve(j->hub, ds_seconds());
         code = conclude(j);
+        if (ds_log_shows(DS_LOG_DEBUG))
+            show_noise(j);
         *failed = code > 0 && !j->stop && !ds_hub_signal(j->hub);
         flush(j);
     }

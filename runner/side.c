@@ -395,7 +395,7 @@ static void *serve(void *data)
             fprintf(stderr, "dsrun: rank %d is gone, %s\n", ds_hub_culprit(h),
                     ds_hub_last_seen(h, ds_hub_culprit(h)));
         nanosleep(&patience, NULL); /* a launcher that sees it too knows the right exit code */
-        ds_hub_kill(h, 1);
+        ds_hub_kill(h, 1, ds_seconds());
         side.die(1);
     }
     ds_hub_close(h);
