@@ -46,11 +46,14 @@ local function first_use(op, device)
   return ops
 end
 
--- DS_CHECK=nan: every output of every operation is looked at, and the first NaN is an error.
-local checks_nan = false
-for word in (os.getenv "DS_CHECK" or ""):gmatch "[^,%s]+" do
-  if word ~= "nan" then raise("DS_CHECK=%s: there is no check '%s'; there is nan", word, word) end
-  checks_nan = true
+-- DS_CHECK=nan: every output of every operation is looked at, and the first NaN is an error. "comm"
+-- is comm_check.c's.
+local checks, asked = { nan = false, comm = false }, os.getenv "DS_CHECK" or ""
+for word in asked:gmatch "[^,%s]+" do
+  if checks[word] == nil then
+    raise("DS_CHECK=%s: there is no check '%s'; there are nan, comm", asked, word)
+  end
+  checks[word] = true
 end
 
 local function refuse_nan(op, y)
@@ -120,7 +123,7 @@ local function generate(op)
     put("end")
   end
   put("memory.tag = 0")
-  if checks_nan then put("refuse_nan(op, %s)", y) end
+  if checks.nan then put("refuse_nan(op, %s)", y) end
   if op.backward then
     local wants = {}
     for _, name in ipairs(op.inputs) do

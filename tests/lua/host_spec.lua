@@ -126,7 +126,12 @@ describe("the command line", function()
     has(err, "-e:1: log: the result [1] has a NaN (DS_CHECK=nan)")
     code, _, err = sh "DS_CHECK=nam $D -e 'ds.ones(2):log()'"
     assert.equal(1, code)
-    has(err, "there is no check 'nam'")
+    has(err, "there is no check 'nam'; there are nan, comm")
+    code, _, err = sh "DS_CHECK=comm $D -e 'ds.tensor{-1}:log()'"
+    assert.same({ 0, "" }, { code, err })
+    code, _, err = sh "DS_CHECK=comm,nan $D -e 'ds.tensor{-1}:log()'"
+    assert.equal(1, code)
+    has(err, "log: the result [1] has a NaN")
   end)
 
   it("leaves options after the script to the script", function()

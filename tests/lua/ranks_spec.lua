@@ -22,14 +22,15 @@ local function read(path)
 end
 
 --- Runs Lua on several ranks.
+-- @tparam[opt] string settings more of the environment, "NAME=value …"
 -- @treturn number exit code
 -- @treturn string what it printed
 -- @treturn string its standard error
-local function run(ranks, what)
+local function run(ranks, what, settings)
   local launch = ranks > 1 and ("--num_gpus %d"):format(ranks) or ""
   local status = os.execute(
-    ("cd '%s' && OMP_NUM_THREADS=1 timeout 120 '%s' %s %s >out 2>err </dev/null"):format(folder,
-      dsrun, launch, what))
+    ("cd '%s' && OMP_NUM_THREADS=1 %s timeout 120 '%s' %s %s >out 2>err </dev/null"):format(folder,
+      settings or "", dsrun, launch, what))
   return math.floor(status / 256), read(folder .. "/out"), read(folder .. "/err")
 end
 
@@ -212,6 +213,13 @@ describe("calls that not every rank makes", function()
       assert.truthy(err:find(case[2], 1, true), err)
     end)
   end
+end)
+
+it("DS_CHECK=comm has nothing to say about training", function()
+  local words = "stage=1 gas=3 steps=4"
+  local code, out, err = run(2, ("'%s' %s"):format(script, words), "DS_CHECK=comm")
+  assert.equal(0, code, err)
+  assert.equal(once(2, words).text, out)
 end)
 
 it("an overflow on one rank is skipped by all, which lower their loss scale alike", function()
