@@ -113,10 +113,6 @@ int ds_comm_compare(ds_comm *c, const ds_call *call, int64_t number);
 /* Checks a call and starts it, as the public functions do; for C that keeps calls of its own. */
 int ds_comm_start(ds_comm *c, const ds_call *call, ds_work *work);
 
-/* Processes that a launcher (mpirun, srun) says this job has, and the variable that says so; 1 and
- * NULL when nobody launched it. */
-int ds_comm_launched(const char **variable);
-
 /* For main(): in a process that is one of several, opens the world and sees to its end, with the
  * job's if the exit code is not 0. Elsewhere does nothing. */
 int ds_comm_join(void);

@@ -484,7 +484,8 @@ describe("several ranks", function()
   it("need a launcher that MPI knows of", function()
     local code, out, err = sh "OMPI_COMM_WORLD_SIZE=2 OMPI_COMM_WORLD_RANK=0 timeout 10 $D x.lua"
     assert.same({ 2, "" }, { code, out })
-    has(err, "2 ranks were started (OMPI_COMM_WORLD_SIZE), but MPI knows of 1")
+    has(err, "says that 2 ranks were started (OMPI_COMM_WORLD_SIZE")
+    has(err, "but MPI knows of 1; with srun: --mpi=pmix")
   end)
 
   it("run under mpirun itself", function()
