@@ -46,6 +46,15 @@ const char *ds_reduction_name(int op)
     return op >= 0 && op < DS_REDUCTIONS ? reductions[op] : "?";
 }
 
+uint64_t ds_comm_hash(const int64_t *words, int n)
+{
+    uint64_t h = 14695981039346656037u; /* FNV-1a, by words */
+
+    for (int i = 0; i < n; i++)
+        h = (h ^ (uint64_t)words[i]) * 1099511628211u;
+    return h;
+}
+
 /* ---- what is counted, and what a watchdog reads */
 
 /* Of all groups, whether they are still there or not. */
@@ -236,14 +245,16 @@ int ds_comm_local_size(const ds_comm *c)
 
 /* ---- the end, and counters */
 
-/* Written once, before the first group is marked. */
+/* The first reason counts; it is whole before any group is marked. */
 static char reason[160];
-static atomic_flag has_reason = ATOMIC_FLAG_INIT;
+static pthread_mutex_t reason_lock = PTHREAD_MUTEX_INITIALIZER;
 
 void ds_comm_abort(ds_comm *c, const char *why)
 {
-    if (!atomic_flag_test_and_set(&has_reason))
+    pthread_mutex_lock(&reason_lock);
+    if (!*reason)
         snprintf(reason, sizeof reason, "%s", why);
+    pthread_mutex_unlock(&reason_lock);
     c->aborted = 1;
     for (int device = 0; device < DS_META; device++)
         if (c->transport[device]->abort)

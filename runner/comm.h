@@ -86,6 +86,9 @@ extern const ds_transport ds_transport_self, ds_transport_mpi;
 const char *ds_collective_name(int kind);
 const char *ds_reduction_name(int op);
 
+/* Of what a rank calls, to see whether others call the same. */
+uint64_t ds_comm_hash(const int64_t *words, int n);
+
 /* Whether the job was ended, through this group or the group of all ranks, and a failure that says
  * so: "all_reduce: the job was ended: rank 2 is lost" (kind DS_COLLECTIVES: the running one). */
 int ds_comm_aborted(const ds_comm *c);

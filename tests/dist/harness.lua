@@ -38,7 +38,7 @@ function M.same(x, y, what)
   if wrong:any():item() then
     local a, b = x:reshape(-1):tolist(), y:reshape(-1):tolist()
     for i = 1, #a do
-      if a[i] ~= b[i] then
+      if a[i] ~= b[i] and (a[i] == a[i] or b[i] == b[i]) then
         error(("%s: element %d of %d is %.9g, not %.9g"):format(what, i, #a, tonumber(a[i]),
           tonumber(b[i])), 2)
       end
