@@ -216,6 +216,15 @@ describe("output", function()
     has(err, "tags.lua/x")
   end)
 
+  it("goes on where its file is full, and that is said", function()
+    script("tags.lua", [[print("out " .. rank)]])
+    local code, out, err = sh [[mkdir full; ln -s /dev/full full/rank_1.log
+      $D --num_gpus 2 --enable_each_rank_log full tags.lua]]
+    assert.same({ 0, { "out 0", "out 1" } }, { code, lines(out) })
+    assert.equal("dsrun: rank_1.log ends here: No space left on device\n", err)
+    assert.equal("out 0\n", read "full/rank_0.log")
+  end)
+
   it("that nobody reads stops the ranks, not the signals", function()
     script("flood.lua", [[while true do print(("y"):rep(100)) end]])
     local code, _, _, seconds = timed [[mkfifo f; $D --num_gpus 2 flood.lua >f & p=$!
