@@ -435,7 +435,6 @@ function Engine:step()
   if not boundary then
     self.backwards = 0
     self.pending = 0
-    self.accumulated = true
     return false
   end
   local place = ("engine:step() number %d"):format(self.global_steps + 1)
@@ -476,9 +475,10 @@ function Engine:step()
   return true
 end
 
---- Runs f(…), in which gradients are only added up on this rank; the boundary's step, after it,
--- reduces them all. Steps in between belong into it, the boundary's does not.
+--- Runs f(…), in which gradients are only added up on this rank, as they are anyway before the
+-- boundary's step; no step() may be called in it.
 -- @usage engine:no_sync(function() engine:backward(engine(x, y)) end)
+-- @return what f returns
 function Engine:no_sync(f, ...)
   if self.unsynced then raise("no_sync: it is already on; it can't be nested") end
   self.unsynced = true
