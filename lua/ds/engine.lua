@@ -108,6 +108,9 @@ local function partition(self)
   })
   self.params = self.zero.params
   for _, p in ipairs(self.params) do p._engine = self end
+  -- where the parameters were before: the optimizer's vectors would take parts of it, and the rest
+  -- could not be given back
+  tensor.empty_cache(self.device)
   self.optimizer:bind(self.zero.segments)
 end
 
