@@ -5,21 +5,15 @@
 -- A pairwise cover of the settings; DS_SOAK=1 runs all of them.
 
 local host = require "ds.host"
+local helper = require "tests.lua.helper"
 
-local dsrun, script = host.executable, host.base .. "/tests/dist/train.lua"
+local script = host.base .. "/tests/dist/train.lua"
 local soak = os.getenv "DS_SOAK" == "1"
 
-local folder = os.tmpname()
-os.remove(folder)
-assert(os.execute("mkdir -p '" .. folder .. "'") == 0)
-teardown(function() os.execute("rm -rf '" .. folder .. "'") end)
-
-local function read(path)
-  local file = assert(io.open(path))
-  local text = file:read "*a"
-  file:close()
-  return text
-end
+local place = helper.place { limit = 180 }
+local folder, read = place.folder, helper.read
+local function write(...) return place:write(...) end
+teardown(function() place:remove() end)
 
 --- Runs Lua on several ranks.
 -- @tparam[opt] string settings more of the environment, "NAME=value …"
@@ -28,17 +22,7 @@ end
 -- @treturn string its standard error
 local function run(ranks, what, settings)
   local launch = ranks > 1 and ("--num_gpus %d"):format(ranks) or ""
-  local status = os.execute(
-    ("cd '%s' && OMP_NUM_THREADS=1 %s timeout 120 '%s' %s %s >out 2>err </dev/null"):format(folder,
-      settings or "", dsrun, launch, what))
-  return math.floor(status / 256), read(folder .. "/out"), read(folder .. "/err")
-end
-
-local function write(name, text)
-  local file = assert(io.open(folder .. "/" .. name, "w"))
-  file:write(text)
-  file:close()
-  return folder .. "/" .. name
+  return place:sh(("OMP_NUM_THREADS=1 %s $D %s %s"):format(settings or "", launch, what))
 end
 
 --- What tests/dist/train.lua prints.
