@@ -184,7 +184,7 @@ help:
 	@echo 'make asan       the tests under the address and undefined-behaviour sanitizers'
 	@echo 'make fuzz       fuzz the readers of files, FUZZ_SECONDS=$(FUZZ_SECONDS) each'
 	@echo 'make soak       a long run of everything, SOAK_MINUTES=12; writes tests/SOAK.md'
-	@echo 'make bench      benchmarks, beside PyTorch where make bench-peers has installed it'
+	@echo 'make bench      benchmarks, beside PyTorch and DeepSpeed, if make bench-peers has run'
 	@echo 'make install    PREFIX=$(PREFIX) DESTDIR=$(DESTDIR)'
 	@echo 'make clean'
 	@echo 'CC=clang, BUILD=folder, WERROR=1, V=1 (print commands), SANITIZE=address,undefined, CFLAGS=… as you like'

@@ -10,6 +10,7 @@
 
 #include "kernels/error.h"
 #include "runner/process.h"
+#include "runner/rank.h"
 
 static const char *const reductions[DS_REDUCTIONS] = {
     [DS_SUM] = "sum", [DS_MEAN] = "mean", [DS_MAX] = "max", [DS_MIN] = "min"};
@@ -43,6 +44,15 @@ const char *ds_collective_name(int kind)
 const char *ds_reduction_name(int op)
 {
     return op >= 0 && op < DS_REDUCTIONS ? reductions[op] : "?";
+}
+
+uint64_t ds_comm_hash(const int64_t *words, int n)
+{
+    uint64_t h = 14695981039346656037u; /* FNV-1a, by words */
+
+    for (int i = 0; i < n; i++)
+        h = (h ^ (uint64_t)words[i]) * 1099511628211u;
+    return h;
 }
 
 /* ---- what is counted, and what a watchdog reads */
@@ -81,22 +91,13 @@ static int checked(const ds_comm *c)
 
 /* ---- groups */
 
-/* Variables by which launchers tell a process how many there are of it. SLURM_NTASKS is not among
- * them: it is set in an allocation's shell as well, where nothing was launched. */
-static const char *const launchers[] = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"};
-
-int ds_comm_launched(const char **variable)
+/* Whether launchers say that this process is one of several. */
+static int launched(void)
 {
-    for (size_t i = 0; i < sizeof launchers / sizeof *launchers; i++) {
-        const char *value = getenv(launchers[i]);
+    ds_rank rank;
 
-        if (value && atoi(value) > 1) {
-            *variable = launchers[i];
-            return atoi(value);
-        }
-    }
-    *variable = NULL;
-    return 1;
+    ds_rank_find(&rank);
+    return rank.size > 1;
 }
 
 static ds_comm *new_group(const ds_transport *const *transport)
@@ -127,8 +128,7 @@ static int open_world(ds_comm **out)
     static const ds_transport no_cuda = {.name = "CUDA on several ranks"};
     static const ds_transport *const alone[DS_META] = {&ds_transport_self, &ds_transport_self};
     static const ds_transport *const many[DS_META] = {&ds_transport_mpi, &no_cuda};
-    const char *variable;
-    ds_comm *c = new_group(ds_comm_launched(&variable) > 1 ? many : alone);
+    ds_comm *c = new_group(launched() ? many : alone);
     int rc = 0;
 
     if (!c)
@@ -180,11 +180,10 @@ static void at_end(void *data, int code)
 
 int ds_comm_join(void)
 {
-    const char *variable;
     ds_comm *c;
     int rc;
 
-    if (ds_comm_launched(&variable) == 1)
+    if (!launched())
         return 0;
     rc = ds_comm_world(&c);
     return rc < 0 ? rc : ds_at_end(at_end, NULL);
@@ -247,14 +246,16 @@ int ds_comm_local_size(const ds_comm *c)
 
 /* ---- the end, and counters */
 
-/* Written once, before the first group is marked. */
+/* The first reason counts; it is whole before any group is marked. */
 static char reason[160];
-static atomic_flag has_reason = ATOMIC_FLAG_INIT;
+static pthread_mutex_t reason_lock = PTHREAD_MUTEX_INITIALIZER;
 
 void ds_comm_abort(ds_comm *c, const char *why)
 {
-    if (!atomic_flag_test_and_set(&has_reason))
+    pthread_mutex_lock(&reason_lock);
+    if (!*reason)
         snprintf(reason, sizeof reason, "%s", why);
+    pthread_mutex_unlock(&reason_lock);
     c->aborted = 1;
     for (int device = 0; device < DS_META; device++)
         if (c->transport[device]->abort)

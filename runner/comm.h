@@ -86,6 +86,9 @@ extern const ds_transport ds_transport_self, ds_transport_mpi;
 const char *ds_collective_name(int kind);
 const char *ds_reduction_name(int op);
 
+/* Of what a rank calls, to see whether others call the same. */
+uint64_t ds_comm_hash(const int64_t *words, int n);
+
 /* Whether the job was ended, through this group or the group of all ranks, and a failure that says
  * so: "all_reduce: the job was ended: rank 2 is lost" (kind DS_COLLECTIVES: the running one). */
 int ds_comm_aborted(const ds_comm *c);
@@ -116,10 +119,6 @@ int ds_comm_compare(ds_comm *c, const ds_call *call, int64_t number);
 
 /* Checks a call and starts it, as the public functions do; for C that keeps calls of its own. */
 int ds_comm_start(ds_comm *c, const ds_call *call, ds_work *work);
-
-/* Processes that a launcher (mpirun, srun) says this job has, and the variable that says so; 1 and
- * NULL when nobody launched it. */
-int ds_comm_launched(const char **variable);
 
 /* For main(): in a process that is one of several, opens the world and sees to its end, with the
  * job's if the exit code is not 0. Elsewhere does nothing. */

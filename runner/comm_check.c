@@ -21,15 +21,6 @@ typedef struct record {
     int64_t wire;
 } record;
 
-static uint64_t hash_of(const int64_t *borders, int count)
-{
-    uint64_t h = 14695981039346656037u; /* FNV-1a, by words */
-
-    for (int i = 0; i < count; i++)
-        h = (h ^ (uint64_t)borders[i]) * 1099511628211u;
-    return h;
-}
-
 static record record_of(const ds_comm *c, const ds_call *call, int64_t number)
 {
     const ds_tensor *t = call->in ? call->in : call->out;
@@ -40,7 +31,7 @@ static record record_of(const ds_comm *c, const ds_call *call, int64_t number)
                     .peer = call->peer,
                     .numel = t ? t->numel : 0,
                     .number = number,
-                    .borders = call->borders ? hash_of(call->borders, c->size + 1) : 0,
+                    .borders = call->borders ? ds_comm_hash(call->borders, c->size + 1) : 0,
                     .scale = call->scale,
                     .wire = call->wire};
 }

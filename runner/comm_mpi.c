@@ -332,10 +332,10 @@ static int know_hosts(void)
 
 static int mpi_open(ds_comm *world)
 {
-    const char *variable;
-    int ranks = ds_comm_launched(&variable), provided, rc;
-    int *all;
+    ds_rank launched;
+    int provided, rc, *all;
 
+    ds_rank_find(&launched);
     if (job.state != CLOSED)
         return ds_fail(DS_ECOMM, "the job of several ranks was ended; it begins once a process");
     if (MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &provided) != MPI_SUCCESS)
@@ -344,10 +344,12 @@ static int mpi_open(ds_comm *world)
     MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
     MPI_Comm_rank(MPI_COMM_WORLD, &job.rank);
     MPI_Comm_size(MPI_COMM_WORLD, &job.size);
-    if (job.size != ranks)
+    if (job.size != launched.size)
         return ds_fail(DS_ECOMM,
-                       "%d ranks were started (%s), but MPI knows of %d; with srun: --mpi=pmix",
-                       ranks, variable, job.size);
+                       "the environment says that %d ranks were started (OMPI_COMM_WORLD_SIZE, "
+                       "PMI_SIZE or SLURM_STEP_NUM_TASKS), but MPI knows of %d; with srun: "
+                       "--mpi=pmix",
+                       launched.size, job.size);
     rc = know_hosts();
     if (rc < 0)
         return rc;

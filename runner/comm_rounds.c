@@ -350,16 +350,20 @@ static int make_plan(plan *p, ds_lane *l, const ds_call *call)
     }
 }
 
-static uint64_t sign_of(const ds_call *call)
+static uint64_t sign_of(const ds_lane *l, const ds_call *call)
 {
     const ds_tensor *t = call->in ? call->in : call->out;
-    const int64_t words[] = {call->kind, call->op,          call->peer,
-                             call->wire, t ? t->dtype : -1, t ? t->numel : 0};
-    uint64_t h = 14695981039346656037u; /* FNV-1a, by words */
+    const int64_t words[] = {
+        call->kind,
+        call->op,
+        call->peer,
+        call->wire,
+        t ? t->dtype : -1,
+        t ? t->numel : 0,
+        call->borders ? (int64_t)ds_comm_hash(call->borders, l->size + 1) : 0,
+    };
 
-    for (size_t i = 0; i < sizeof words / sizeof *words; i++)
-        h = (h ^ (uint64_t)words[i]) * 1099511628211u;
-    return h;
+    return ds_comm_hash(words, sizeof words / sizeof *words);
 }
 
 int ds_lane_run(ds_lane *l, const ds_call *call)
@@ -367,7 +371,7 @@ int ds_lane_run(ds_lane *l, const ds_call *call)
     plan p;
     int rc;
 
-    l->round.sign = sign_of(call);
+    l->round.sign = sign_of(l, call);
     if (l->broken)
         return ds_fail(DS_ECOMM, "%s: an earlier collective of this group failed",
                        ds_collective_name(call->kind));

@@ -133,6 +133,28 @@ static void flush_line(ds_lines *l, int rank, enum ds_stream stream, size_t byte
     drop(&s->line, bytes);
 }
 
+/* A full disk must not end a training run: the file ends there, and that is said once. */
+static void write_log(ds_lines *l, int rank, const char *data, size_t bytes)
+{
+    char said[160];
+
+    while (l->logs[rank] >= 0 && bytes > 0) {
+        ssize_t n = write(l->logs[rank], data, bytes);
+
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n < 0) {
+            snprintf(said, sizeof said, "dsrun: rank_%d.log ends here: %s", rank, strerror(errno));
+            close(l->logs[rank]);
+            l->logs[rank] = -1;
+            ds_lines_say(l, -1, said);
+            return;
+        }
+        data += n;
+        bytes -= (size_t)n;
+    }
+}
+
 void ds_lines_add(ds_lines *l, int rank, enum ds_stream stream, const char *data, size_t bytes)
 {
     source *s = &l->sources[rank * DS_STREAMS + stream];
@@ -144,8 +166,7 @@ void ds_lines_add(ds_lines *l, int rank, enum ds_stream stream, const char *data
         s->cut = 0;
         return;
     }
-    if (l->logs[rank] >= 0 && write(l->logs[rank], data, bytes) < 0)
-        l->logs[rank] = -1; /* a full disk must not end a training run */
+    write_log(l, rank, data, bytes);
     if (append(&s->line, data, bytes) < 0)
         return;
     for (;;) { /* line by line where each gets a tag */
@@ -169,9 +190,10 @@ void ds_lines_say(ds_lines *l, int rank, const char *said)
     if (said[bytes - 1] != '\n')
         append(&l->out[DS_STDERR], "\n", 1);
     l->open[DS_STDERR] = -1;
-    if (rank >= 0 && l->logs[rank] >= 0 &&
-        (write(l->logs[rank], said, bytes) < 0 || write(l->logs[rank], "\n", 1) < 0))
-        l->logs[rank] = -1;
+    if (rank >= 0) {
+        write_log(l, rank, said, bytes);
+        write_log(l, rank, "\n", 1);
+    }
 }
 
 size_t ds_lines_waiting(const ds_lines *l, enum ds_stream stream)

@@ -12,7 +12,8 @@ enum ds_stream { DS_STDOUT, DS_STDERR, DS_STREAMS };
 
 typedef struct ds_lines ds_lines;
 
-/* folder: where rank_N.log are appended to; NULL: nowhere. */
+/* folder: where rank_N.log are appended to, until one cannot be written; NULL: nowhere. tags 1: lines
+ * begin with "[rank] ". To be closed also where this fails. */
 int ds_lines_open(ds_lines **out, int ranks, int tags, const char *folder);
 void ds_lines_close(ds_lines *l);
 

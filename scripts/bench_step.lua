@@ -10,6 +10,8 @@
 --               → median_ms min_ms steps loss
 --     steps N   trains N steps                        → the same
 --     memory    → peak_kB now_kB import_kB faults     (peak since the last `reset`)
+--     count     gives cached memory back              → parameters, then for each rank
+--                                                       live_bytes now_kB import_kB
 --     reset     starts a new peak                     → ok
 --     save      writes a checkpoint                   → ms
 --     load      reads it                              → ms
@@ -96,6 +98,15 @@ local answers = {
   memory = function()
     local faults = ds.memory().page_faults
     return ("%d %d %d %d"):format(status "VmHWM", status "VmRSS", import_kB, faults)
+  end,
+  count = function()
+    collectgarbage()
+    collectgarbage()
+    ds.empty_cache()
+    local mine = ("%d %d %d"):format(ds.memory().live, status "VmRSS", import_kB)
+    local numel = 0
+    for _, p in ipairs(model:parameters()) do numel = numel + p:numel() end
+    return numel .. " " .. table.concat(together.texts(mine), " ")
   end,
   reset = function()
     local file = assert(io.open("/proc/self/clear_refs", "w"))

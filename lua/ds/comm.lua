@@ -12,6 +12,7 @@
 --
 --     g = ds.group(colour, key)       the ranks that name this colour, ordered by key, then rank;
 --     g:all_reduce(t)  g:rank() …     all of the above are its methods, with its ranks and size
+--     ds.comm_stats()  g:comm_stats() { collectives, bytes } that this rank began and sent so far
 --
 -- Every rank of a group calls the same collectives in the same order (DS_CHECK=comm tells who does
 -- not). In a job of one rank they cost nothing: the sum over all ranks of a tensor is the tensor.
@@ -76,21 +77,19 @@ function Group:group(colour, key)
   return setmetatable({ _c = ffi.gc(box[0], C.ds_comm_close), name = "group" }, Group)
 end
 
---- What this rank did in this group so far.
--- @treturn table collectives, bytes (sent)
-function Group:comm_stats()
+local function stats_of(c)
   local n = ffi.new("int64_t[2]")
-  C.ds_comm_stats(n, n + 1, self._c)
+  C.ds_comm_stats(n, n + 1, c)
   return { collectives = tonumber(n[0]), bytes = tonumber(n[1]) }
 end
 
+--- What this rank did in this group so far.
+-- @treturn table collectives, bytes (sent)
+function Group:comm_stats() return stats_of(self._c) end
+
 --- What this rank did in all groups so far.
 -- @treturn table collectives, bytes (sent)
-function M.comm_stats()
-  local n = ffi.new("int64_t[2]")
-  C.ds_comm_stats(n, n + 1, nil)
-  return { collectives = tonumber(n[0]), bytes = tonumber(n[1]) }
-end
+function M.comm_stats() return stats_of(nil) end
 
 -- ---- arguments
 
@@ -220,7 +219,10 @@ local Work = {}
 Work.__index = Work
 
 --- Returns when the message is through.
-function Work:wait() check(C.ds_wait(self._c)) end
+function Work:wait()
+  host.here()
+  check(C.ds_wait(self._c))
+end
 
 --- Whether the message is through.
 function Work:done() return check(C.ds_test(self._c)) == 1 end

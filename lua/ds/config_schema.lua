@@ -345,7 +345,9 @@ M.groups = {
     { "data_types", "object", nil, "further types", fields = {
       { "grad_accum_dtype", "string", nil, "type that gradients are kept and added up in: that " ..
         "of the weights or fp32. Not given: that of the weights where one micro-batch makes a " ..
-        "step (two bytes a parameter less), fp32 where several are added up.", enum = dtype },
+        "step (two bytes a parameter less), fp32 where several are added up, also by boundaries " ..
+        "set by hand. Several backwards in one micro-batch add up in the weights' type: then " ..
+        "say fp32.", enum = dtype },
       { "param_dtype", "string", nil, "type of the weights", enum = dtype, status = "later",
         why = "use bf16.enabled or fp16.enabled" },
       { "buffer_dtype", "string", nil, "type of buffers", enum = dtype, status = "later" },

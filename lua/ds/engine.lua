@@ -28,6 +28,7 @@ local replicas = require "ds.replicas"
 local together = require "ds.together"
 local config = require "ds.config"
 local precision = require "ds.precision"
+local engine_settings = require "ds.engine_settings"
 local data = require "ds.data"
 local comm = require "ds.comm"
 local log = require "ds.log"
@@ -37,6 +38,7 @@ local C, raise = border.C, border.raise
 local Engine = {}
 Engine.__index = Engine
 precision.extend(Engine)
+engine_settings.extend(Engine)
 local M = { Engine = Engine }
 
 -- ---- making an engine
@@ -106,6 +108,9 @@ local function partition(self)
   })
   self.params = self.zero.params
   for _, p in ipairs(self.params) do p._engine = self end
+  -- where the parameters were before: the optimizer's vectors would take parts of it, and the rest
+  -- could not be given back
+  tensor.empty_cache(self.device)
   self.optimizer:bind(self.zero.segments)
 end
 
@@ -187,7 +192,7 @@ function M.initialize(options)
     precision = types, dtype = types.dtype,
     global_steps = 0, micro_steps = 0, skipped_steps = 0, global_samples = 0,
     training = true, gas = settings.gradient_accumulation_steps,
-    scopes = {}, returned = {}, pending = 0, backwards = 0,
+    scopes = {}, returned = {}, backwards = 0,
     losses = 0, loss_sum = 0, applied = false,
     named = named_parameters(model, options.model_parameters),
   }, Engine)
@@ -312,13 +317,48 @@ function Engine:forward(...)
   local s, seed = scope.new(), products.loss_seed
   local outer = scope.enter(s)
   products.loss_seed = self:loss_scale() / self.gas
-  self.pending = self.pending + 1
   C.ds_breadcrumb("engine:forward()")
   return leave(self, s, outer, seed, xpcall(self.module, border.note, lower(self, ...)))
 end
 Engine.__call = Engine.forward
 
 -- ---- backward
+
+--- Raises unless backward can begin from this loss.
+-- @treturn number|nil its value, where that costs nothing
+local function check_loss(self, verb, loss)
+  if loss == nil then
+    raise("%s: expects the loss, got nil; does the model's forward() return it?", verb)
+  end
+  tensor.need_tensor(loss, verb, 1)
+  if loss:numel() ~= 1 then
+    raise("%s: the loss must have one element, not %s; take :mean() first", verb,
+      border.shape_string(loss.shape))
+  end
+  if not self.training then
+    raise("%s: the engine is in evaluation mode; call engine:train() first", verb)
+  end
+  if not loss._rec then
+    if loss._done then
+      raise("%s: backward was already called for this loss; use { retain_graph = true } there",
+        verb)
+    end
+    raise("%s: the loss does not depend on anything that requires a gradient", verb)
+  end
+  local value = self.device == "cpu" and loss:item() or nil
+  if value and value ~= value and self.config.nan_check then
+    raise("step %d: the loss is NaN; training stops (nan_check)", self.global_steps + 1)
+  end
+  return value
+end
+
+local function count_backward(self, value)
+  self.backwards = self.backwards + 1
+  if value then
+    self.losses = self.losses + 1
+    self.loss_sum = self.loss_sum + value
+  end
+end
 
 --- Adds the gradients of loss / (accumulation steps) to the parameters' gradients.
 -- Frees what was reachable from the loss. Several forwards before one backward, and several
@@ -329,30 +369,10 @@ Engine.__call = Engine.forward
 -- @treturn Tensor the loss divided by the accumulation steps
 function Engine:backward(loss, options)
   need_engine(self, "backward")
-  if loss == nil then
-    raise("backward: expects the loss, got nil; does the model's forward() return it?")
-  end
   options = F.options_of("backward", options, {
     retain_graph = true, also = true, scale_wrt_gas = true,
   })
-  tensor.need_tensor(loss, "backward", 1)
-  if loss:numel() ~= 1 then
-    raise("backward: the loss must have one element, not %s; take :mean() first",
-      border.shape_string(loss.shape))
-  end
-  if not self.training then
-    raise("backward: the engine is in evaluation mode; call engine:train() first")
-  end
-  if not loss._rec then
-    if loss._done then
-      raise("backward: it was already called for this loss; use { retain_graph = true } there")
-    end
-    raise("backward: the loss does not depend on anything that requires a gradient")
-  end
-  local value = self.device == "cpu" and loss:item() or nil
-  if value and value ~= value and self.config.nan_check then
-    raise("step %d: the loss is NaN; training stops (nan_check)", self.global_steps + 1)
-  end
+  local value = check_loss(self, "backward", loss)
   if options.also then self.precision:share(options.also.precision) end
   local gas = options.scale_wrt_gas == false and 1 or self.gas
   local seed = tensor.full(loss.shape, self:loss_scale() / gas,
@@ -368,13 +388,30 @@ function Engine:backward(loss, options)
   autograd.owner = owner
   loss._keep = kept
   if not ok then error(message, 0) end
-  self.backwards = self.backwards + 1
+  count_backward(self, value)
   if options.also then options.also.backwards = options.also.backwards + 1 end
-  if value then
-    self.losses = self.losses + 1
-    self.loss_sum = self.loss_sum + value
-  end
   return gas == 1 and loss or scope.no_grad(function() return loss / gas end)
+end
+
+--- What a script's own backward begins from, once a micro-batch: loss × loss scale / accumulation
+-- steps. engine:backward(loss) is for most; this one leaves the call, and what else gets
+-- gradients, to the script.
+-- @usage engine:scale(loss):backward()
+-- @tparam Tensor loss one element
+-- @treturn Tensor
+function Engine:scale(loss)
+  need_engine(self, "scale")
+  count_backward(self, check_loss(self, "scale", loss))
+  self.scaled = true
+  return loss:float() * (self:loss_scale() / self.gas)
+end
+
+--- Whether no parameter has had a gradient since the last update.
+local function without_gradients(self)
+  for _, p in ipairs(self.params) do
+    if not p._fresh then return false end
+  end
+  return true
 end
 
 -- ---- step
@@ -385,8 +422,15 @@ function Engine:is_gradient_accumulation_boundary()
   return (self.micro_steps + 1) % self.gas == 0
 end
 
---- Decides the boundary by hand; nil: by counting again.
-function Engine:set_gradient_accumulation_boundary(on) self.forced_boundary = on end
+--- Decides the boundary by hand, on every rank alike; nil: by counting again. From the first call
+-- on gradients are kept in fp32, unless data_types.grad_accum_dtype says otherwise: how many
+-- micro-batches make a step is not known any more.
+function Engine:set_gradient_accumulation_boundary(on)
+  self.forced_boundary = on
+  if on ~= nil and self.zero and self.precision:add_up() then
+    self.zero:set_grad_dtype(self.precision.grad_dtype)
+  end
+end
 
 local control = ffi.new("ds_control")
 
@@ -406,7 +450,7 @@ local function finish_step(self, applied, norm)
   self.global_steps = self.global_steps + 1
   self.global_samples = self.global_samples + self.config.train_batch_size
   self.global_grad_norm = norm
-  self.backwards, self.pending, self.new_step = 0, 0, true
+  self.backwards, self.scaled, self.new_step = 0, false, true
   self.last_loss = self.losses > 0 and self.loss_sum / self.losses or nil
   self.losses, self.loss_sum = 0, 0
   local every = self.config.steps_per_print
@@ -429,13 +473,14 @@ function Engine:step()
     raise("step: backward() has not been called since the last step; "
       .. "the order is engine(…), engine:backward(loss), engine:step()")
   end
+  if self.scaled and without_gradients(self) then
+    raise("step: engine:scale(loss) was called, and not the :backward() of what it gave")
+  end
   if self.unsynced then raise("step: not inside no_sync(); call it after that") end
   local boundary = self:is_gradient_accumulation_boundary()
   self.micro_steps = self.micro_steps + 1
   if not boundary then
-    self.backwards = 0
-    self.pending = 0
-    self.accumulated = true
+    self.backwards, self.scaled = 0, false
     return false
   end
   local place = ("engine:step() number %d"):format(self.global_steps + 1)
@@ -476,9 +521,10 @@ function Engine:step()
   return true
 end
 
---- Runs f(…), in which gradients are only added up on this rank; the boundary's step, after it,
--- reduces them all. Steps in between belong into it, the boundary's does not.
+--- Runs f(…), in which gradients are only added up on this rank, as they are anyway before the
+-- boundary's step; no step() may be called in it.
 -- @usage engine:no_sync(function() engine:backward(engine(x, y)) end)
+-- @return what f returns
 function Engine:no_sync(f, ...)
   if self.unsynced then raise("no_sync: it is already on; it can't be nested") end
   self.unsynced = true
@@ -502,16 +548,13 @@ function Engine:stop(signal)
   os.exit(128 + signal)
 end
 
---- Whether the last step() changed the weights.
-function Engine:was_step_applied() return self.applied end
-
 --- Forgets the gradients of the step so far.
 function Engine:zero_grad()
   for _, p in ipairs(self.params or {}) do p._fresh = true end
   self.backwards = 0
 end
 
--- ---- settings
+-- ---- modes
 
 --- Evaluation mode: dropout off, nothing recorded.
 function Engine:eval()
@@ -527,54 +570,6 @@ function Engine:train(on)
   if self.module.train then self.module:train() end
   return self
 end
-
---- Learning rates of the coming update, one a parameter group.
-function Engine:get_lr()
-  local out = {}
-  for i, group in ipairs(self.optimizer.param_groups) do out[i] = group.lr end
-  return out
-end
-
---- Sets the learning rate: of all groups, or of each by a table. Under a schedule it scales the
--- base rate, so that the coming update has this rate and the schedule's shape goes on. It is saved.
-function Engine:set_lr(lr)
-  for i, group in ipairs(self.optimizer.param_groups) do
-    local want = type(lr) == "table" and lr[i] or lr
-    if type(want) ~= "number" or want < 0 or want - want ~= 0 then
-      raise("set_lr: expects a number from 0, or one for each of %d groups, got %s",
-        #self.optimizer.param_groups, tostring(want))
-    end
-    if self.lr_scheduler and group.lr and group.lr > 0 then
-      group.lr_scale = (group.lr_scale or 1) * want / group.lr
-    elseif self.lr_scheduler then
-      group.initial_lr = want
-    end
-    group.lr = want
-  end
-end
-
---- Momentum, or betas, of each group.
-function Engine:get_mom()
-  local out = {}
-  for i, group in ipairs(self.optimizer.param_groups) do
-    out[i] = group.betas or group.momentum or 0
-  end
-  return out
-end
-
---- Norm of all gradients before clipping at the last update; nil before the first.
-function Engine:get_global_grad_norm() return self.global_grad_norm end
-
---- Mean loss of the last step's micro-batches, over all ranks; nil before the first.
-function Engine:get_loss() return self.last_loss end
-
-function Engine:train_batch_size() return self.config.train_batch_size end
-function Engine:train_micro_batch_size_per_gpu()
-  return self.config.train_micro_batch_size_per_gpu
-end
-function Engine:gradient_accumulation_steps() return self.gas end
-function Engine:zero_optimization_stage() return self.config.zero_optimization.stage end
-function Engine:gradient_clipping() return self.config.gradient_clipping end
 
 -- ---- whole batches, evaluation
 

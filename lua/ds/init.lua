@@ -17,7 +17,7 @@ local functions = {
   initialize = { "ds.engine", "initialize" }, schedule = { "ds.schedule", "register" },
   scheduler = { "ds.schedule", "scheduler" }, optimizer = { "ds.optim", "register" },
   cli = { "ds.cli", "parse" }, add_config_arguments = { "ds.cli", "add_config_arguments" },
-  Function = { "ds.autograd", "Function" }, checkpoint = { "ds.autograd", "checkpoint" },
+  Function = { "ds.custom", "Function" }, checkpoint = { "ds.custom", "checkpoint" },
   where = { "ds.ops", "where" }, cat = { "ds.views", "cat" }, stack = { "ds.views", "stack" },
   save = { "ds.saveload", "save" }, load = { "ds.saveload", "load" },
 }

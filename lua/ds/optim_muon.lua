@@ -13,6 +13,9 @@
 -- Both in f64 for f64 weights. PyTorch's Muon is "standard". The update is scaled by
 -- sqrt(max(1, rows / cols)) as theirs, where a convolution's weight counts as the matrix it is
 -- flattened to (DeepSpeed takes its last two dimensions there).
+--
+-- With several ranks: at ZeRO stage 0 each of them updates all weights, so all do all of this work;
+-- at stage 1 every matrix is one rank's.
 
 local ffi = require "ffi"
 local border = require "ds.ffi"

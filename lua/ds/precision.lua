@@ -37,10 +37,10 @@ end
 function M.new(settings)
   local fp16, bf16 = settings.fp16, settings.bf16
   local dtype = fp16.enabled and "f16" or bf16.enabled and "bf16" or "f32"
-  local grad = dtypes[settings.data_types.grad_accum_dtype]
-    or settings.gradient_accumulation_steps == 1 and dtype or "f32"
+  local given = dtypes[settings.data_types.grad_accum_dtype]
+  local grad = given or settings.gradient_accumulation_steps == 1 and dtype or "f32"
   return setmetatable({
-    dtype = dtype, grad_dtype = grad, scaler = make_scaler(fp16), fp16 = fp16,
+    dtype = dtype, grad_dtype = grad, grad_given = given, scaler = make_scaler(fp16), fp16 = fp16,
     checks = fp16.enabled or bf16.enabled and bf16.check_grad_overflow,
   }, Precision)
 end
@@ -50,6 +50,14 @@ function Precision:scale() return self.scaler.cur_scale end
 
 --- Whether a step with this gradient norm is to be skipped.
 function Precision:overflows(norm) return self.checks and norm - norm ~= 0 end
+
+--- From now on it is not known how many micro-batches make a step.
+-- @treturn boolean whether the type of gradients changes with that
+function Precision:add_up()
+  if self.grad_given or self.grad_dtype == "f32" then return false end
+  self.grad_dtype = "f32"
+  return true
+end
 
 --- Whether one backward may add to the gradients of two engines: raises where their scales differ.
 function Precision:share(other)

@@ -4,6 +4,7 @@ local border = require "ds.ffi"
 local scope = require "ds.scope"
 local tensor = require "ds.tensor"
 local autograd = require "ds.autograd"
+local custom = require "ds.custom"
 local shapes = require "ds.shapes"
 
 local raise, shape_string = border.raise, border.shape_string
@@ -260,7 +261,7 @@ function methods:chunk(n, dim)
 end
 
 --- Tensors behind each other along a dimension: `ds.cat({ a, b }, dim)`.
-local concatenate = autograd.variadic("cat", {
+local concatenate = custom.variadic("cat", {
   forward = function(list, dim)
     local first = list[1]
     local shape = { unpack(first.shape) }

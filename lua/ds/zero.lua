@@ -16,6 +16,7 @@ local ffi = require "ffi"
 local border = require "ds.ffi"
 local scope = require "ds.scope"
 local tensor = require "ds.tensor"
+local autograd = require "ds.autograd"
 local comm = require "ds.comm"
 
 local C, check, raise, run = border.C, border.check, border.raise, tensor.run
@@ -88,8 +89,22 @@ local function move_in(self)
     p.requires_grad = false
     tensor.repoint(p, weight)
     p.requires_grad = true
-    p.grad = slice(flat.grad, at, p.shape):keep()
     p._fresh = true
+  end
+end
+
+--- Points everything that looks at gradients to the buffers of them.
+local function lay_gradients(self)
+  for _, p in ipairs(self.params) do
+    p.grad = slice(self.flat[p._flat.group].grad, p._flat.offset, p.shape):keep()
+  end
+  for _, s in ipairs(self.segments) do
+    s.g = slice(self.flat[s.group].grad, s.from, s.shape):keep()
+  end
+  for _, b in ipairs(self.buckets) do
+    local grad = self.flat[b.group].grad
+    b.grad = slice(grad, b.start, { b.numel }):keep()
+    b.own = b.to > b.from and slice(grad, b.from, { b.to - b.from }):keep() or nil
   end
 end
 
@@ -99,8 +114,7 @@ local function add_segment(self, g, from, n, shape, name)
   local flat = self.flat[g]
   shape = shape or { n }
   local weights = slice(flat.weights, from, shape):keep()
-  local s = { group = g, from = from, to = from + n, shape = shape, name = name,
-    g = slice(flat.grad, from, shape):keep(), p = weights }
+  local s = { group = g, from = from, to = from + n, shape = shape, name = name, p = weights }
   if self.dtype ~= "f32" then
     s.low = weights
     s.p = tensor.zeros(shape, { dtype = "f32", device = self.device }):keep()
@@ -115,10 +129,9 @@ local function cut(self)
     local b = box[0][i]
     local g, start, numel = b.group + 1, tonumber(b.start), tonumber(b.numel)
     local from, to = tonumber(b.borders[self.rank]), tonumber(b.borders[self.rank + 1])
-    self.buckets[i + 1] = { borders = b.borders, from = start + from, to = start + to, group = g,
-      weights = slice(self.flat[g].weights, start, { numel }):keep(),
-      grad = slice(self.flat[g].grad, start, { numel }):keep(),
-      own = to > from and slice(self.flat[g].grad, start + from, { to - from }):keep() or nil }
+    self.buckets[i + 1] = { borders = b.borders, group = g, start = start, numel = numel,
+      from = start + from, to = start + to, -- this rank's part
+      weights = slice(self.flat[g].weights, start, { numel }):keep() }
     if self.stage == 0 then from, to = 0, numel end
     if not self.whole[g] then
       if to > from then add_segment(self, g, start + from, to - from) end
@@ -149,8 +162,20 @@ function M.new(groups, options)
   make_map(self, groups, options.reduce_bucket_size)
   make_buffers(self, #groups)
   cut(self)
+  lay_gradients(self)
   scope.no_grad(move_in, self)
   return self
+end
+
+--- Keeps gradients in another type from now on, those that are there included.
+-- @tparam string dtype
+function Zero:set_grad_dtype(dtype)
+  self.grad_dtype = dtype
+  scope.no_grad(function()
+    for _, p in ipairs(self.params) do autograd.move_out(p) end
+    for _, flat in ipairs(self.flat) do flat.grad = flat.grad:to(dtype):keep() end
+    lay_gradients(self)
+  end)
 end
 
 --- Calls f(piece, from, segment, at) for each stretch of parameter p that this rank's fp32 weights

@@ -2,13 +2,8 @@
 -- checkpoint.
 
 local ds = require "ds"
+local says = require("tests.lua.helper").says
 local F, nn = ds.F, ds.nn
-
-local function says(pattern, f, ...)
-  local ok, message = pcall(f, ...)
-  assert(not ok, "no error was raised")
-  assert(message:find(pattern, 1, true), ("expected '%s' in '%s'"):format(pattern, message))
-end
 
 describe("backward", function()
   it("adds to .grad", function()

@@ -7,6 +7,7 @@ local ckpt = require "ds.ckpt"
 local host = require "ds.host"
 local json = require "ds.json"
 local disk = require "tests.lua.disk"
+local helper = require "tests.lua.helper"
 
 local C = border.C
 
@@ -24,32 +25,9 @@ local function make_base()
   error("no folder for temporary files")
 end
 
-local function read_file(path)
-  local f = assert(io.open(path, "rb"))
-  local text = f:read "*a"
-  f:close()
-  return text
-end
-
-local function write_file(path, text)
-  local f = assert(io.open(path, "wb"))
-  f:write(text)
-  f:close()
-end
+local read_file, write_file, says = helper.read, helper.write, helper.says
 
 local function exists(path) return C.ds_path_kind(path) ~= C.DS_PATH_NONE end
-
-local function message_of(f, ...)
-  local ok, message = pcall(f, ...)
-  assert.is_false(ok)
-  return message
-end
-
---- Calling f must fail with a message that has `text` in it.
-local function says(text, f, ...)
-  local message = message_of(f, ...)
-  assert.truthy(message:find(text, 1, true), message)
-end
 
 --- A checkpoint whose every value says which step it is of.
 local function content(step, extra)
@@ -274,7 +252,7 @@ describe("client_state", function()
       ["nested deeper"] = { d = deep },
       ["client_state.c: a thread"] = { c = coroutine.create(print) },
     } do
-      local message = message_of(ckpt.save, dir, "a", content(1, value))
+      local message = says("", ckpt.save, dir, "a", content(1, value))
       assert.truthy(message:gsub("%-nan", "nan"):find(path, 1, true), message)
     end
     assert.is_false(exists(dir))
@@ -297,7 +275,7 @@ describe("damage", function()
 
   --- Loading must be refused, the file named, and the way out told.
   local function refused(name)
-    local message = message_of(ckpt.load, dir)
+    local message = says("", ckpt.load, dir)
     if not message:find(dir .. "/" .. name, 1, true) then
       error(name .. " is not named: " .. message)
     end
@@ -589,7 +567,7 @@ describe("ds.save and ds.load", function()
       ["contains itself"] = cycle, ["value has mixed keys"] = { 1, a = 1 },
       ["value.x: nan"] = { x = 0 / 0 }, ["array with holes"] = { [1] = 1, [3] = 1 },
       ["has a key that is a table"] = { [{}] = 1 } } do
-      local message = message_of(ds.save, value, path)
+      local message = says("", ds.save, value, path)
       assert.truthy(message:gsub("%-nan", "nan"):find(path_said, 1, true), message)
     end
     says("expects ds.save(value, path)", ds.save, path, {})

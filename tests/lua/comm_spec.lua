@@ -1,13 +1,7 @@
 --- The collectives of a job of one rank, and what they refuse.
 
 local ds = require "ds"
-
-local function fails(message, f, ...)
-  local ok, got = pcall(f, ...)
-  assert.is_false(ok)
-  assert.is_truthy(tostring(got):find(message, 1, true),
-    ("'%s' is not in '%s'"):format(message, tostring(got)))
-end
+local fails = require("tests.lua.helper").says
 
 describe("one rank", function()
   it("knows its place", function()

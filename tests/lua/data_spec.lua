@@ -1,16 +1,10 @@
 --- Datasets, and the loader: every sample once an epoch, exact resume, shares of ranks.
 
 local ds = require "ds"
+local fails = require("tests.lua.helper").says
 local ffi = require "ffi"
 
 local folder
-
-local function fails(message, f, ...)
-  local ok, got = pcall(f, ...)
-  assert.is_false(ok)
-  assert.is_truthy(tostring(got):find(message, 1, true),
-    ("'%s' is not in '%s'"):format(message, tostring(got)))
-end
 
 local function file(name, content)
   local path = folder .. "/" .. name

@@ -7,6 +7,7 @@
 -- or at any later moment.
 
 local ffi = require "ffi"
+local helper = require "tests.lua.helper"
 local C = require("ds.ffi").C
 
 local M = {}
@@ -71,13 +72,6 @@ local function new_folder()
   return { names = {}, past = { { at = 0, names = {} } }, synced_at = 0 }
 end
 
-local function read_file(path)
-  local f = assert(io.open(path, "rb"))
-  local data = f:read "*a"
-  f:close()
-  return data
-end
-
 local function names_in(path)
   local slot = ffi.new("char *[1]")
   local bytes = tonumber(C.ds_folder_list(slot, path))
@@ -97,7 +91,7 @@ function M.scan(path)
     if C.ds_path_kind(inner) == C.DS_PATH_FOLDER then
       folder.names[name] = M.scan(inner)
     else
-      local data = read_file(inner)
+      local data = helper.read(inner)
       folder.names[name] = { now = data, synced = data }
     end
   end

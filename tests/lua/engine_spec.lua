@@ -1,14 +1,9 @@
 -- The engine through its three verbs: accumulation, clipping, precision, schedules, errors, memory.
 
 local ds = require "ds"
+local says = require("tests.lua.helper").says
 local nn, F = ds.nn, ds.F
 local close = ds.testing.assert_close
-
-local function says(pattern, f, ...)
-  local ok, message = pcall(f, ...)
-  assert(not ok, "no error was raised")
-  assert(message:find(pattern, 1, true), ("expected '%s' in '%s'"):format(pattern, message))
-end
 
 local Net = nn.module "Net"
 function Net:init(width)
@@ -120,6 +115,41 @@ describe("the three verbs", function()
     for i = 1, #before do
       assert(math.abs((a[i] - before[i]) * 0.01 / norm - (c[i] - before[i])) < 1e-6)
     end
+  end)
+  it("go on from engine:scale(loss), as from engine:backward(loss)", function()
+    for _, more in ipairs { {}, { fp16 = { enabled = true, loss_scale = 64 } } } do
+      more.gradient_accumulation_steps = 2
+      local mine, theirs = make(more), make(more)
+      for _, b in ipairs(batches(4)) do
+        mine:scale(mine(b[1], b[2])):backward()
+        theirs:backward(theirs(b[1], b[2]))
+        assert.equal(theirs:step(), mine:step())
+        assert.equal(theirs:get_loss(), mine:get_loss())
+      end
+      assert.equal(2, mine.global_steps)
+      assert.same(weights(theirs), weights(mine))
+    end
+    local engine, b = make(), batches(1)[1]
+    says("scale: expects the loss, got nil", engine.scale, engine)
+    engine:scale(engine(b[1], b[2]))
+    says("not the :backward() of what it gave", engine.step, engine)
+  end)
+  it("in no_sync() are added up, and stepped after it", function()
+    local once, twice = make(), make { gradient_accumulation_steps = 2 }
+    local list = batches(2)
+    local given = twice:no_sync(function(b)
+      says("it can't be nested", twice.no_sync, twice, print)
+      local loss = twice(b[1], b[2])
+      twice:backward(loss)
+      says("step: not inside no_sync()", twice.step, twice)
+      return loss:item()
+    end, list[1])
+    assert.equal(given, once(list[1][1], list[1][2]):item())
+    assert.is_false(twice:step())
+    twice:backward(twice(list[2][1], list[2][2]))
+    assert.is_true(twice:step())
+    says("oops", twice.no_sync, twice, function() error "oops" end)
+    twice:no_sync(function() end) -- and is off again after the error
   end)
   it("refuse the wrong order", function()
     local engine = make()

@@ -1,47 +1,17 @@
 --- The program as its users meet it: options, errors, exit codes, signals. Every test starts dsrun.
 
 local host = require "ds.host"
+local helper = require "tests.lua.helper"
 
-local dsrun = host.executable
-local folder
+local place = helper.place()
+local folder, has = place.folder, helper.has
+local function write(...) return place:write(...) end
+local function read(name) return place:read(name) end
+local function sh(command) return place:sh(command) end
 
-local function write(name, text)
-  local path = folder .. "/" .. name
-  local file = assert(io.open(path, "w"))
-  file:write(text)
-  file:close()
-  return path
-end
+assert(os.execute("mkdir '" .. folder .. "/lib'") == 0)
 
-local function read(name)
-  local file = io.open(folder .. "/" .. name)
-  if not file then return "" end
-  local text = file:read "*a"
-  file:close()
-  return text
-end
-
---- Runs a shell command in the test's folder; "$D" is dsrun.
--- @treturn number exit code
--- @treturn string standard output
--- @treturn string standard error
-local function sh(command)
-  local script = write("command.sh", ("cd '%s'\nD='%s'\n%s\n"):format(folder, dsrun, command))
-  local status = os.execute(("cd '%s'; sh '%s' >out 2>err </dev/null"):format(folder, script))
-  return type(status) == "number" and math.floor(status / 256) or status, read "out", read "err"
-end
-
-local function has(text, piece)
-  assert(text:find(piece, 1, true), ("no '%s' in:\n%s"):format(piece, text))
-end
-
-setup(function()
-  folder = os.tmpname()
-  os.remove(folder)
-  assert(os.execute("mkdir -p '" .. folder .. "/lib'") == 0)
-end)
-
-teardown(function() os.execute("rm -rf '" .. folder .. "'") end)
+teardown(function() place:remove() end)
 
 describe("the command line", function()
   it("prints help made from the table of options", function()
@@ -126,7 +96,12 @@ describe("the command line", function()
     has(err, "-e:1: log: the result [1] has a NaN (DS_CHECK=nan)")
     code, _, err = sh "DS_CHECK=nam $D -e 'ds.ones(2):log()'"
     assert.equal(1, code)
-    has(err, "there is no check 'nam'")
+    has(err, "there is no check 'nam'; there are nan, comm")
+    code, _, err = sh "DS_CHECK=comm $D -e 'ds.tensor{-1}:log()'"
+    assert.same({ 0, "" }, { code, err })
+    code, _, err = sh "DS_CHECK=comm,nan $D -e 'ds.tensor{-1}:log()'"
+    assert.equal(1, code)
+    has(err, "log: the result [1] has a NaN")
   end)
 
   it("leaves options after the script to the script", function()
@@ -479,7 +454,8 @@ describe("several ranks", function()
   it("need a launcher that MPI knows of", function()
     local code, out, err = sh "OMPI_COMM_WORLD_SIZE=2 OMPI_COMM_WORLD_RANK=0 timeout 10 $D x.lua"
     assert.same({ 2, "" }, { code, out })
-    has(err, "2 ranks were started (OMPI_COMM_WORLD_SIZE), but MPI knows of 1")
+    has(err, "says that 2 ranks were started (OMPI_COMM_WORLD_SIZE")
+    has(err, "but MPI knows of 1; with srun: --mpi=pmix")
   end)
 
   it("run under mpirun itself", function()

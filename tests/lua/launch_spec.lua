@@ -1,53 +1,16 @@
 --- A job of several ranks as its users meet it: every test starts dsrun with --num_gpus.
 -- Scripts print, sleep, raise, crash and are killed; nothing of a job may stay behind.
 
-local host = require "ds.host"
+local helper = require "tests.lua.helper"
 
-local dsrun = host.executable
-local folder
-
-local function write(name, text)
-  local file = assert(io.open(folder .. "/" .. name, "w"))
-  file:write(text)
-  file:close()
-end
-
-local function read(name)
-  local file = io.open(folder .. "/" .. name)
-  if not file then return "" end
-  local text = file:read "*a"
-  file:close()
-  return text
-end
-
---- Runs a shell command in the test's folder; "$D" is dsrun, "$J" a job of dsrun's that ends.
--- @treturn number exit code
--- @treturn string standard output
--- @treturn string standard error
--- @treturn number seconds
-local function timed(command)
-  write("command.sh", ("cd '%s'\nD='%s'\nexport TMPDIR='%s/tmp' MARK='%s'\n"
-    .. "unset OMP_NUM_THREADS\n%s\n"):format(folder, dsrun, folder, folder, command))
-  local begun = require "ds.ffi".C.ds_seconds()
-  local status = os.execute(("timeout -k 1 30 sh '%s/command.sh' >'%s/out' 2>'%s/err' </dev/null")
-    :format(folder, folder, folder))
-  local seconds = require "ds.ffi".C.ds_seconds() - begun
-  return type(status) == "number" and math.floor(status / 256) or status, read "out", read "err",
-    seconds
-end
-
-local function sh(command)
-  local code, out, err = timed(command)
-  return code, out, err
-end
-
-local function has(text, piece)
-  assert(text:find(piece, 1, true), ("no '%s' in:\n%s"):format(piece, text))
-end
-
-local function lacks(text, piece)
-  assert(not text:find(piece, 1, true), ("'%s' in:\n%s"):format(piece, text))
-end
+-- All that a test starts has MARK in its environment.
+local place = helper.place { limit = 60 }
+local folder, has, lacks = place.folder, helper.has, helper.lacks
+place.before = ("export TMPDIR='%s/tmp' MARK='%s'\nunset OMP_NUM_THREADS"):format(folder, folder)
+local function write(...) return place:write(...) end
+local function read(name) return place:read(name) end
+local function timed(command) return place:timed(command) end
+local function sh(command) return place:sh(command) end
 
 local function count(text, piece)
   local n, at = 0, 1
@@ -65,8 +28,8 @@ local function lines(text)
   return all
 end
 
---- Asserts that no process of this test's jobs is left, and no file. All that `sh` starts has MARK
--- in its environment; a folder in /dev/shm has the number of the dsrun that it belongs to.
+--- Asserts that no process of this test's jobs is left, and no file. A folder in /dev/shm has the
+-- number of the dsrun that it belongs to.
 local function nothing_left()
   local left
   for _ = 1, 40 do
@@ -97,14 +60,11 @@ _G.unused = { rank, size, sleep, me }
 
 local function script(name, text) write(name, prelude:gsub("\n", " ") .. text) end
 
-setup(function()
-  folder = os.tmpname()
-  os.remove(folder)
-  assert(os.execute("mkdir -p '" .. folder .. "/tmp'; ls -d /dev/shm/dsrun-* >'"
-    .. folder .. "/old' 2>/dev/null; true") == 0)
-end)
+-- What other jobs left in /dev/shm before is not these tests'.
+assert(os.execute(("mkdir '%s/tmp'; ls -d /dev/shm/dsrun-* >'%s/old' 2>/dev/null; true"):format(
+  folder, folder)) == 0)
 
-teardown(function() os.execute("rm -rf '" .. folder .. "'") end)
+teardown(function() place:remove() end)
 
 after_each(function() nothing_left() end)
 
@@ -214,6 +174,15 @@ describe("output", function()
     code, out, err = sh "$D --num_gpus 2 --enable_each_rank_log tags.lua/x tags.lua"
     assert.same({ 2, "" }, { code, out })
     has(err, "tags.lua/x")
+  end)
+
+  it("goes on where its file is full, and that is said", function()
+    script("tags.lua", [[print("out " .. rank)]])
+    local code, out, err = sh [[mkdir full; ln -s /dev/full full/rank_1.log
+      $D --num_gpus 2 --enable_each_rank_log full tags.lua]]
+    assert.same({ 0, { "out 0", "out 1" } }, { code, lines(out) })
+    assert.equal("dsrun: rank_1.log ends here: No space left on device\n", err)
+    assert.equal("out 0\n", read "full/rank_0.log")
   end)
 
   it("that nobody reads stops the ranks, not the signals", function()

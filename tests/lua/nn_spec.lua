@@ -1,14 +1,9 @@
 -- Modules: naming, tying, printing, modes, state; layers against their formulas.
 
 local ds = require "ds"
+local says = require("tests.lua.helper").says
 local nn, F = ds.nn, ds.F
 local close = ds.testing.assert_close
-
-local function says(pattern, f, ...)
-  local ok, message = pcall(f, ...)
-  assert(not ok, "no error was raised")
-  assert(message:find(pattern, 1, true), ("expected '%s' in '%s'"):format(pattern, message))
-end
 
 local Net = nn.module "Net"
 function Net:init()

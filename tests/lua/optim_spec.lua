@@ -2,6 +2,7 @@
 -- training. Their numbers against PyTorch are in golden_spec.lua.
 
 local ds = require "ds"
+local says = require("tests.lua.helper").says
 local GPT = require "models.gpt"
 local nn, F = ds.nn, ds.F
 -- the sanitizer's own memory grows, and its pages count as ours
@@ -9,12 +10,6 @@ local sanitized = require("ds.host").compiler:find "sanitizers"
 local close = ds.testing.assert_close
 
 local root = debug.getinfo(1, "S").source:match "^@(.*)tests/lua/" or ""
-
-local function says(pattern, f, ...)
-  local ok, message = pcall(f, ...)
-  assert(not ok, "no error was raised")
-  assert(message:find(pattern, 1, true), ("expected '%s' in '%s'"):format(pattern, message))
-end
 
 local function shape_string(t) return table.concat(t.shape, "x") end
 

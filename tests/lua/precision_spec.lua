@@ -1,14 +1,9 @@
 -- fp16 with its loss scale, and the types that gradients are kept in, through the engine.
 
 local ds = require "ds"
+local says = require("tests.lua.helper").says
 local nn, F = ds.nn, ds.F
 local close = ds.testing.assert_close
-
-local function says(pattern, f, ...)
-  local ok, message = pcall(f, ...)
-  assert(not ok, "no error was raised")
-  assert(message:find(pattern, 1, true), ("expected '%s' in '%s'"):format(pattern, message))
-end
 
 --- A net whose loss is small, and infinite when asked for.
 local Net = nn.module "Net"
@@ -365,6 +360,41 @@ describe("gradients", function()
         close(got:float(), want, { rtol = 0.02, atol = 0.004 * want:abs():max():item() })
       end
     end
+  end)
+  it("add up in fp32 where boundaries are set by hand", function()
+    for dtype, settings in pairs(half) do
+      local wide = tower(with(settings, { data_types = { grad_accum_dtype = "fp32" } }), true)
+      -- the first call: before a forward, and between one and its backward, which has made a
+      -- gradient already
+      for _, late in ipairs { false, true } do
+        local hand = tower(settings, true)
+        for i = 1, 3 do
+          for _, engine in ipairs { wide, hand } do
+            local x, y = tokens(i)
+            if not late then engine:set_gradient_accumulation_boundary(i == 3) end
+            local loss = engine(x, y)
+            engine:set_gradient_accumulation_boundary(i == 3)
+            engine:backward(loss)
+            if i < 3 then assert.is_false(engine:step()) end
+          end
+        end
+        assert.same({ dtype, "f32" }, { hand:get_data_types() })
+        for i, e in ipairs(wide.named) do
+          local want, got = e.parameter.grad, hand.named[i].parameter.grad
+          assert.equal("f32", got.dtype)
+          if late then close(got, want, { rtol = 0.02, atol = 0.004 * want:abs():max():item() })
+          else assert.same(want:tolist(), got:tolist(), e.name) end
+        end
+        assert.is_true(hand:step())
+        wide:zero_grad()
+      end
+    end
+  end)
+  it("stay in the type that the config names, also by hand", function()
+    local named = tower(with(half.bf16, { data_types = { grad_accum_dtype = "bf16" } }))
+    named:set_gradient_accumulation_boundary(true)
+    assert.same({ "bf16", "bf16" }, { named:get_data_types() })
+    assert.equal("bf16", named.module.up.weight.grad.dtype)
   end)
   it("follow fp32 ones of fp32 weights", function()
     for dtype, settings in pairs(half) do

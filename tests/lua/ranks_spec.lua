@@ -5,39 +5,24 @@
 -- A pairwise cover of the settings; DS_SOAK=1 runs all of them.
 
 local host = require "ds.host"
+local helper = require "tests.lua.helper"
 
-local dsrun, script = host.executable, host.base .. "/tests/dist/train.lua"
+local script = host.base .. "/tests/dist/train.lua"
 local soak = os.getenv "DS_SOAK" == "1"
 
-local folder = os.tmpname()
-os.remove(folder)
-assert(os.execute("mkdir -p '" .. folder .. "'") == 0)
-teardown(function() os.execute("rm -rf '" .. folder .. "'") end)
-
-local function read(path)
-  local file = assert(io.open(path))
-  local text = file:read "*a"
-  file:close()
-  return text
-end
+local place = helper.place { limit = 180 }
+local folder, read = place.folder, helper.read
+local function write(...) return place:write(...) end
+teardown(function() place:remove() end)
 
 --- Runs Lua on several ranks.
+-- @tparam[opt] string settings more of the environment, "NAME=value …"
 -- @treturn number exit code
 -- @treturn string what it printed
 -- @treturn string its standard error
-local function run(ranks, what)
+local function run(ranks, what, settings)
   local launch = ranks > 1 and ("--num_gpus %d"):format(ranks) or ""
-  local status = os.execute(
-    ("cd '%s' && OMP_NUM_THREADS=1 timeout 120 '%s' %s %s >out 2>err </dev/null"):format(folder,
-      dsrun, launch, what))
-  return math.floor(status / 256), read(folder .. "/out"), read(folder .. "/err")
-end
-
-local function write(name, text)
-  local file = assert(io.open(folder .. "/" .. name, "w"))
-  file:write(text)
-  file:close()
-  return folder .. "/" .. name
+  return place:sh(("OMP_NUM_THREADS=1 %s $D %s %s"):format(settings or "", launch, what))
 end
 
 --- What tests/dist/train.lua prints.
@@ -212,6 +197,75 @@ describe("calls that not every rank makes", function()
       assert.truthy(err:find(case[2], 1, true), err)
     end)
   end
+end)
+
+-- Each element of a gradient goes to its owner from all other ranks, and from there (or its weight,
+-- at stage 1) to all others: 2 (N - 1) / N of them a rank. What else a step sends is a word to
+-- agree on where it is and one on what comes of it. What stays is weights and gradients, and of the
+-- optimizer's vectors, three with low-precision weights, two without, a share.
+describe("a step", function()
+  local text = [[
+    local ds = require "ds"
+    local sanitized = require "ds.host".compiler:find "sanitizers"
+    local steps, ranks = 20, ds.world_size()
+    local function live()
+      collectgarbage() collectgarbage()
+      return ds.memory().live
+    end
+    for _, dtype in ipairs { "fp32", "bf16" } do
+      for stage = 0, 1 do
+        local nothing = live()
+        local model = ds.nn.Sequential(ds.nn.Linear(64, 512), ds.nn.Linear(512, 64))
+        local engine = ds.initialize { model = model, config = {
+          train_micro_batch_size_per_gpu = 1, steps_per_print = 0,
+          bf16 = { enabled = dtype == "bf16" }, optimizer = { type = "AdamW" },
+          zero_optimization = { stage = stage, reduce_bucket_size = 33000 } } }
+        local elements = 0 -- all sizes are multiples of 16: nothing is padding
+        for _, p in ipairs(model:parameters()) do elements = elements + p:numel() end
+        local own = stage == 1 and 1 / ranks or 1
+        local wanted = dtype == "bf16" and 4 + 12 * own or 8 + 8 * own
+        local kept = (live() - nothing) / elements
+        assert(kept >= wanted and kept < 1.1 * wanted,
+          ("%s, stage %d: %g bytes a parameter"):format(dtype, stage, kept))
+        local x = ds.randn(8, 64):keep()
+        local function train(n)
+          for _ = 1, n do
+            engine:backward(engine(x):float():square():mean())
+            engine:step()
+          end
+          return ds.comm_stats(), ds.memory().page_faults
+        end
+        local before, faults_before = train(5)
+        local after, faults = train(steps)
+        local bytes = ds.all_reduce(ds.tensor({ after.bytes - before.bytes }, "i64")):item()
+        local gradients = 2 * (ranks - 1) * elements * (dtype == "bf16" and 2 or 4)
+        local more = (tonumber(bytes) / steps - gradients) / (ranks * (ranks - 1))
+        assert(more >= 0 and more <= 256, ("%s, stage %d: %g bytes more a pair of ranks"):format(
+          dtype, stage, more))
+        local calls, buckets = (after.collectives - before.collectives) / steps, 3
+        assert(#engine.zero.buckets == buckets)
+        assert(calls == 2 * buckets + 2, ("%s, stage %d: %g calls"):format(dtype, stage, calls))
+        local each = (faults - faults_before) / steps
+        assert(sanitized or each <= 10, ("%s, stage %d: %g page faults"):format(dtype, stage, each))
+        engine:destroy()
+      end
+    end
+    ds.barrier()
+    if ds.rank() == 0 then print "as it should be" end]]
+  for _, ranks in ipairs { 2, 4 } do
+    it(("keeps and sends what it must, and faults no pages: %d ranks"):format(ranks), function()
+      local code, out, err = run(ranks, write("counters.lua", text))
+      assert.equal(0, code, err)
+      assert.equal("as it should be\n", out)
+    end)
+  end
+end)
+
+it("DS_CHECK=comm has nothing to say about training", function()
+  local words = "stage=1 gas=3 steps=4"
+  local code, out, err = run(2, ("'%s' %s"):format(script, words), "DS_CHECK=comm")
+  assert.equal(0, code, err)
+  assert.equal(once(2, words).text, out)
 end)
 
 it("an overflow on one rank is skipped by all, which lower their loss scale alike", function()

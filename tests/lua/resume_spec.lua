@@ -1,14 +1,9 @@
 -- Going on from a checkpoint: the same losses, digit for digit; signals; what does not fit.
 
 local ds = require "ds"
+local says = require("tests.lua.helper").says
 local host = require("ds.ffi").host
 local nn, F = ds.nn, ds.F
-
-local function says(pattern, f, ...)
-  local ok, message = pcall(f, ...)
-  assert(not ok, "no error was raised")
-  assert(message:find(pattern, 1, true), ("expected '%s' in '%s'"):format(pattern, message))
-end
 
 local function folder()
   local name = os.tmpname()
