@@ -4,7 +4,7 @@
 #include <stdarg.h>
 #include <stdio.h>
 
-static _Thread_local char message[1024];
+static _Thread_local char message[DS_ERROR_BYTES];
 
 int ds_fail(int code, const char *format, ...)
 {

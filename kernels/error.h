@@ -19,6 +19,9 @@ enum ds_code {
     DS_ECOMM = -8     /* a collective failed */
 };
 
+/* Room for a message with its final 0; one with all that is wrong with a file has many lines. */
+#define DS_ERROR_BYTES 8192
+
 /* Keeps the formatted message for this thread and returns `code`. Messages are lower case, without
  * a full stop, with values, shapes and units. */
 int ds_fail(int code, const char *format, ...) __attribute__((format(printf, 2, 3)));

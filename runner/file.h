@@ -34,6 +34,13 @@ int ds_queue_wait(ds_queue *q, int slot);
 /* ds_fail() with the reason in words for a file operation that gave -errno. */
 int ds_fail_io(int negative, const char *what, const char *path);
 
+/* Files that are read as they are (whole.c); the messages name the path. */
+struct stat;
+/* Opens a file, or a pipe, to read it: the descriptor, or a negative code. */
+int ds_read_open(struct stat *out, const char *path);
+/* All of it, and a 0 behind, in memory that the caller frees. More than `most` bytes: DS_ECORRUPT. */
+int ds_read_whole(char **out, int64_t *bytes, const char *path, int64_t most);
+
 /* The folder that a path is in: "." without a slash. `out` has room for DS_PATH bytes. */
 #define DS_PATH 4096
 int ds_path_folder(char *out, const char *path);

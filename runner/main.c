@@ -26,7 +26,7 @@
 
 static int complain(int code)
 {
-    char text[1100];
+    char text[DS_ERROR_BYTES + 16];
 
     snprintf(text, sizeof text, "dsrun: %s", ds_error());
     ds_side_failed(text);

@@ -9,6 +9,7 @@
 
 #include "kernels/error.h"
 #include "runner/log.h"
+#include "runner/suggest.h"
 
 enum action { DS_USE, DS_RANKS, DS_JOB, DS_NOTE, DS_REFUSE, GROUP };
 
@@ -44,48 +45,14 @@ static const struct {
 
 /* ---- finding an option */
 
-/* Edits that turn a into b: letters put in, left out, exchanged, or two neighbours swapped. */
-static int distance(const char *a, const char *b)
-{
-    int n = (int)strlen(a), m = (int)strlen(b);
-    int d[MAX_NAME + 1][MAX_NAME + 1];
-
-    if (n > MAX_NAME || m > MAX_NAME)
-        return MAX_NAME;
-    for (int i = 0; i <= n; i++) {
-        for (int j = 0; j <= m; j++) {
-            int best;
-            if (i == 0 || j == 0) {
-                d[i][j] = i + j;
-                continue;
-            }
-            best = d[i - 1][j - 1] + (a[i - 1] != b[j - 1]);
-            if (d[i - 1][j] + 1 < best)
-                best = d[i - 1][j] + 1;
-            if (d[i][j - 1] + 1 < best)
-                best = d[i][j - 1] + 1;
-            if (i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1] &&
-                d[i - 2][j - 2] + 1 < best)
-                best = d[i - 2][j - 2] + 1;
-            d[i][j] = best;
-        }
-    }
-    return d[n][m];
-}
-
 static const char *closest(const char *name)
 {
-    const char *found = NULL;
-    int best = 2 + (int)strlen(name) / 4;
+    ds_suggestion near = {.given = name};
 
-    for (int i = 0; i < ROWS; i++) {
-        int d = table[i].action == GROUP ? MAX_NAME : distance(name, table[i].name);
-        if (d < best) {
-            best = d;
-            found = table[i].name;
-        }
-    }
-    return found;
+    for (int i = 0; i < ROWS; i++)
+        if (table[i].action != GROUP)
+            ds_suggest(&near, table[i].name);
+    return near.best;
 }
 
 static const option *find_name(const char *name)

@@ -16,6 +16,7 @@
 
 #include "kernels/error.h"
 #include "runner/log.h"
+#include "runner/slurm.h"
 #include "runner/threads.h"
 
 extern char **environ;
@@ -37,27 +38,16 @@ static int number(const char *name, int otherwise)
     return text && *text ? atoi(text) : otherwise;
 }
 
-/* SLURM's "2(x3),1": tasks on each node; of this one. */
+/* Tasks on this node. */
 static int slurm_local_size(int otherwise)
 {
-    const char *text = getenv("SLURM_STEP_TASKS_PER_NODE");
-    int node = number("SLURM_NODEID", 0);
+    ds_slurm_numbers tasks = {.text = getenv("SLURM_STEP_TASKS_PER_NODE")};
+    int node = number("SLURM_NODEID", 0), n;
 
-    while (text && *text) {
-        char *end;
-        int tasks = (int)strtol(text, &end, 10), nodes = 1;
-
-        if (end == text)
-            break;
-        if (!strncmp(end, "(x", 2))
-            nodes = (int)strtol(end + 2, &end, 10);
-        if (node < nodes)
-            return tasks;
-        node -= nodes;
-        text = strchr(end, ',');
-        text += text ? 1 : 0;
-    }
-    return otherwise;
+    do
+        n = ds_slurm_number(&tasks);
+    while (n >= 0 && node-- > 0);
+    return n > 0 ? n : otherwise;
 }
 
 /* A setting of the user's for Open MPI (OMPI_MCA_…) goes as well, as it can't be told from mpirun's

@@ -5,7 +5,6 @@
 #include "runner/data.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <glob.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,6 +13,7 @@
 #include <unistd.h>
 
 #include "kernels/error.h"
+#include "runner/file.h"
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "token files are little-endian and are mapped as they are"
@@ -21,69 +21,17 @@
 
 /* ---- files */
 
-static int cannot(const char *verb, const char *path)
-{
-    int code = errno == ENOENT ? DS_ENOENT : DS_EIO;
-
-    return ds_fail(code, "cannot %s %s: %s", verb, path, strerror(errno));
-}
-
-/* Opens for reading; the descriptor, or a negative code. */
-static int open_file(struct stat *st, const char *path)
-{
-    int fd = open(path, O_RDONLY | O_CLOEXEC), rc;
-
-    if (fd < 0)
-        return cannot("open", path);
-    if (fstat(fd, st) < 0)
-        rc = cannot("open", path);
-    else if (S_ISDIR(st->st_mode))
-        rc = ds_fail(DS_EIO, "%s is a directory, not a file", path);
-    else
-        return fd;
-    close(fd);
-    return rc;
-}
-
 /* All of a file, which may be a pipe, in memory that the caller frees. */
 static int read_file(char **out, int64_t *bytes, const char *path)
 {
-    struct stat st;
-    int fd = open_file(&st, path), rc = 0;
-    size_t room = fd >= 0 && st.st_size > 0 ? (size_t)st.st_size + 1 : 65536, n = 0;
-    char *text, *more;
-    ssize_t got;
+    int rc = ds_read_whole(out, bytes, path, INT64_MAX);
 
-    if (fd < 0)
-        return fd;
-    text = malloc(room);
-    while (text && (got = read(fd, text + n, room - n)) != 0) {
-        if (got < 0 && errno == EINTR)
-            continue;
-        if (got < 0) {
-            rc = cannot("read", path);
-            break;
-        }
-        n += (size_t)got;
-        if (n == room) {
-            more = realloc(text, room *= 2);
-            if (!more)
-                free(text);
-            text = more;
-        }
-    }
-    close(fd);
-    if (!text)
-        return ds_fail(DS_ENOMEM, "out of memory: reading %s", path);
-    if (rc == 0 && n == 0)
+    if (rc == 0 && *bytes == 0) {
+        free(*out);
+        *out = NULL;
         rc = ds_fail(DS_ECORRUPT, "%s is empty", path);
-    if (rc < 0) {
-        free(text);
-        return rc;
     }
-    *out = text;
-    *bytes = (int64_t)n;
-    return 0;
+    return rc;
 }
 
 /* ---- characters */
@@ -420,7 +368,7 @@ int ds_shard_parse(struct ds_shard *out, const char *name, const void *file, siz
 static int map_shard(struct ds_shard *out, const char *path, int width)
 {
     struct stat st;
-    int fd = open_file(&st, path), rc;
+    int fd = ds_read_open(&st, path), rc;
     void *map;
 
     if (fd < 0)
@@ -431,7 +379,7 @@ static int map_shard(struct ds_shard *out, const char *path, int width)
                        S_ISREG(st.st_mode) ? "empty" : "no regular file, so it can't be mapped");
     }
     map = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_SHARED, fd, 0);
-    rc = map == MAP_FAILED ? cannot("map", path) : 0;
+    rc = map == MAP_FAILED ? ds_fail(DS_EIO, "cannot map %s: %s", path, strerror(errno)) : 0;
     close(fd);
     if (rc < 0)
         return rc;
