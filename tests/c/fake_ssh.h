@@ -29,7 +29,7 @@ static const char fake_ssh[] =
     "host=$2 command=$3\n"
     "[ ! -f \"$fake/$host.sh\" ] || . \"$fake/$host.sh\"\n"
     "mkdir -p \"$fake/$host\" && cd \"$fake/$host\" || exit 255\n"
-    "exec env -i HOME=\"$PWD\" PATH=\"$PWD/bin:/usr/bin:/bin\" $extra \\\n"
+    "exec env -i HOME=\"$PWD\" PATH=\"$PWD/bin:$fake/common:/usr/bin:/bin\" $extra \\\n"
     "  SSH_CONNECTION='10.9.0.254 40000 10.9.0.1 22' sh -c \"$command\"\n";
 
 static inline void fake_write(const char *name, const char *text)
