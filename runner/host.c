@@ -57,16 +57,16 @@ static int holds_library(char *root, const char *folder)
     return access(file, R_OK) == 0;
 }
 
-static int find_library(ds_host *host)
+int ds_host_find(char *executable, char *root)
 {
     const char *given = getenv("DSRUN_LUA");
     char folder[PATH_MAX + 32];
-    ssize_t length = readlink("/proc/self/exe", host->executable, sizeof host->executable - 1);
+    ssize_t length = readlink("/proc/self/exe", executable, PATH_MAX - 1);
     int up;
 
-    host->executable[length > 0 ? length : 0] = 0;
+    executable[length > 0 ? length : 0] = 0;
     if (given && *given) {
-        if (holds_library(host->root, given))
+        if (holds_library(root, given))
             return 0;
         return ds_fail(DS_ENOENT,
                        "DSRUN_LUA is %s, but there is no ds/boot.lua in it (unset it to use the "
@@ -75,16 +75,16 @@ static int find_library(ds_host *host)
     }
     if (length <= 0)
         return ds_fail(DS_ENOENT, "cannot read /proc/self/exe (set DSRUN_LUA to the lua folder)");
-    up = (int)(strrchr(host->executable, '/') - host->executable);
+    up = (int)(strrchr(executable, '/') - executable);
     for (size_t i = 0; i < sizeof library_places / sizeof *library_places; i++) {
-        snprintf(folder, sizeof folder, "%.*s/%s", up, host->executable, library_places[i]);
-        if (holds_library(host->root, folder))
+        snprintf(folder, sizeof folder, "%.*s/%s", up, executable, library_places[i]);
+        if (holds_library(root, folder))
             return 0;
     }
     return ds_fail(DS_ENOENT,
                    "the Lua library is neither in %.*s/../lua nor in %.*s/../share/dsrun/lua "
                    "(set DSRUN_LUA to its folder)",
-                   up, host->executable, up, host->executable);
+                   up, executable, up, executable);
 }
 
 /* ---- what Lua is told: the table that require("ds.host") returns */
@@ -243,7 +243,7 @@ int ds_host_open(ds_host **out, const ds_host_config *config)
     if (!host)
         return ds_fail(DS_ENOMEM, "out of memory");
     host->config = *config;
-    rc = find_library(host);
+    rc = ds_host_find(host->executable, host->root);
     if (rc < 0)
         goto fail;
     snprintf(host->library, sizeof host->library, "@%s/ds/", host->root);

@@ -17,6 +17,10 @@ typedef struct ds_host_config {
     const char *seed;   /* decimal; NULL: not given */
 } ds_host_config;
 
+/* Where this program is, and the folder that holds its Lua library ds/. executable, root: [PATH_MAX].
+ * DS_ENOENT: the library was not found. */
+int ds_host_find(char *executable, char *root);
+
 /* On success *out is the caller's to close. DS_ENOENT: the Lua library was not found. */
 int ds_host_open(ds_host **out, const ds_host_config *config);
 void ds_host_close(ds_host *host);

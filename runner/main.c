@@ -17,6 +17,7 @@
 #include "runner/mpirun.h"
 #include "runner/options.h"
 #include "runner/process.h"
+#include "runner/program.h"
 #include "runner/rank.h"
 #include "runner/side.h"
 #include "runner/threads.h"
@@ -204,6 +205,8 @@ int main(int argc, char **argv)
         return ds_agent(argc, argv) < 0 ? complain(USAGE) : 0;
     /* lines as they come: a training log is read while it is written */
     setvbuf(stdout, NULL, _IOLBF, BUFSIZ);
+    if (argc > 1 && !strcmp(argv[1], "--check-host")) /* from another host's dsrun, over ssh */
+        return ds_program_print(stdout, argv[2]) < 0 ? complain(USAGE) : finish_output(0);
     if (ds_options_parse(&options, argc, argv) < 0) {
         code = complain(USAGE);
     } else if (options.value[DS_OPT_help]) {

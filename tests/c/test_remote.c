@@ -165,7 +165,7 @@ static void nothing_outlives_the_launcher(void **state)
 static void many_hosts_take_turns(void **state)
 {
     static ds_remote r[MANY];
-    static char names[MANY][8];
+    static char names[MANY][16];
     int most = 0;
 
     (void)state;
