@@ -95,12 +95,22 @@ static void read_signals(job *j)
         j->ended = ds_seconds();
 }
 
+/* A line of mpirun's that is said of starts that go well, as it loses a race against ssh. */
+static int means_nothing(const char *line)
+{
+    return strstr(line, "plm:rsh: Warning: setpgid(") != NULL;
+}
+
 static void show_noise(job *j)
 {
-    if (j->said_used) {
-        j->said[j->said_used] = 0;
-        say(j, -1, j->said);
-    }
+    char *rest = j->said, *line;
+
+    j->said[j->said_used] = 0;
+    if (j->said_used && j->said[j->said_used - 1] == '\n')
+        j->said[j->said_used - 1] = 0;
+    while (j->said_used && (line = strsep(&rest, "\n")))
+        if (!means_nothing(line))
+            say(j, -1, line);
     j->said_used = 0;
 }
 
@@ -323,7 +333,7 @@ int ds_job_run(int *failed, ds_plan *plan, ds_start *start, ds_job_streams *stre
 {
     job *j = calloc(1, sizeof *j);
     ds_hub_config config = {.ranks = plan->ranks,
-                            .nodes = plan->network ? plan->hosts->count + 1 : 1,
+                            .nodes = plan->network ? plan->hosts.count + 1 : 1,
                             .where = (const char *const *)plan->where,
                             .timeout = plan->options->timeout,
                             .data = j,

@@ -20,14 +20,18 @@
 #include "runner/ds.h"
 #include "runner/job.h"
 #include "runner/plan.h"
+#include "runner/preflight.h"
+#include "runner/push.h"
 
 #define MOST_PAUSE 30 /* seconds between two starts at most */
 
 typedef struct launch {
     const ds_options *options;
     ds_plan plan;
+    ds_program here, pushed; /* pushed.file NULL: nothing is */
     ds_start start;
     ds_job_streams streams;
+    int stops; /* a signalfd of the signals that end a job only; -1: none */
     char folder[64], pid_file[PATH_MAX];
     pid_t cleaner;
     int cleaner_pipe; /* -1: none */
@@ -72,19 +76,35 @@ static int write_pid(launch *l)
     return fclose(f) == 0 ? 0 : ds_fail(DS_EIO, "--save_pid: cannot write %s", l->pid_file);
 }
 
+static const int stops[] = {SIGINT, SIGTERM, SIGUSR1};
+
+/* Signals are read from descriptors: all that matter, and those that end the job alone. */
 static int open_signals(launch *l)
 {
-    static const int wanted[] = {SIGINT, SIGTERM, SIGUSR1, SIGUSR2, SIGCHLD};
     sigset_t set;
 
     sigemptyset(&set);
-    for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++) {
-        signal(wanted[i], SIG_DFL); /* an ignored one would not come */
-        sigaddset(&set, wanted[i]);
+    for (size_t i = 0; i < sizeof stops / sizeof *stops; i++) {
+        signal(stops[i], SIG_DFL); /* an ignored one would not come */
+        sigaddset(&set, stops[i]);
     }
+    l->stops = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
+    signal(SIGCHLD, SIG_DFL);
+    sigaddset(&set, SIGCHLD);
+    sigaddset(&set, SIGUSR2);
     sigprocmask(SIG_BLOCK, &set, NULL);
     l->streams.signals = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
-    return l->streams.signals < 0 ? ds_fail(DS_EIO, "no signalfd: %s", strerror(errno)) : 0;
+    return l->stops < 0 || l->streams.signals < 0
+               ? ds_fail(DS_EIO, "no signalfd: %s", strerror(errno))
+               : 0;
+}
+
+/* The exit code for a signal that has come, 0 for none. */
+static int stopped(launch *l)
+{
+    struct signalfd_siginfo info;
+
+    return read(l->stops, &info, sizeof info) == sizeof info ? 128 + (int)info.ssi_signo : 0;
 }
 
 static int prepare(launch *l)
@@ -116,6 +136,8 @@ static void clean_up(launch *l)
     ds_lines_close(l->streams.lines);
     if (l->streams.signals >= 0)
         close(l->streams.signals);
+    if (l->stops >= 0)
+        close(l->stops);
     if (l->cleaner > 0) {
         if (write(l->cleaner_pipe, "", 1) < 0)
             status = 0; /* it is gone */
@@ -125,6 +147,98 @@ static void clean_up(launch *l)
         ds_remove(l->folder);
     }
     ds_plan_close(&l->plan);
+    ds_program_free(&l->here);
+    ds_program_free(&l->pushed);
+}
+
+/* ---- what is seen to on other hosts */
+
+static void say(launch *l, const char *text)
+{
+    ds_lines_say(l->streams.lines, -1, text);
+    ds_lines_write(l->streams.lines, DS_STDERR);
+}
+
+/* A report's lines, each with "dsrun: " before it. */
+static void say_report(launch *l, char *report)
+{
+    char *rest = report, *line;
+
+    while (report && (line = strsep(&rest, "\n"))) {
+        char text[2048];
+
+        if (!*line)
+            continue;
+        snprintf(text, sizeof text, "dsrun: %s", line);
+        say(l, text);
+    }
+    free(report);
+}
+
+/* Whether hosts are looked at before a start: those of an allocation are SLURM's care. */
+static int checks(const launch *l)
+{
+    return l->plan.network && !l->plan.slurm && !l->options->value[DS_OPT_no_ssh_check];
+}
+
+static ds_ssh ssh_of(const launch *l)
+{
+    const char *port = l->options->value[DS_OPT_ssh_port];
+
+    return (ds_ssh){.port = port ? atoi(port) : 0, .cancel = l->stops};
+}
+
+/* Copies what the hosts need; from then on ranks run the copy. */
+static int push(launch *l)
+{
+    const ds_ssh ssh = ssh_of(l);
+    char *report = NULL;
+    int rc, script = (int)(l->options->arguments - l->start.arguments) - 1;
+
+    if (!l->plan.network || !l->options->value[DS_OPT_push] || l->pushed.file)
+        return 0;
+    rc = ds_push(&l->pushed, &report, l->plan.all, &l->here, &ssh);
+    say_report(l, report);
+    if (rc < 0)
+        return rc;
+    l->plan.there = &l->pushed;
+    if (l->options->script && l->pushed.script)
+        l->start.arguments[script] = l->pushed.script;
+    return 0;
+}
+
+/* Uses the hosts that are ready: all of them, or, in an elastic job, at least as many as it wants. */
+static int look_at_hosts(launch *l)
+{
+    int n = l->plan.all->count, ready = 0, rc;
+    ds_preflight_host *found;
+    const ds_ssh ssh = ssh_of(l);
+    char *report = NULL;
+
+    if (!checks(l))
+        return 0;
+    found = calloc((size_t)n, sizeof *found);
+    if (!found)
+        return ds_fail(DS_ENOMEM, "out of memory");
+    rc = ds_preflight(found, &report, l->plan.all, &l->here, l->plan.there, &ssh,
+                      DS_PREFLIGHT_SECONDS);
+    say_report(l, report);
+    for (int h = 0; h < n; h++)
+        ready += found[h].ready;
+    if (rc == DS_ECOMM && report) {
+        if (!l->options->elastic)
+            rc = ds_fail(DS_ECOMM, "%d of %d hosts cannot take part, and nothing was started",
+                         n - ready, n);
+        else if (ready < l->options->min_nodes)
+            rc = ds_fail(DS_ECOMM, "%d of %d hosts are ready, and --min_elastic_nodes wants %d",
+                         ready, n, l->options->min_nodes);
+        else
+            rc = 0;
+    }
+    if (rc == 0)
+        rc = ds_plan_use(&l->plan, found, l->options->max_nodes);
+    free(found);
+    return rc;
 }
 
 /* ---- starting it, and again */
@@ -132,46 +246,57 @@ static void clean_up(launch *l)
 /* Waits before the next start: longer each time, as what failed may take a while to be mended. */
 static int pause_before(launch *l, int restart)
 {
-    struct pollfd fd = {l->streams.signals, POLLIN, 0};
-    struct signalfd_siginfo info;
-    int left = (restart < 5 ? 1 << (restart - 1) : MOST_PAUSE) * 1000;
+    struct pollfd fd = {l->stops, POLLIN, 0};
+    int seconds = restart < 5 ? 1 << (restart - 1) : MOST_PAUSE;
 
-    while (left > 0) {
-        poll(&fd, 1, left < 100 ? left : 100);
-        left -= 100;
-        while (read(l->streams.signals, &info, sizeof info) == sizeof info)
-            if (info.ssi_signo == SIGINT || info.ssi_signo == SIGTERM || info.ssi_signo == SIGUSR1)
-                return 128 + (int)info.ssi_signo;
-    }
-    return 0;
+    poll(&fd, 1, seconds * 1000);
+    return stopped(l);
 }
 
-static void say_restart(launch *l, int restart, int code)
+static void say_restart(launch *l, int restart, const char *why)
 {
-    char text[160];
+    char text[DS_ERROR_BYTES + 160];
 
-    snprintf(text, sizeof text, "dsrun: the job ended with code %d; start %d of %d follows", code,
-             restart + 1, l->options->max_restarts + 1);
-    ds_lines_say(l->streams.lines, -1, text);
-    ds_lines_write(l->streams.lines, DS_STDERR);
+    snprintf(text, sizeof text, "dsrun: %s; start %d of %d follows", why, restart + 1,
+             l->options->max_restarts + 1);
+    say(l, text);
+}
+
+/* One start. Negative: it could not be made; *failed: another may go better. */
+static int start_once(launch *l, int *failed, int restart)
+{
+    int code = push(l);
+
+    if (code == 0)
+        code = look_at_hosts(l);
+    if (code == 0)
+        return ds_job_run(failed, &l->plan, &l->start, &l->streams, restart);
+    *failed = code == DS_ECOMM && (restart > 0 || l->options->elastic);
+    return code;
 }
 
 static int run(launch *l)
 {
     int failed = 0, code = 0;
+    char why[DS_ERROR_BYTES];
 
     for (int restart = 0; restart <= l->options->max_restarts; restart++) {
-        if (restart > 0) {
-            int stopped;
+        int stop = stopped(l);
 
-            say_restart(l, restart, code);
-            stopped = pause_before(l, restart);
-            if (stopped)
-                return stopped;
+        if (restart > 0 && !stop) {
+            say_restart(l, restart, why);
+            stop = pause_before(l, restart);
         }
-        code = ds_job_run(&failed, &l->plan, &l->start, &l->streams, restart);
+        if (stop)
+            return stop;
+        failed = 0;
+        code = start_once(l, &failed, restart);
         if (!failed)
             break;
+        if (code < 0)
+            snprintf(why, sizeof why, "%s", ds_error());
+        else
+            snprintf(why, sizeof why, "the job ended with code %d", code);
     }
     return code;
 }
@@ -201,17 +326,16 @@ static int check_script(const char *script)
 
 int ds_launch(const ds_options *options, int argc, char **argv)
 {
-    launch l = {.options = options, .streams.signals = -1, .cleaner_pipe = -1};
+    launch l = {.options = options, .streams.signals = -1, .stops = -1, .cleaner_pipe = -1};
     int code = check_script(options->script);
 
-    if (code < 0)
-        return code;
-    code = ds_plan_open(&l.plan, options);
-    l.start = (ds_start){.plan = &l.plan,
-                         .folder = "/dev/shm/dsrun",
-                         .program = l.plan.program,
-                         .count = argc - 1,
-                         .arguments = argv + 1};
+    if (code == 0)
+        code = ds_program_here(&l.here, options->script);
+    if (code == 0)
+        code = ds_plan_open(&l.plan, options);
+    l.plan.there = &l.here;
+    l.start = (ds_start){
+        .plan = &l.plan, .folder = "/dev/shm/dsrun", .count = argc - 1, .arguments = argv + 1};
     if (code == 0 && !options->srun)
         code = ds_mpirun_version(&l.start.version);
     if (code == 0 && options->value[DS_OPT_dry_run]) {

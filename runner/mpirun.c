@@ -189,14 +189,14 @@ static void fill_words(char words[WORDS][PATH_MAX + 96], const ds_start *s)
     snprintf(words[SSH], sizeof *words, "ssh%s%s -o BatchMode=yes -o ConnectTimeout=10",
              port ? " -p " : "", port ? port : "");
     /* mpirun takes it apart at blanks */
-    if (!strpbrk(s->program, " \t") && !(s->library && strpbrk(s->library, " \t")))
+    if (!strpbrk(s->plan->there->file, " \t") && !(s->plan->there->libraries && strpbrk(s->plan->there->libraries, " \t")))
         snprintf(words[AGENT], sizeof *words, "%s%s%s%s --agent %s %s",
-                 s->library ? "env LD_LIBRARY_PATH=" : "", s->library ? s->library : "",
-                 s->library ? " " : "", s->program, s->folder, s->version < 5 ? "orted" : "prted");
+                 s->plan->there->libraries ? "env LD_LIBRARY_PATH=" : "", s->plan->there->libraries ? s->plan->there->libraries : "",
+                 s->plan->there->libraries ? " " : "", s->plan->there->file, s->folder, s->version < 5 ? "orted" : "prted");
     if (!is_given(p, "btl_tcp_if_include") && !is_given(p, "btl_tcp_if_exclude") &&
         !is_given(p, "oob_tcp_if_include") && !is_given(p, "oob_tcp_if_exclude"))
         snprintf(words[INTERFACE], sizeof *words, "%s", p->interface);
-    snprintf(words[CWD], sizeof *words, "%s", s->cwd ? s->cwd : "");
+    snprintf(words[CWD], sizeof *words, "%s", s->plan->there->folder);
 }
 
 static const char *meaning(const char *word, char words[WORDS][PATH_MAX + 96])
@@ -228,7 +228,7 @@ static void add_flags(command *c, const ds_start *s)
 
 static void add_program(command *c, const ds_start *s, int escapes)
 {
-    add(c, s->program);
+    add(c, s->plan->there->file);
     for (int i = 0; i < s->count; i++) {
         const char *a = s->arguments[i];
         char *escaped = escapes && ds_rank_colon(a) ? malloc(strlen(a) + 2) : NULL;
@@ -248,10 +248,6 @@ static int mpirun_command(command *c, const ds_start *s)
 
     add(c, "mpirun");
     add_flags(c, s);
-    if (s->library) {
-        add(c, "-x");
-        add(c, "LD_LIBRARY_PATH");
-    }
     for (int i = 0; p->network && i < p->env.count; i++) {
         add(c, "-x"); /* the value travels as it is, and is in no command line */
         add(c, p->env.each[i].name);
@@ -277,13 +273,11 @@ static int srun_command(command *c, const ds_start *s)
     add(c, "--cpu-bind=none");
     add(c, "--kill-on-bad-exit=1");
     add(c, "--export=ALL");
-    if (s->cwd) {
-        add(c, "--chdir");
-        add(c, s->cwd);
-    }
+    add(c, "--chdir");
+    add(c, s->plan->there->folder);
     rc = args ? add_words(c, args) : 0;
     add(c, "--nodes");
-    add_number(c, p->hosts->count);
+    add_number(c, p->hosts.count);
     add(c, "--ntasks");
     add_number(c, p->ranks);
     add_program(c, s, 0);
@@ -301,7 +295,7 @@ int ds_mpirun_command(char ***argv, const ds_start *start)
 
 int ds_mpirun_hosts(const ds_start *start)
 {
-    const ds_hosts *hosts = start->plan->hosts;
+    const ds_hosts *hosts = &start->plan->hosts;
     char path[PATH_MAX];
     FILE *f;
     int srun = start->plan->options->srun;

@@ -9,10 +9,7 @@ typedef struct ds_start {
     const ds_plan *plan;
     int version;         /* Open MPI's major one */
     const char *folder;  /* for its files, on every host; ours as well */
-    const char *program; /* what each rank runs */
-    const char *library; /* where its shared libraries are beside the usual places, or NULL */
-    const char *cwd;     /* where it runs on other hosts, or NULL: where this process does */
-    int count;           /* and its arguments */
+    int count;           /* the arguments of each rank */
     char **arguments;
 } ds_start;
 

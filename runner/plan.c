@@ -3,7 +3,6 @@
 
 #include <arpa/inet.h>
 #include <ifaddrs.h>
-#include <jansson.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <stdlib.h>
@@ -60,10 +59,10 @@ static int take_this_machine(ds_plan *p)
                        "--num_nodes %d: no other machines are known; name them in a file for "
                        "--hostfile",
                        o->num_nodes);
-    rc = ds_hosts_local(&p->hosts, wanted);
+    rc = ds_hosts_local(&p->all, wanted);
     if (rc == 0 && devices >= wanted) { /* slots are those GPUs */
         p->devices = 1;
-        memcpy(p->hosts->host[0].slot, device, (size_t)wanted * sizeof *device);
+        memcpy(p->all->host[0].slot, device, (size_t)wanted * sizeof *device);
     }
     return rc;
 }
@@ -77,30 +76,21 @@ static int find_hosts(ds_plan *p)
     if (!file && access(JOB_HOSTFILE, F_OK) == 0)
         file = JOB_HOSTFILE;
     if (file) {
-        rc = ds_hosts_read(&p->hosts, file);
+        rc = ds_hosts_read(&p->all, file);
         p->devices = 1;
     } else if (getenv("SLURM_JOB_NODELIST")) {
-        rc = ds_hosts_slurm(&p->hosts);
+        rc = ds_hosts_slurm(&p->all);
         p->slurm = 1;
     } else {
         rc = take_this_machine(p);
     }
     if (rc < 0)
         return rc;
-    return ds_hosts_filter(p->hosts, o->value[DS_OPT_include], o->value[DS_OPT_exclude],
+    return ds_hosts_filter(p->all, o->value[DS_OPT_include], o->value[DS_OPT_exclude],
                            o->num_nodes, o->num_slots);
 }
 
 /* ---- what the ranks are called */
-
-int ds_plan_host_of(const ds_plan *p, int rank)
-{
-    int h = 0;
-
-    while (rank >= p->hosts->host[h].slots)
-        rank -= p->hosts->host[h++].slots;
-    return h;
-}
 
 static void drop_names(ds_plan *p)
 {
@@ -114,13 +104,12 @@ static int name_ranks(ds_plan *p)
 {
     int rank = 0;
 
-    drop_names(p);
-    p->ranks = ds_hosts_ranks(p->hosts);
-    p->where = p->network ? calloc((size_t)p->ranks, sizeof *p->where) : NULL;
+    p->ranks = ds_hosts_ranks(&p->hosts);
     if (!p->network)
         return 0;
-    for (int h = 0; p->where && h < p->hosts->count; h++) {
-        const ds_host *host = &p->hosts->host[h];
+    p->where = calloc((size_t)p->ranks, sizeof *p->where);
+    for (int h = 0; p->where && h < p->hosts.count; h++) {
+        const ds_host *host = &p->hosts.host[h];
 
         for (int s = 0; s < host->slots; s++) {
             char text[300];
@@ -134,57 +123,55 @@ static int name_ranks(ds_plan *p)
     return p->where ? 0 : ds_fail(DS_ENOMEM, "out of memory");
 }
 
-/* Whether all of the job is on this machine, and what the ranks are called. */
-static int look_at_hosts(ds_plan *p)
+int ds_plan_use(ds_plan *p, const ds_preflight_host *found, int most)
 {
+    int n = 0, all = p->all->count;
+
+    drop_names(p);
+    free(p->hosts.host);
     free(p->places);
-    p->places = calloc((size_t)p->hosts->count, sizeof *p->places);
-    if (!p->places)
+    p->hosts = (ds_hosts){.host = calloc((size_t)all, sizeof *p->hosts.host)};
+    p->places = calloc((size_t)all, sizeof *p->places);
+    if (!p->hosts.host || !p->places)
         return ds_fail(DS_ENOMEM, "out of memory");
-    for (int h = 0; h < p->hosts->count; h++)
-        p->places[h].here = ds_remote_is_here(p->hosts->host[h].name);
-    p->network = p->hosts->count > 1 || !p->places[0].here ||
-                 p->options->value[DS_OPT_force_multi] != NULL;
+    for (int h = 0; h < all && (!most || n < most); h++) {
+        ds_place *place = &p->places[n];
+
+        if (found && !found[h].ready)
+            continue;
+        p->hosts.host[n++] = p->all->host[h];
+        place->here = ds_remote_is_here(p->all->host[h].name);
+        if (found) {
+            memcpy(place->address, found[h].address, sizeof place->address);
+            memcpy(place->launcher, found[h].launcher, sizeof place->launcher);
+        }
+    }
+    p->hosts.count = n;
+    if (n == 0)
+        return ds_fail(DS_ECOMM, "no host is left to start ranks on");
+    p->network = n > 1 || !p->places[0].here || p->options->value[DS_OPT_force_multi] != NULL;
     return name_ranks(p);
 }
 
 int ds_plan_open(ds_plan *p, const ds_options *options)
 {
-    ssize_t length;
     int rc;
 
     *p = (ds_plan){.options = options};
-    length = readlink("/proc/self/exe", p->program, sizeof p->program - 1);
-    if (length <= 0)
-        return ds_fail(DS_ENOENT, "cannot read /proc/self/exe");
     rc = find_hosts(p);
-    return rc < 0 ? rc : look_at_hosts(p);
-}
-
-int ds_plan_move(ds_plan *p, ds_hosts *hosts)
-{
-    drop_names(p);
-    ds_hosts_free(p->hosts);
-    p->hosts = hosts;
-    return look_at_hosts(p);
+    return rc < 0 ? rc : ds_plan_use(p, NULL, 0);
 }
 
 void ds_plan_close(ds_plan *p)
 {
     drop_names(p);
+    free(p->hosts.host);
     free(p->places);
-    ds_hosts_free(p->hosts);
+    ds_hosts_free(p->all);
     ds_variables_free(&p->env);
 }
 
 /* ---- addresses */
-
-static const char *without_user(const char *name)
-{
-    const char *at = strchr(name, '@');
-
-    return at ? at + 1 : name;
-}
 
 static void to_text(char *out, const struct sockaddr *address, socklen_t length)
 {
@@ -199,7 +186,7 @@ static int ask_routes(ds_place *place, const char *name)
     const struct addrinfo hints = {.ai_socktype = SOCK_DGRAM};
     struct sockaddr_storage own;
     struct addrinfo *all, *a;
-    int rc = getaddrinfo(without_user(name), "9", &hints, &all);
+    int rc = getaddrinfo(ds_host_bare(name), "9", &hints, &all);
 
     if (rc != 0)
         return ds_fail(DS_ENOENT,
@@ -224,19 +211,22 @@ static int ask_routes(ds_place *place, const char *name)
     return rc == 0 ? 0 : ds_fail(DS_ECOMM, "%s: there is no route to it from here", name);
 }
 
-static int find_addresses(ds_plan *p)
+/* must 0: a host whose address is not known is not an error. */
+static int find_addresses(ds_plan *p, int must)
 {
     const char *seen = NULL;
 
-    for (int h = 0; p->network && h < p->hosts->count; h++) {
+    for (int h = 0; p->network && h < p->hosts.count; h++) {
         ds_place *place = &p->places[h];
-        int rc = place->here || *place->launcher ? 0 : ask_routes(place, p->hosts->host[h].name);
+        int rc = place->here || *place->launcher ? 0 : ask_routes(place, p->hosts.host[h].name);
 
-        if (rc < 0)
+        if (rc < 0 && must)
             return rc;
+        if (rc < 0)
+            snprintf(place->address, sizeof place->address, "%.63s", p->hosts.host[h].name);
         seen = seen || place->here ? seen : place->launcher;
     }
-    for (int h = 0; h < p->hosts->count; h++) {
+    for (int h = 0; h < p->hosts.count; h++) {
         ds_place *place = &p->places[h];
 
         if (!place->here)
@@ -269,7 +259,7 @@ static void find_interface(ds_plan *p)
             continue;
         own = ntohl(((struct sockaddr_in *)a->ifa_addr)->sin_addr.s_addr);
         mask = ntohl(((struct sockaddr_in *)a->ifa_netmask)->sin_addr.s_addr);
-        for (int h = 0; h < p->hosts->count; h++) {
+        for (int h = 0; h < p->hosts.count; h++) {
             struct in_addr other;
 
             if (p->places[h].here)
@@ -317,8 +307,8 @@ static int list_hosts(text *out, const ds_plan *p)
     char number[16];
     int rc = 0;
 
-    for (int h = 0; h < p->hosts->count; h++) {
-        const ds_host *host = &p->hosts->host[h];
+    for (int h = 0; h < p->hosts.count; h++) {
+        const ds_host *host = &p->hosts.host[h];
 
         rc |= add(out, h ? ";" : "") | add(out, host->name);
         for (int s = 0; s < host->slots; s++) {
@@ -337,7 +327,7 @@ static int list_addresses(text *out, const ds_plan *p, int port)
 
     snprintf(number, sizeof number, "%d ", port);
     rc = add(out, number);
-    for (int h = 0; h < p->hosts->count; h++)
+    for (int h = 0; h < p->hosts.count; h++)
         rc |= add(out, h ? ";" : "") | add(out, p->places[h].launcher);
     return rc;
 }
@@ -391,6 +381,20 @@ static int set_threads(ds_plan *p)
     return rc;
 }
 
+/* The shared libraries that were pushed, before those of the user's. */
+static int set_libraries(ds_plan *p)
+{
+    const char *before = value_of(&p->env, "LD_LIBRARY_PATH");
+    text all = {0};
+    int rc = add(&all, p->there->libraries);
+
+    if (before)
+        rc |= add(&all, ":") | add(&all, before);
+    rc = rc ? ds_fail(DS_ENOMEM, "out of memory") : set(p, "LD_LIBRARY_PATH", all.data);
+    free(all.data);
+    return rc;
+}
+
 static int set_own(ds_plan *p, int port, const char *token, const char *folder, int restarts)
 {
     const char *address = p->options->value[DS_OPT_master_addr];
@@ -406,6 +410,10 @@ static int set_own(ds_plan *p, int port, const char *token, const char *folder, 
         rc = set(p, "DSRUN_SIDE", side.data);
     free(hosts.data);
     free(side.data);
+    if (rc == 0 && p->there->library)
+        rc = set(p, "DSRUN_LUA", p->there->library);
+    if (rc == 0 && p->there->libraries)
+        rc = set_libraries(p);
     if (rc == 0)
         rc = set(p, "DSRUN_JOB", token);
     if (rc == 0)
@@ -423,7 +431,7 @@ static int set_own(ds_plan *p, int port, const char *token, const char *folder, 
 
 int ds_plan_finish(ds_plan *p, int port, const char *token, const char *folder, int restarts)
 {
-    int rc = find_addresses(p);
+    int rc = find_addresses(p, port != 0);
 
     if (rc < 0)
         return rc;
@@ -447,99 +455,4 @@ int ds_plan_apply(const ds_plan *p)
             return ds_fail(DS_EINVAL, "%s: cannot set %s", p->env.each[i].from,
                            p->env.each[i].name);
     return 0;
-}
-
-/* ---- showing it */
-
-/* A word as a shell would take it back. */
-static void show_word(const char *word, FILE *out)
-{
-    static const char plain[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
-                                "_-+=:,./@%^";
-
-    if (*word && word[strspn(word, plain)] == 0) {
-        fputs(word, out);
-        return;
-    }
-    fputc('\'', out);
-    for (; *word; word++) {
-        if (*word == '\'')
-            fputs("'\\''", out);
-        else
-            fputc(*word, out);
-    }
-    fputc('\'', out);
-}
-
-static void show_text(const ds_plan *p, char *const *command, FILE *out)
-{
-    int rank = 0, widest = 4;
-
-    for (int h = 0; h < p->hosts->count; h++)
-        if ((int)strlen(p->hosts->host[h].name) > widest)
-            widest = (int)strlen(p->hosts->host[h].name);
-    fprintf(out, "rank  %-*s  slot  local rank\n", widest, "host");
-    for (int h = 0; h < p->hosts->count; h++)
-        for (int s = 0; s < p->hosts->host[h].slots; s++)
-            fprintf(out, "%4d  %-*s  %4d  %10d\n", rank++, widest, p->hosts->host[h].name,
-                    p->hosts->host[h].slot[s], s);
-    fputs("\nvariables\n", out);
-    for (int i = 0; i < p->env.count; i++) {
-        fprintf(out, "  %s=", p->env.each[i].name);
-        show_word(p->env.each[i].value, out);
-        fprintf(out, "  (%s)\n", p->env.each[i].from);
-    }
-    fputs("\ncommand\n ", out);
-    for (int i = 0; command[i]; i++) {
-        fputc(' ', out);
-        show_word(command[i], out);
-    }
-    fputc('\n', out);
-}
-
-static json_t *text_of(const char *value)
-{
-    json_t *json = json_string(value); /* NULL where it is no UTF-8 */
-
-    return json ? json : json_null();
-}
-
-static json_t *json_of(const ds_plan *p, char *const *command)
-{
-    json_t *ranks = json_array(), *words = json_array(), *env = json_object();
-    json_t *from = json_object();
-    int rank = 0;
-
-    for (int h = 0; h < p->hosts->count; h++)
-        for (int s = 0; s < p->hosts->host[h].slots; s++)
-            json_array_append_new(
-                ranks, json_pack("{s:i, s:s, s:i, s:i}", "rank", rank++, "host",
-                                 p->hosts->host[h].name, "slot", p->hosts->host[h].slot[s],
-                                 "local_rank", s));
-    for (int i = 0; command[i]; i++)
-        json_array_append_new(words, text_of(command[i]));
-    for (int i = 0; i < p->env.count; i++) {
-        json_object_set_new(env, p->env.each[i].name, text_of(p->env.each[i].value));
-        json_object_set_new(from, p->env.each[i].name, text_of(p->env.each[i].from));
-    }
-    return json_pack("{s:o, s:o, s:o, s:o}", "ranks", ranks, "command", words, "env", env,
-                     "env_from", from);
-}
-
-int ds_plan_show(const ds_plan *p, char *const *command, int json, FILE *out)
-{
-    json_t *all;
-    int rc;
-
-    if (!json) {
-        show_text(p, command, out);
-        return 0;
-    }
-    all = json_of(p, command);
-    if (!all)
-        return ds_fail(DS_ENOMEM, "out of memory");
-    rc = json_dumpf(all, out, JSON_INDENT(1));
-    json_decref(all);
-    fputc('\n', out);
-    return rc == 0 ? 0 : ds_fail(DS_EIO, "the plan could not be printed");
 }

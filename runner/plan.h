@@ -8,6 +8,7 @@
 #include "runner/envfile.h"
 #include "runner/hostfile.h"
 #include "runner/options.h"
+#include "runner/preflight.h"
 
 #define DS_ADDRESS_BYTES 64
 
@@ -20,8 +21,10 @@ typedef struct ds_place {
 
 typedef struct ds_plan {
     const ds_options *options;
-    ds_hosts *hosts;
-    ds_place *places; /* [hosts->count] */
+    const ds_program *there; /* what ranks run, and where; set by the plan's owner */
+    ds_hosts *all;    /* that the options name */
+    ds_hosts hosts;   /* of them, those in use: the same names and slots, in an array of its own */
+    ds_place *places; /* [hosts.count] */
     int ranks;
     int network;       /* 1: over the network; 0: on this machine alone */
     int slurm;         /* 1: hosts are those of a SLURM allocation */
@@ -29,7 +32,6 @@ typedef struct ds_plan {
     char **where;      /* [ranks] "worker-2, slot 1", or NULL on this machine alone */
     ds_variables env;  /* of the ranks */
     char interface[64]; /* the network that reaches all hosts, as 10.0.0.0/24; "": unknown */
-    char program[PATH_MAX]; /* this dsrun */
 } ds_plan;
 
 /* Hosts and slots from the options, and from what they leave open: /job/hostfile, an allocation of
@@ -37,11 +39,13 @@ typedef struct ds_plan {
 int ds_plan_open(ds_plan *p, const ds_options *options);
 void ds_plan_close(ds_plan *p);
 
-/* Takes other hosts instead, for a start with fewer or more of them; owns them then. */
-int ds_plan_move(ds_plan *p, ds_hosts *hosts);
+/* Uses the hosts that were found ready, at most `most` (0: all of them); found: [all->count], NULL:
+ * every one. DS_ECOMM: there is none. */
+int ds_plan_use(ds_plan *p, const ds_preflight_host *found, int most);
 
-/* Addresses, as far as they are not known yet, and the variables of the ranks. port: the hub's;
- * token: the job's; folder: the job's folder on every host; restarts: starts before this one. */
+/* Addresses, as far as they are not known yet, and the variables of the ranks. port: the hub's, 0: the
+ * plan is only to be shown; token: the job's; folder: the job's folder on every host; restarts: starts
+ * before this one. */
 int ds_plan_finish(ds_plan *p, int port, const char *token, const char *folder, int restarts);
 
 /* The variables, put into this process's environment: mpirun takes them from there. */
@@ -49,8 +53,5 @@ int ds_plan_apply(const ds_plan *p);
 
 /* What --dry-run prints: the ranks, the variables, the command; as text or as JSON. */
 int ds_plan_show(const ds_plan *p, char *const *command, int json, FILE *out);
-
-/* The rank's host. */
-int ds_plan_host_of(const ds_plan *p, int rank);
 
 #endif
