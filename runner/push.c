@@ -353,8 +353,9 @@ static int conclude(push *p, ds_program *there)
         there->script = join(cache, p->parcels[SCRIPT].hash, slash ? slash + 1 : script);
     if (!there->file || !there->library || !there->folder || (script && !there->script))
         return ds_fail(DS_ENOMEM, "out of memory");
-    ds_logf(DS_LOG_INFO, "--push: %.1f MiB sent to %d hosts; ranks run in %s",
-            (double)p->sent / (1 << 20), p->n, there->folder);
+    if (p->sent)
+        ds_logf(DS_LOG_INFO, "--push: %.1f MiB sent; ranks run in %s", (double)p->sent / (1 << 20),
+                there->folder);
     return 0;
 }
 
