@@ -82,12 +82,13 @@ int ds_remote_is_here(const char *host)
 
 /* ---- the command line */
 
+/* Backslashes stand outside of the quotes, too: inside them fish has a meaning for them. */
 void ds_remote_quote(FILE *to, const char *word)
 {
     fputc('\'', to);
     for (const char *c = word; *c; c++)
-        if (*c == '\'')
-            fputs("'\\''", to);
+        if (*c == '\'' || *c == '\\')
+            fprintf(to, "'\\%c'", *c);
         else
             fputc(*c, to);
     fputc('\'', to);

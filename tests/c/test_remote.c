@@ -33,6 +33,26 @@ static void answers_arrive_as_they_are(void **state)
     ds_remote_free(r, 3);
 }
 
+/* In quotes and out of them, as often as there are shells on the way. */
+static void words_are_quoted(void **state)
+{
+    static const char word[] = "it's \\'\\\\ $HOME `x` \"!\" \\n\t*";
+    char text[256], *shell = NULL;
+    FILE *f = fmemopen(text, sizeof text, "w");
+    ds_remote r[] = {{.host = "a"}, {.host = "localhost"}};
+
+    (void)state;
+    ds_remote_quote(f, word);
+    fclose(f);
+    assert_null(strstr(text, "\\'\\")); /* what fish would take for a quote in quotes */
+    assert_true(asprintf(&shell, "printf %%s %s", text) > 0);
+    assert_int_equal(run_on(r, 2, shell, 20), 0);
+    assert_string_equal(r[0].output, word);
+    assert_string_equal(r[1].output, word);
+    ds_remote_free(r, 2);
+    free(shell);
+}
+
 static void ssh_is_told_not_to_ask(void **state)
 {
     static const char *const wanted[] = {"-o BatchMode=yes ", "-o ConnectTimeout=8 ", "-p 2222 ",
@@ -297,6 +317,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(answers_arrive_as_they_are),
+        cmocka_unit_test(words_are_quoted),
         cmocka_unit_test(ssh_is_told_not_to_ask),
         cmocka_unit_test(input_is_fed),
         cmocka_unit_test(silence_ends_at_the_limit),
