@@ -10,9 +10,11 @@
 #include "runner/comm_lane.h"
 
 #include <mpi.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "kernels/error.h"
 #include "runner/rank.h"
@@ -52,17 +54,24 @@ static int mpi_failed(const ds_comm *c, int code)
 
 /* ---- waiting */
 
-static int idle(ds_lane *l, int peer)
+/* Takes what ranks say last. */
+static void take_ends(void)
 {
-    const group *g = l->comm->state[DS_CPU];
     MPI_Status status;
     int some = 1;
 
-    ds_comm_waits_for(g->ranks[peer]);
     while (some && MPI_Iprobe(MPI_ANY_SOURCE, END_TAG, MPI_COMM_WORLD, &some, &status) == 0)
         if (some && MPI_Recv(NULL, 0, MPI_BYTE, status.MPI_SOURCE, END_TAG, MPI_COMM_WORLD,
                              MPI_STATUS_IGNORE) == 0)
             job.ended[status.MPI_SOURCE] = 1;
+}
+
+static int idle(ds_lane *l, int peer)
+{
+    const group *g = l->comm->state[DS_CPU];
+
+    ds_comm_waits_for(g->ranks[peer]);
+    take_ends();
     if (job.lane && job.lane->kind->warned && job.lane->kind->warned(job.lane))
         ds_comm_abort(l->comm, "another rank ended it");
     return job.ended[g->ranks[peer]];
@@ -330,6 +339,20 @@ static int know_hosts(void)
     return 0;
 }
 
+static void let_it_fail(int signal)
+{
+    (void)signal;
+}
+
+/* A peer that has ended is an error of the write, and known by other means; at the job's end it is
+ * not even that. A handler, unlike SIG_IGN, is not left to programs that the script starts. */
+static void survive_closed_pipes(void)
+{
+    struct sigaction action = {.sa_handler = let_it_fail, .sa_flags = SA_RESTART | SA_ONSTACK};
+
+    sigaction(SIGPIPE, &action, NULL);
+}
+
 static int mpi_open(ds_comm *world)
 {
     ds_rank launched;
@@ -341,6 +364,7 @@ static int mpi_open(ds_comm *world)
     if (MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &provided) != MPI_SUCCESS)
         return ds_fail(DS_ECOMM, "MPI could not start");
     job.state = OPEN;
+    survive_closed_pipes();
     MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
     MPI_Comm_rank(MPI_COMM_WORLD, &job.rank);
     MPI_Comm_size(MPI_COMM_WORLD, &job.size);
@@ -415,10 +439,21 @@ static int mpi_split(ds_comm *out, ds_comm *parent, int color, int key)
     return rc;
 }
 
-/* Tells all others that this rank waits for nobody any more, then takes part in MPI's end, which
- * lets their last messages through. */
+static int all_ended(void)
+{
+    for (int r = 0; r < job.size; r++)
+        if (r != job.rank && !job.ended[r])
+            return 0;
+    return 1;
+}
+
+/* Tells all others that this rank waits for nobody any more, and waits until they have said the same
+ * (MPI's own end would wait for them, too, but not for messages that are under way: their sender
+ * would abort). */
 static void finish(void)
 {
+    const struct timespec moment = {.tv_nsec = 200000};
+
     for (int r = 0; r < job.size; r++) {
         MPI_Request request;
 
@@ -426,6 +461,8 @@ static void finish(void)
             MPI_Isend(NULL, 0, MPI_BYTE, r, END_TAG, MPI_COMM_WORLD, &request) == 0)
             MPI_Request_free(&request);
     }
+    for (take_ends(); !all_ended(); take_ends())
+        nanosleep(&moment, NULL);
     MPI_Finalize();
     free(job.node);
     free(job.ended);
