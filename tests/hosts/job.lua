@@ -11,10 +11,10 @@ local ffi = require "ffi"
 local ds = require "ds"
 local nn, F = ds.nn, ds.F
 
-local opt = { steps = 20, pause = 0, batch = 12, rank = -1, at = -1, how = "nothing" }
+local opt = { steps = 20, pause = 0, batch = 12, gas = 1, rank = -1, at = -1, how = "nothing" }
 for _, word in ipairs(arg) do
   local key, value = word:match "^([%w_]+)=(.*)$"
-  opt[key] = tonumber(value) or value
+  if value ~= "" then opt[key] = tonumber(value) or value end
 end
 
 ffi.cdef "int usleep(unsigned); int raise(int);"
@@ -60,7 +60,7 @@ ds.seed(3)
 local engine, _, loader = ds.initialize {
   model = Net(), training_data = data,
   config = {
-    train_batch_size = opt.batch, seed = 5, steps_per_print = 0,
+    train_batch_size = opt.batch, gradient_accumulation_steps = opt.gas, seed = 5, steps_per_print = 0,
     zero_optimization = { stage = 1 },
     optimizer = { type = "AdamW", params = { lr = 2e-2 } },
   },
