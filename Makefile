@@ -65,7 +65,7 @@ library := $(filter-out $(BUILD)/runner/main.o,$(objects))
 tests   := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/c/test_*.c))
 fuzzers := $(patsubst tests/fuzz/%.c,%,$(wildcard tests/fuzz/*.c))
 
-.PHONY: all setup demo test soak bench bench-peers lint format asan fuzz install clean help \
+.PHONY: all setup demo test test-hosts soak bench bench-peers lint format asan fuzz install clean help \
         c-tests fuzzers FORCE
 .DELETE_ON_ERROR:
 .SECONDARY:
@@ -123,7 +123,7 @@ $(BUILD)/%.flags: FORCE
 # ---- targets
 
 setup:
-	@scripts/setup test lint
+	@scripts/setup test hosts lint
 
 demo:
 	@scripts/setup demo
@@ -132,9 +132,14 @@ demo:
 	$(BUILD)/dsrun models/gpt/sample.lua
 
 test:
-	@scripts/setup test
+	@scripts/setup test hosts
 	@$(MAKE) all c-tests
 	@BUILD=$(BUILD) scripts/test
+
+test-hosts:
+	@scripts/setup hosts
+	@$(MAKE) all
+	@BUILD=$(BUILD) tests/hosts/run
 
 lint:
 	@scripts/setup lint
@@ -144,7 +149,7 @@ format:
 	clang-format -i $(shell find kernels runner tests -name '*.[ch]')
 
 asan:
-	@scripts/setup test
+	@scripts/setup test hosts
 	@$(MAKE) BUILD=build/asan SANITIZE=address,undefined CFLAGS='-O1 -g' all c-tests
 	@BUILD=build/asan scripts/test
 
@@ -157,7 +162,7 @@ fuzz:
 	    -artifact_prefix=build/fuzz/$$f- build/fuzz/corpus/$$f tests/fuzz/seeds/$$f || exit 1; done
 
 soak:
-	@scripts/setup test lint
+	@scripts/setup test hosts lint
 	@$(MAKE) all c-tests
 	@BUILD=$(BUILD) scripts/soak
 
@@ -179,6 +184,7 @@ help:
 	@echo 'make            build $(BUILD)/dsrun (make setup first installs what that needs)'
 	@echo 'make demo       install what is missing, build, train a character GPT, print a sample'
 	@echo 'make test       install what is missing, build, run the tests'
+	@echo 'make test-hosts jobs on several hosts, which are made out of this machine (as part of make test)'
 	@echo 'make lint       luacheck, clang-format, clang with warnings as errors, layers'
 	@echo 'make format     clang-format over all C'
 	@echo 'make asan       the tests under the address and undefined-behaviour sanitizers'

@@ -1,0 +1,192 @@
+# When something fails, every rank everywhere is gone within 10 s; dsrun's code is the first failing
+# rank's, and its last lines say which one, where, and what. Ranks 0 and 1 are on worker-1, 2 and 3 on
+# worker-2.
+
+# train [OPTION…]
+save=
+train() {
+  start --hostfile hosts "$@" "$here/job.lua" ranks=ranks steps=1000 pause=0.05 save="$save"
+}
+
+# fails CODE HOW PATTERN…: rank 3 does that in the middle of training
+fails() {
+  expected=$1 how=$2
+  shift 2
+  start --hostfile hosts "$here/job.lua" ranks=ranks steps=1000 pause=0.05 rank=3 at=4 how="$how"
+  until_so 20 happened
+  happens
+  gone
+  ended "$expected"
+  says 'rank 3' worker-2 "$@"
+}
+
+raises() {
+  fails 1 raise
+  says 'code 1'
+  counted 1 'stack traceback' err
+  counted 1 'this rank has a problem' err
+  grep -q 'job.lua:[0-9]*: this rank has a problem' err || wrong "no place of the error"
+}
+it "a rank raises" raises
+it "a rank exits with 3" fails 3 exit 'code 3'
+it "a rank crashes" fails 139 crash 'signal 11' 'Segmentation fault'
+it "a rank is killed" fails 137 kill 'signal 9' 'Killed'
+
+all_raise() {
+  echo 'error "all of us"' >all.lua
+  start --hostfile hosts all.lua
+  gone
+  ended 1
+  counted 1 'all of us' err
+  counted 1 'stack traceback' err
+  says 'rank [0-3]' 'worker-[12]'
+}
+it "all ranks raise: one traceback" all_raise
+
+launcher_is_killed() {
+  train
+  in_step 3
+  happens
+  kill -9 "$(cat pid)"
+  gone
+}
+it "dsrun is killed" launcher_is_killed
+
+mpirun_is_killed() {
+  train
+  in_step 3
+  happens
+  kill -9 $(left head | awk '/ mpirun/ { print $2 }')
+  gone
+  [ "$code" != 0 ] || wrong "ended with code 0"
+}
+it "mpirun is killed" mpirun_is_killed
+
+daemon_is_killed() {
+  train
+  in_step 3
+  happens
+  kill -9 $(left 2 | awk '/ orted/ { print $2 }')
+  gone
+  [ "$code" != 0 ] || wrong "ended with code 0"
+  says worker-2
+}
+it "the remote daemon is killed" daemon_is_killed
+
+# Its listener and its sessions: new connections are refused, and those of the job end.
+sshd_is_killed() {
+  train
+  in_step 3
+  happens
+  on 2 pkill -9 -x sshd
+  if until_so 3 test -e code; then
+    gone
+    [ "$code" != 0 ] || wrong "ended with code 0"
+    says worker-2
+  else # it needs no ssh any more
+    kill -TERM "$(cat pid)"
+    gone 15
+  fi
+}
+it "sshd of a host is killed" sshd_is_killed
+
+# network WAY HOST [WORD…]: ranks print a lot, so that something is on its way when the network goes
+network() {
+  way=$1 host=$2
+  shift 2
+  train "$@"
+  in_step 3
+  happens
+  $way "$host"
+  gone
+  [ "$code" != 0 ] || wrong "ended with code 0"
+  says "worker-$host" 'rank'
+}
+it "the cable of worker-2 is pulled" network unplug 2
+it "the cable of worker-1 is pulled" network unplug 1
+it "packets of worker-2 are lost" network lose 2
+
+at_the_start() {
+  echo 'require "ffi".cdef "int usleep(unsigned)" for _ = 1, 3000 do require "ffi".C.usleep(10000) end' >wait.lua
+  start --hostfile hosts wait.lua
+  until_so 10 sh -c '. "$0/verbs.sh"; left 2 | grep -q dsrun' "$here"
+  happens
+  unplug 2
+  gone
+  [ "$code" != 0 ] || wrong "ended with code 0"
+  says worker-2
+}
+it "the cable is pulled while the job starts" at_the_start
+
+talkative() {
+  echo 'local s = ("y"):rep(200) while true do print(s) end' >flood.lua
+  start --hostfile hosts flood.lua
+  until_so 10 test -s out
+  happens
+  unplug 2
+  gone
+  rm -f out
+  [ "$code" != 0 ] || wrong "ended with code 0"
+  says worker-2
+}
+it "the cable is pulled while ranks print" talkative
+
+apart() {
+  train --timeout 8
+  in_step 3
+  happens
+  part 1 2
+  gone
+  [ "$code" != 0 ] || wrong "ended with code 0"
+  says 'rank'
+}
+it "two workers do not reach each other" apart
+
+stopped() {
+  train --timeout 8
+  in_step 3
+  happens
+  signal STOP 2
+  gone
+  ended 124
+  says 'rank 2' 'worker-2' 'silent'
+}
+it "a rank is stopped" stopped
+
+asleep() {
+  start --hostfile hosts --timeout 8 "$here/job.lua" ranks=ranks steps=1000 rank=2 at=4 how=sleep
+  until_so 20 happened
+  happens
+  gone
+  ended 124
+  says 'rank 2' 'worker-2' 'job.lua:[0-9]+' 'ranks 0, 1, 3 wait in'
+}
+it "a rank sleeps" asleep
+
+asked_to_stop() {
+  save=$work/saved
+  train
+  save=
+  in_step 3
+  happens
+  kill -TERM "$(cat pid)"
+  gone
+  ended 143
+  [ -e saved/latest ] || wrong "nothing was saved"
+}
+it "SIGTERM: all save and end" asked_to_stop
+
+logs_on_a_full_disk() {
+  mkdir full
+  mount -t tmpfs -o size=32k full full
+  start --hostfile hosts --enable_each_rank_log full "$here/job.lua" ranks=ranks steps=1500
+  gone 30
+  umount full
+  ended 0
+  grep -q 'full/' err || wrong "nobody says that the logs are not whole"
+  start --hostfile hosts --enable_each_rank_log /proc/logs "$here/job.lua" steps=3
+  gone 10
+  ended 2
+  says /proc/logs
+}
+it "logs that cannot be written" logs_on_a_full_disk
