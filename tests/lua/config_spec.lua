@@ -4,7 +4,7 @@ local config = require "ds.config"
 local config_help = require "ds.config_help"
 
 local path = os.tmpname()
-local root = (debug.getinfo(1, "S").source:match "^@(.*)tests/lua/" or "")
+local root = require("tests.lua.helper").root
 
 local function write(text)
   local file = assert(io.open(path, "w"))

@@ -34,6 +34,9 @@ function M.read(path)
   return text
 end
 
+--- The checkout's folder, with a slash at its end; "" where it is this one.
+M.root = debug.getinfo(1, "S").source:match "^@(.*)tests/lua/" or ""
+
 function M.write(path, text)
   local file = assert(io.open(path, "wb"))
   file:write(text)

@@ -110,6 +110,13 @@ describe("the command line", function()
     assert.same({ 0, "args.lua\t2\t--seed\t3\t--seed\t3\n" }, { code, out })
   end)
 
+  it("has its options for several ranks in README.md as they are", function()
+    local _, help = sh "$D --help"
+    local first, last = help:find("several ranks, on this machine", 1, true),
+      help:find("\n\nDeepSpeed's, without effect", 1, true)
+    has(helper.read(helper.root .. "README.md"), "```text\n" .. help:sub(first, last) .. "```\n")
+  end)
+
   it("knows the launcher's options", function()
     write("x.lua", "print 'never'")
     for option, message in pairs {

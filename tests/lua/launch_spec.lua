@@ -343,14 +343,14 @@ describe("a rank that hangs", function()
     script("stopped.lua", [[
       if rank == 2 then
         require "ds.ffi".C.ds_breadcrumb "get(41) of the loader"
-        os.execute "(sleep 4.6; kill -CONT $PPID) &"
         local function work() return os.clock() end
         while work() < 1.5 do work() end
+        os.execute "(sleep 4.2; kill -CONT $PPID) &"
         me(19)
       end
       sleep(4.5)
       print "done"]])
-    local code, out, err = sh "$D --num_gpus 3 --timeout 4 stopped.lua"
+    local code, out, err = sh "$D --num_gpus 3 --timeout 6 stopped.lua"
     assert.same({ 0, "done\ndone\ndone\n" }, { code, out })
     assert.truthy(err:find "rank 2 is silent for %d s, last seen at stopped%.lua:%d", err)
     has(err, "in get(41) of the loader")
@@ -372,6 +372,123 @@ describe("a rank that hangs", function()
       kill -STOP $ranks; sleep 3; kill -CONT $ranks; wait $p]]
     assert.same({ 0, "done\ndone\n" }, { code, out })
     lacks(err, "silent")
+  end)
+end)
+
+describe("a plan", function()
+  local json = require "ds.json"
+  -- What --dry-run says, in a home of the test's own.
+  local function dry(options, before)
+    local code, out, err = sh(("%s\nexport HOME=$PWD/home\n$D %s --dry-run --json x.lua a 'b c'")
+      :format(before or "", options))
+    return code, code == 0 and json.decode(out) or out, err
+  end
+  local function places(plan)
+    local t = {}
+    for i, rank in ipairs(plan.ranks) do
+      assert.equal(i - 1, rank.rank)
+      t[i] = ("%s %d %d"):format(rank.host, rank.slot, rank.local_rank)
+    end
+    return table.concat(t, "; ")
+  end
+
+  setup(function()
+    write("x.lua", "error 'a dry run starts nothing'")
+    write("hosts", "# two machines\r\nworker-1 slots=2\n\nroot@worker-2 slots = 3 max_slots=4 # more\n")
+  end)
+
+  it("has a rank a slot, in the hostfile's order, and after filters", function()
+    for options, expected in pairs {
+      [""] = "worker-1 0 0; worker-1 1 1; root@worker-2 0 0; root@worker-2 1 1; root@worker-2 2 2",
+      ["--num_nodes 1"] = "worker-1 0 0; worker-1 1 1",
+      ["--num_gpus 1"] = "worker-1 0 0; root@worker-2 0 0",
+      ["-i worker-2:2,0@worker-1:1"] = "worker-1 1 0; root@worker-2 0 0; root@worker-2 2 1",
+      ["-e worker-2:0-1"] = "worker-1 0 0; worker-1 1 1; root@worker-2 2 0",
+      ["--exclude worker-1"] = "root@worker-2 0 0; root@worker-2 1 1; root@worker-2 2 2",
+    } do
+      local code, plan, err = dry("-H hosts " .. options)
+      assert.same({ 0, "" }, { code, err })
+      assert.equal(expected, places(plan))
+    end
+    for options, message in pairs {
+      ["-i worker-3"] = "worker-3", ["-i worker-2:7"] = "7", ["-i worker-1 -e worker-2"] = "",
+      ["-e worker-1@worker-2"] = "", ["--num_nodes 3"] = "3", ["--num_gpus 3"] = "worker-1",
+    } do
+      local code, _, err = dry("-H hosts " .. options)
+      assert.equal(2, code)
+      has(err, message)
+    end
+  end)
+
+  it("has the command and its arguments as they are", function()
+    local _, plan = dry "-H hosts --launcher_args '--mca pml ob1 --x \"a b\"' --ssh_port 2222"
+    local command = table.concat(plan.command, "\0")
+    has(command, "plm_rsh_agent\0ssh -p 2222 -o BatchMode=yes")
+    has(command, "--mca\0pml\0ob1\0--x\0a b\0-np\0005\0")
+    has(command, "x.lua\0a\0b c")
+    assert.equal("localhost 0; localhost 1", (places(select(2, dry "--num_gpus 2")):gsub("(%d) %d", "%1")))
+  end)
+
+  it("names this machine's GPUs where they are given", function()
+    local _, plan = dry("--num_gpus 2", "export CUDA_VISIBLE_DEVICES=3,5,7")
+    assert.equal("localhost 3 0; localhost 5 1", places(plan))
+  end)
+
+  it("has the variables of files and of the shell, and says whose each is", function()
+    os.execute("mkdir -p '" .. folder .. "/home'")
+    write("home/.deepspeed_env", "A=home\nB=home # more\n")
+    write(".deepspeed_env", "\nexport B='one two'\n")
+    write(".dsrun_env", "C=\"x\\ty\\\"\"\nNCCL_DEBUG=file\n")
+    local _, plan = dry("--num_gpus 1", "export NCCL_DEBUG=shell NCCL_IB_HCA=mlx5 OTHER=1 LUA_CPATH=';;'")
+    local env, from = plan.env, plan.env_from
+    assert.same({ "home", "one two", "file", "mlx5", ";;" },
+      { env.A, env.B, env.NCCL_DEBUG, env.NCCL_IB_HCA, env.LUA_CPATH })
+    assert.is_nil(env.OTHER)
+    has(from.A, "home/.deepspeed_env:1")
+    has(from.B, ".deepspeed_env:2")
+    assert.equal("environment", from.NCCL_IB_HCA)
+    assert.equal("dsrun", from.MASTER_ADDR)
+    script("env.lua", [[print(os.getenv "A", os.getenv "B", os.getenv "NCCL_DEBUG")]])
+    local _, out = sh "HOME=$PWD/home $D --num_gpus 1 env.lua"
+    assert.equal("home\tone two\tfile\n", out)
+    write("other", "A 1\nRANK=3\n")
+    local code, _, err = dry("--num_gpus 1", "export DS_ENV_FILE=other")
+    assert.equal(2, code)
+    has(err, "other:1:")
+    has(err, "other:2:")
+    os.execute(("rm -r '%s/home' '%s/.deepspeed_env' '%s/.dsrun_env'"):format(folder, folder, folder))
+  end)
+
+  it("is a table to read without --json", function()
+    local code, out = sh "HOME=$PWD $D -H hosts --dry-run x.lua"
+    assert.equal(0, code)
+    assert.truthy(out:find "rank +host +slot +local rank\n +0 +worker%-1 +0 +0\n")
+    has(out, "command\n  mpirun ")
+  end)
+end)
+
+describe("a restart", function()
+  it("follows a failure as often as it may, and knows which it is", function()
+    script("life.lua", [[
+      local life = require("ds").restart_count()
+      print(rank, life)
+      if life < 2 and rank == 1 then os.exit(5 + life) end]])
+    local code, out, err = sh "$D --num_gpus 2 --max_restarts 3 life.lua"
+    assert.equal(0, code)
+    assert.same({ "0\t0", "0\t1", "0\t2", "1\t0", "1\t1", "1\t2" }, lines(out))
+    has(err, "the job ended with code 5; start 2 of 4 follows")
+    has(err, "the job ended with code 6; start 3 of 4 follows")
+    code, _, err = sh "$D --num_gpus 2 --max_restarts 1 life.lua"
+    assert.equal(6, code)
+    assert.equal(1, count(err, "follows"))
+  end)
+
+  it("does not follow a signal, and one ends the wait for it", function()
+    script("fails.lua", [[io.stderr:write "ready\n" sleep(0.3) os.exit(7)]])
+    local code, _, err = sh [[$D --num_gpus 1 --max_restarts 5 fails.lua & p=$!
+      until grep -q follows err; do sleep 0.05; done; kill -TERM $p; wait $p]]
+    assert.equal(143, code)
+    assert.equal(1, count(err, "ready"))
   end)
 end)
 
