@@ -19,6 +19,9 @@
 #include "runner/hostfile.h"
 #include "runner/slurm.h"
 
+/* With its length, as it may have NUL bytes. */
+#define TEXT(text) text, sizeof(text) - 1
+
 static char shown[1 << 16];
 
 static const char *show(const ds_hosts *hosts)
@@ -43,7 +46,7 @@ static void expect(const char *got, const char *want, const char *of)
 /* Either the list, or (`code` < 0) the whole message. */
 static void parses(const char *text, size_t bytes, int code, const char *want)
 {
-    char *exact = malloc(bytes + 1); /* so that a byte too far is seen by the sanitizers */
+    char *exact = malloc(bytes); /* so that a byte too far is seen by the sanitizers */
     ds_hosts *hosts = (ds_hosts *)&shown;
     int rc;
 
@@ -277,9 +280,9 @@ static void files_without_hosts(void **state)
     static const char none[] = "hosts: no hosts in it: they are lines as 'worker-1 slots=4'";
     (void)state;
 
-    parses("", 0, DS_ECORRUPT, none);
-    parses("# a slots=1\n\n  \r\n", 16, DS_ECORRUPT, none);
-    parses("a slots=1\nb\0 slots=1\n#\0\n", 24, DS_ECORRUPT,
+    parses(TEXT(""), DS_ECORRUPT, none);
+    parses(TEXT("# a slots=1\n\n  \r\n"), DS_ECORRUPT, none);
+    parses(TEXT("a slots=1\nb\0 slots=1\n#\0\n"), DS_ECORRUPT,
            "hosts:2: 'b\\x00 slots=1': NUL byte: a hostfile is plain text\n"
            "hosts:3: '#\\x00': NUL byte: a hostfile is plain text");
 }
