@@ -344,7 +344,7 @@ static void read_line(parser *p)
     if (end - begin > 7 && !memcmp(begin, "export", 6) && is_blank(begin[6])) {
         p->at += 6;
         skip_blanks(p);
-        if (*p->at == '=') /* somebody's variable has that name */
+        if (p->at < end && *p->at == '=') /* somebody's variable has that name */
             p->at = begin;
     }
     read_variable(p, end);

@@ -186,6 +186,7 @@ static void bad_lines(void **state)
         snprintf(want, sizeof want, "f:2: %s", cases[i].why);
         parses(text, strlen(text), DS_ECORRUPT, want);
     }
+    parses(TEXT("A=1\nexport \t"), DS_ECORRUPT, "f:2: no '=': a line is KEY=VALUE");
     /* what only looks like them is the user's */
     parses(TEXT("RANKS=1\nXRANK=1\nDSRUN_LUA=x\nOMPI_MCA_btl=y\nDS_CHECK=nan"), 0,
            "RANKS=1@f:1|XRANK=1@f:2|DSRUN_LUA=x@f:3|OMPI_MCA_btl=y@f:4|DS_CHECK=nan@f:5");
