@@ -354,7 +354,7 @@ static void files_in_their_order(void **state)
     write_file(names[0], "A=1\nE=1\nD=1");
     reads(0, "A=4@.dsrun_env:1|E=1@/home/.deepspeed_env:2|D=2@/home/.dsrun_env:2|"
              "C=3@.deepspeed_env:3|B=4@.dsrun_env:2");
-    setenv("HOME", path_of("here"), 1); /* no file is read twice */
+    setenv("HOME", path_of("here"), 1);
     reads(0, "A=4@.dsrun_env:1|C=3@.deepspeed_env:3|B=4@.dsrun_env:2");
     setenv("HOME", "/dev/null", 1);
     reads(0, "A=4@.dsrun_env:1|C=3@.deepspeed_env:3|B=4@.dsrun_env:2");
@@ -387,6 +387,8 @@ static void faults_of_all_files(void **state)
     write_file(names[3], "B=1\nRANK=3\n");
     reads(DS_ECORRUPT, "/home/.deepspeed_env:1: A has no '=': a line is KEY=VALUE\n"
                        ".dsrun_env:2: RANK is not for this file: dsrun sets it for each rank");
+    setenv("HOME", path_of("here"), 1); /* no file is read twice */
+    reads(DS_ECORRUPT, ".dsrun_env:2: RANK is not for this file: dsrun sets it for each rank");
     remove_files();
     assert_int_equal(mkdir(path_of(names[2]), 0777), 0);
     reads(DS_EIO, ".deepspeed_env is a directory, not a file");

@@ -157,6 +157,23 @@ static void bad_lines(void **state)
     }
 }
 
+/* [::1:1] becomes ::0.1.0.1, which is longer. */
+static void an_address_that_grows(void **state)
+{
+    char name[DS_HOST_NAME_BYTES], reason[DS_HOST_REASON_BYTES], text[300];
+    (void)state;
+
+    memset(text, 'u', 300);
+    strcpy(text + 245, "@[::1:1]");
+    assert_int_equal(ds_host_name(name, reason, text, strlen(text)), 0);
+    assert_string_equal(name + 245, "@::0.1.0.1");
+    assert_int_equal(strlen(name), DS_HOST_NAME_BYTES - 1);
+    text[245] = 'u';
+    strcpy(text + 246, "@[::1:1]");
+    assert_int_equal(ds_host_name(name, reason, text, strlen(text)), DS_EINVAL);
+    assert_string_equal(reason, "'::1:1' is too long with its user's name");
+}
+
 static void all_faults_at_once(void **state)
 {
     static const char text[] = "a slots=1\n"
@@ -361,6 +378,7 @@ int main(void)
         cmocka_unit_test(good_files),
         cmocka_unit_test(the_largest_host),
         cmocka_unit_test(bad_lines),
+        cmocka_unit_test(an_address_that_grows),
         cmocka_unit_test(all_faults_at_once),
         cmocka_unit_test(many_faults_are_counted),
         cmocka_unit_test(long_texts_are_cut),
