@@ -159,6 +159,7 @@ fuzz:
 	@for f in $(fuzzers); do \
 	  mkdir -p build/fuzz/corpus/$$f && echo "fuzzing $$f for $(FUZZ_SECONDS) s" && \
 	  build/fuzz/tests/fuzz/$$f -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=4096 -verbosity=0 \
+	    $$(test ! -f tests/fuzz/$$f.dict || echo -dict=tests/fuzz/$$f.dict) -timeout=10 \
 	    -artifact_prefix=build/fuzz/$$f- build/fuzz/corpus/$$f tests/fuzz/seeds/$$f || exit 1; done
 
 soak:

@@ -257,23 +257,20 @@ static char *quoted(parser *p)
     return value;
 }
 
-/* The name in front of the '=', which is the last character before p->at; 0 with a fault: none that may
- * be set. Where it is no name it may be a piece of a secret that lacks its quote, so it is cut. */
-static int check_name(const parser *p, const char *name, size_t bytes)
+/* The name in front of the '='. Where it is no name it may be a piece of a secret that lacks its quote,
+ * so it is cut. */
+static void check_name(const parser *p, const char *name, size_t bytes)
 {
     const char *reason = owner(name, bytes);
     char shown[DS_QUOTE];
 
-    if (is_name(name, bytes) && !reason)
-        return 1;
     if (reason)
         ds_fault(p->faults, "%s:%d: %.*s is not for this file: %s", p->path, p->line, (int)bytes,
                  name, reason);
-    else
+    else if (!is_name(name, bytes))
         ds_fault(p->faults,
                  "%s:%d: '%s'%s before the '=' is no name: it has letters, digits and '_'", p->path,
                  p->line, ds_quote(shown, name, bytes < 24 ? bytes : 24), bytes < 24 ? "" : "…");
-    return 0;
 }
 
 /* Adds a variable; takes the value. */
@@ -302,7 +299,7 @@ static void keep(parser *p, const char *name, size_t bytes, char *value, int lin
 static void read_variable(parser *p, const char *end)
 {
     const char *name = p->at, *equals = memchr(name, '=', (size_t)(end - name));
-    int line = p->line, good;
+    int line = p->line;
     size_t bytes;
     char *value;
 
@@ -316,17 +313,15 @@ static void read_variable(parser *p, const char *end)
                  known ? (int)bytes : 0, name, known ? " has " : "");
         return;
     }
-    good = check_name(p, name, bytes);
+    check_name(p, name, bytes);
     p->at = equals + 1;
     skip_blanks(p);
     if (p->at < end && (*p->at == '"' || *p->at == '\''))
         value = quoted(p); /* also behind a bad name: it may have lines */
     else if ((value = unquoted(p, end)) == NULL)
         p->rc = ds_fail(DS_ENOMEM, "out of memory");
-    if (value && good)
+    if (value)
         keep(p, name, bytes, value, line);
-    else
-        free(value);
 }
 
 static void read_line(parser *p)
@@ -344,13 +339,13 @@ static void read_line(parser *p)
     if (end - begin > 7 && !memcmp(begin, "export", 6) && is_blank(begin[6])) {
         p->at += 6;
         skip_blanks(p);
-        if (*p->at == '=') /* somebody's variable has that name */
+        if (p->at < end && *p->at == '=') /* somebody's variable has that name */
             p->at = begin;
     }
     read_variable(p, end);
 }
 
-/* Faults are added to; only what is good is in `into`. */
+/* Adds to both; what is in `into` is for nothing where there are faults. */
 static int read_text(ds_variables *into, ds_faults *faults, const char *text, size_t bytes,
                      const char *path)
 {
@@ -482,6 +477,8 @@ int ds_variables_inherit(ds_variables *into, char **environ)
     }
     return 0;
 }
+
+/* ---- the launcher itself */
 
 int ds_variables_set(ds_variables *into, const char *name, const char *value, const char *from)
 {

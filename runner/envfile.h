@@ -49,7 +49,7 @@ int ds_variables_inherit(ds_variables *into, char **environ);
 /* The variable of that name, or NULL. */
 const ds_variable *ds_variables_find(const ds_variables *v, const char *name);
 
-/* Adds one, in place of an earlier one of that name. DS_ENOMEM. */
+/* Adds one, whatever its name, in place of an earlier one. DS_ENOMEM. */
 int ds_variables_set(ds_variables *into, const char *name, const char *value, const char *from);
 
 void ds_variables_free(ds_variables *v); /* what is in it, and it is {0} again */

@@ -265,7 +265,8 @@ static void read_line(parser *p)
     } else {
         before = seen_before(p, ds_host_bare(name));
         if (before > 0)
-            fault(p, "this host has line %d already: its slots go on one line", before);
+            fault(p, "duplicate host: line %d has it already, and its slots go on one line",
+                  before);
         else
             p->rc = before;
     }

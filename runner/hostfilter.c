@@ -13,8 +13,9 @@
 #include "runner/hostfile.h"
 #include "runner/suggest.h"
 
-#define LIST_BYTES 1200 /* what there is, in a message */
-#define SLOTS_BYTES 200 /* the slots of one host, there */
+#define MOST_ID 999999999 /* of a slot that is asked for */
+#define LIST_BYTES 1200   /* what there is, in a message */
+#define SLOTS_BYTES 200   /* the slots of one host, there */
 
 /* What the filter says of a host. */
 typedef struct choice {
@@ -194,8 +195,8 @@ static void read_slot(filter *f, int host, const char *text, size_t bytes)
     trim(&whole, &whole_bytes);
     trim(&text, &n);
     trim(&second, &m);
-    first = ds_host_number(text, n, DS_MAX_SLOTS);
-    last = ds_host_number(second, m, DS_MAX_SLOTS);
+    first = ds_host_number(text, n, MOST_ID);
+    last = ds_host_number(second, m, MOST_ID);
     ds_quote(shown, whole, whole_bytes);
     if (first < 0 || last < 0)
         ds_fault(&f->faults, "--%s: '%s' is no slot: they are numbers and ranges, as 0,2-5%s",
