@@ -112,6 +112,15 @@ const char *ds_read_line(const char *prompt);
 int ds_is_terminal(void); /* 1: input and output are a terminal */
 const char *ds_dnnl_version(void);
 
+/* ---- facts of this machine (machine.c) */
+
+/* Addresses of its network interfaces, a line each: "eth0 10.77.0.1/24". To be freed with ds_free();
+ * NULL: out of memory. */
+char *ds_interfaces(void);
+/* Opens a shared library and asks it: cudaRuntimeGetVersion, cudnnGetVersion or ncclGetVersion. As it
+ * answers, 13000 or 91900 or 22809; -1: it can't be opened, or does not answer. */
+int ds_library_version(const char *file, const char *function);
+
 /* ---- JSON (json.c) */
 
 enum {

@@ -9,7 +9,6 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <ifaddrs.h>
 #include <limits.h>
 #include <poll.h>
 #include <signal.h>
@@ -23,6 +22,7 @@
 #include "kernels/error.h"
 #include "runner/child.h"
 #include "runner/ds.h"
+#include "runner/machine.h"
 
 #define MOST 64         /* at a time */
 #define MOMENT 0.005    /* between looks whether a process that is about to end has ended */
@@ -47,25 +47,6 @@ static int same_label(const char *a, const char *b)
     return n == m && !strncasecmp(a, b, n) && (!a[n] || !b[m] || !strcasecmp(a, b));
 }
 
-static int own_address(int family, const void *address)
-{
-    struct ifaddrs *all, *i;
-    int found = 0;
-
-    if (getifaddrs(&all) < 0)
-        return 0;
-    for (i = all; i && !found; i = i->ifa_next) {
-        if (!i->ifa_addr || i->ifa_addr->sa_family != family)
-            continue;
-        if (family == AF_INET)
-            found = !memcmp(&((struct sockaddr_in *)i->ifa_addr)->sin_addr, address, 4);
-        else
-            found = !memcmp(&((struct sockaddr_in6 *)i->ifa_addr)->sin6_addr, address, 16);
-    }
-    freeifaddrs(all);
-    return found;
-}
-
 int ds_remote_is_here(const char *host)
 {
     const char *at = strrchr(host, '@'), *name = at ? at + 1 : host;
@@ -73,9 +54,9 @@ int ds_remote_is_here(const char *host)
     unsigned char address[16];
 
     if (inet_pton(AF_INET, name, address) == 1)
-        return address[0] == 127 || own_address(AF_INET, address);
+        return address[0] == 127 || ds_machine_has(AF_INET, address);
     if (inet_pton(AF_INET6, name, address) == 1)
-        return own_address(AF_INET6, address);
+        return ds_machine_has(AF_INET6, address);
     gethostname(own, sizeof own - 1);
     return !strcasecmp(name, "localhost") || (*name && same_label(name, own));
 }
