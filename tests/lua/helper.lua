@@ -25,6 +25,15 @@ function M.lacks(text, piece)
   if text:find(piece, 1, true) then error(("'%s' in:\n%s"):format(piece, text), 2) end
 end
 
+--- All weights of an engine, as one list of numbers.
+function M.weights(engine)
+  local out = {}
+  for _, e in ipairs(engine.named) do
+    for _, v in ipairs(e.parameter:float():reshape(-1):tolist()) do out[#out + 1] = v end
+  end
+  return out
+end
+
 --- A file's text; nil if there is none.
 function M.read(path)
   local file = io.open(path, "rb")
