@@ -377,8 +377,7 @@ describe("signals", function()
     return sh(([[
       rm -f ready
       $D runs.lua >ready & P=$!
-      i=0
-      while [ ! -s ready ] 2>/dev/null && [ $i -lt 100 ]; do sleep 0.05; i=$((i + 1)); done
+      wait_for ready ready
       %s
       wait $P
       echo $?]]):format(commands))
@@ -423,18 +422,21 @@ describe("signals", function()
   it("USR2 tells where compiled code is", function()
     local text = "print 'ready'\nlocal function f(x)\n  return x + 1\nend\nlocal n = 0\n"
       .. "while true do\n  n = f(n)\nend\n"
-    local _, _, err = with_script(text, "sleep 0.2; kill -USR2 $P; sleep 0.3; kill -TERM $P")
+    local _, _, err = with_script(text,
+      "sleep 0.2; kill -USR2 $P; wait_for dsrun: err; kill -TERM $P")
     assert(err:find "dsrun: at runs.lua:[37]", err)
   end)
 
   it("USR2 tells the loop that calls nothing, and what is being done", function()
     local text = [[require "ds.ffi".C.ds_breadcrumb("waiting for the end")]] .. "\n" .. busy
-    local _, _, err = with_script(text, "sleep 0.2; kill -USR2 $P; sleep 1; kill -TERM $P")
+    local _, _, err = with_script(text,
+      "sleep 0.2; kill -USR2 $P; wait_for dsrun: err; kill -TERM $P")
     has(err, "in a compiled loop without calls (compiled last: runs.lua:4); in waiting for the end")
   end)
 
   it("USR2 says when the script is in C", function()
-    local _, _, err = with_script("print 'ready'\nos.execute 'sleep 1'", "kill -USR2 $P; sleep 0.8")
+    local _, _, err = with_script("print 'ready'\nos.execute 'sleep 2'",
+      "kill -USR2 $P; wait_for dsrun: err")
     has(err, "Lua did not answer within 500 ms: in C code")
   end)
 end)
