@@ -162,6 +162,18 @@ static int scatter_post(const plan *p, int64_t k)
     return rc < 0 ? rc : l->kind->post(l, round);
 }
 
+/* What the peers sent goes to its places in the result. (all_to_all: all parts are equally long.) */
+static int keep(const plan *p, const ds_round *round, int64_t k)
+{
+    int rc = 0;
+
+    for (int r = 0; rc == 0 && r < p->lane->size; r++)
+        if (r != p->lane->rank)
+            rc = copy(p, p->out + at(p, p->cut[r] + k * p->chunk), p->dtype, round->from[r],
+                      p->dtype, piece(p, r, k));
+    return rc;
+}
+
 static int scatter_take(const plan *p, int64_t k)
 {
     ds_lane *l = p->lane;
@@ -178,10 +190,8 @@ static int scatter_take(const plan *p, int64_t k)
         rc = p->ops->reduce_ranks(&y, (const void *const *)round->from, p->wire, l->size, p->op,
                                   p->scale);
     }
-    for (int r = 0; rc == 0 && !p->joins && r < l->size; r++)
-        if (r != l->rank)
-            rc = copy(p, p->out + at(p, p->cut[r] + k * p->chunk), p->dtype, round->from[r],
-                      p->dtype, n);
+    if (rc == 0 && !p->joins)
+        rc = keep(p, round, k);
     l->kind->drop(l);
     return rc;
 }
@@ -219,10 +229,7 @@ static int gather_take(const plan *p, int64_t k)
 
     if (rc < 0)
         return rc;
-    for (int r = 0; rc == 0 && r < l->size; r++)
-        if (r != l->rank)
-            rc = copy(p, p->out + at(p, p->cut[r] + k * p->chunk), p->dtype, round->from[r],
-                      p->dtype, piece(p, r, k));
+    rc = keep(p, round, k);
     l->kind->drop(l);
     return rc;
 }

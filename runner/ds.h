@@ -365,7 +365,7 @@ int ds_test(ds_work *work); /* 1 done, 0 not yet, negative: it failed */
 /* Parameters in flat buffers, one a group, cut into buckets, each in as many parts as there are ranks:
  * part r is rank r's. numel and group: [n_params], groups ascending; whole: [n_groups], 1: parts end
  * where parameters do, balanced over the group; 0: a bucket's parts are even. Buckets hold at most
- * bucket_numel elements, or one parameter. */
+ * bucket_numel elements, or one parameter. The caller frees *out. DS_EINVAL: no such groups. */
 typedef struct ds_zero ds_zero;
 typedef struct ds_zero_bucket {
     int32_t group, first, last; /* parameters first to last, 0-based, both included */

@@ -122,20 +122,27 @@ static int run(const char *what, rule *f32, rule *f64, ds_tensor *p, ds_tensor *
     return 0;
 }
 
+/* What Adam and Lamb have in common. */
+static hyper moments(double lr, double beta1, double beta2, double eps, double weight_decay,
+                     double c1, double c2, double gscale)
+{
+    return (hyper){.lr = lr,
+                   .beta1 = beta1,
+                   .beta2 = beta2,
+                   .eps = eps,
+                   .weight_decay = weight_decay,
+                   .c1 = c1,
+                   .c2 = c2,
+                   .gscale = gscale};
+}
+
 int DS_CPU(adam)(ds_tensor *p, ds_tensor *m, ds_tensor *v, ds_tensor *low, const ds_tensor *g,
                  double lr, double beta1, double beta2, double eps, double weight_decay, double c1,
                  double c2, double gscale, int decoupled)
 {
-    hyper h = {.lr = lr,
-               .beta1 = beta1,
-               .beta2 = beta2,
-               .eps = eps,
-               .weight_decay = weight_decay,
-               .c1 = c1,
-               .c2 = c2,
-               .gscale = gscale,
-               .decoupled = decoupled};
+    hyper h = moments(lr, beta1, beta2, eps, weight_decay, c1, c2, gscale);
 
+    h.decoupled = decoupled;
     return run("adam", adam_f32, adam_f64, p, m, v, low, g, &h);
 }
 
@@ -197,8 +204,8 @@ static void lamb_piece(const ds_tensor *p, const ds_tensor *m, const ds_tensor *
     }
 }
 
-/* How far a tensor moves along its update, as DeepSpeed bounds it: 1 where a norm is 0. A NaN passes
- * through, to show in the weights. */
+/* How far a tensor moves along its update, as DeepSpeed bounds it, from sums of squares: 1 where one
+ * is 0. A NaN passes through, to show in the weights. */
 static double trust(double weights, double updates, double least, double most)
 {
     double ratio;
@@ -214,13 +221,7 @@ int DS_CPU(lamb)(ds_tensor *p, ds_tensor *m, ds_tensor *v, ds_tensor *low, const
                  double c2, double min_coeff, double max_coeff, double gscale)
 {
     const ds_tensor *const state[2] = {m, v};
-    hyper h = {.beta1 = beta1,
-               .beta2 = beta2,
-               .eps = eps,
-               .weight_decay = weight_decay,
-               .c1 = c1,
-               .c2 = c2,
-               .gscale = gscale};
+    hyper h = moments(lr, beta1, beta2, eps, weight_decay, c1, c2, gscale);
     int rc = check("lamb", p, state, low, g);
     int threads = ds_threads(p->numel * 4);
     int64_t pieces = (p->numel + PIECE - 1) / PIECE;

@@ -4,7 +4,7 @@
 -- `dsrun --config-help` and CONFIG.md are all made from this table. Names and defaults are
 -- DeepSpeed's; where its documentation and its code disagree, the documented default stands.
 
-local RANKS = "it comes with training on several ranks"
+local STAGE = "stage 1 shares out the optimizer's state, most of what there is"
 local GPUS = "it comes with GPUs"
 
 -- Keys of sections that exist in full but can't be switched on yet.
@@ -181,7 +181,7 @@ local count = { min = 0 }
 local zero_fields = {
   { "stage", "integer", 0, "what is split over the ranks: 0 nothing, 1 the optimizer's state, 2 " ..
     "also the gradients, 3 also the weights. On one rank all are the same.", min = 0, max = 3,
-    later = { [2] = RANKS, [3] = RANKS } },
+    later = { [2] = STAGE, [3] = STAGE } },
   idle("contiguous_gradients", "boolean", true, "gradients lie in one buffer; here they always do"),
   idle("reduce_scatter", "boolean", true, "reduce-scatter instead of all-reduce"),
   { "reduce_bucket_size", "integer", 5e8, "most elements reduced at a time; an eighth of the " ..
@@ -373,7 +373,8 @@ M.groups = {
         convert = function(v) return type(v) == "string" and v:upper() or v end }),
       idle("load_universal", "boolean", false, "load on another number of ranks; always " ..
         "possible here"),
-      switch("use_node_local_storage", "each host saves to a disk of its own", RANKS),
+      switch("use_node_local_storage", "each host saves to a disk of its own",
+        "it comes with several machines"),
       idle("checkpoint_serialization", "boolean", true, "how PyTorch writes files"),
       idle("parallel_write", "object", nil, "parallel writing", { fields = {
         idle("pipeline_stage", "boolean", false, "by pipeline stages"),
@@ -462,7 +463,7 @@ M.groups = {
   } },
   { "Parallelism", {
     { "data_parallel_size", "integer", nil, "ranks that see different data", status = "later",
-      why = RANKS, off = { 1 }, min = 1 },
+      why = "all ranks see different data", off = { 1 }, min = 1 },
     { "sequence_parallel_size", "integer", nil, "ranks that share a sequence", status = "later",
       off = { 1 }, min = 1 },
     section("tensor_parallel", "splits matrices over ranks",

@@ -168,8 +168,12 @@ local linear = define("linear", {
   end,
 })
 
---- y = activation(x wᵀ + b): x [… K], w [N x K], b [N] or nil.
+--- y = activation(x wᵀ + b), all of one floating dtype.
+-- @tparam Tensor x [… K]
+-- @tparam Tensor w [N x K]
+-- @tparam Tensor|nil b [N]
 -- @tparam[opt] table options { activation = "gelu" | "gelu_tanh" | "relu" | "silu" }: fused
+-- @treturn Tensor [… N]
 function M.linear(x, w, b, options)
   options = options_of("linear", options, { activation = true })
   local code = activation_code("linear", options.activation)
@@ -276,8 +280,12 @@ local linear_cross_entropy = define("linear_cross_entropy", {
   end,
 })
 
---- Mean cross-entropy of the projection x wᵀ, without ever holding all logits: x [… K], w [V x K].
+--- Mean cross-entropy of the projection x wᵀ, without ever holding all logits.
+-- @tparam Tensor x [… K]
+-- @tparam Tensor w [V x K], of x's dtype
+-- @tparam Tensor target one class from 0 for each row of x, i64, i32 or u8
 -- @tparam[opt] table options { ignore_index = −100 }
+-- @treturn Tensor [] f32 (f64 for f64)
 function M.linear_cross_entropy(x, w, target, options)
   options = options_of("linear_cross_entropy", options, { ignore_index = true })
   tensor.need_tensor(x, "linear_cross_entropy", 1)

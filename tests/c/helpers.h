@@ -6,20 +6,9 @@
 #ifndef DS_TEST_HELPERS_H
 #define DS_TEST_HELPERS_H
 
-#include <math.h>
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-
-#include <cmocka.h>
 #include <omp.h>
 
-#include "kernels/backend.h"
-#include "kernels/dtype.h"
+#include "tests/c/numbers.h"
 
 #define MARGIN 0xa5
 #define FLOATS 4 /* the first dtypes: f32 bf16 f16 f64 */
@@ -29,98 +18,6 @@
     {                                                                                              \
         __VA_ARGS__                                                                                \
     }
-
-static uint64_t random_state = 1;
-
-static inline double random01(void)
-{
-    random_state = random_state * 6364136223846793005u + 1442695040888963407u;
-    return (double)(random_state >> 11) * 0x1p-53;
-}
-
-static inline int64_t between(int64_t low, int64_t high)
-{
-    return low + (int64_t)(random01() * (double)(high - low + 1));
-}
-
-/* Half a step of rounding at 1. */
-static inline double eps_of(int dtype)
-{
-    static const double eps[DS_DTYPES] = {0x1p-24, 0x1p-8, 0x1p-11, 0x1p-53};
-
-    return eps[dtype];
-}
-
-static inline const ds_ops *kernels(void)
-{
-    const ds_backend *backend = ds_cpu_backend(NULL);
-
-    assert_non_null(backend);
-    return &backend->ops;
-}
-
-/* ---- elements */
-
-static inline int64_t place(const ds_tensor *t, int64_t i)
-{
-    int64_t at = 0;
-
-    for (int d = t->ndim - 1; d >= 0; d--) {
-        at += i % t->shape[d] * t->stride[d];
-        i /= t->shape[d];
-    }
-    return at;
-}
-
-static inline double get(const ds_tensor *t, int64_t i)
-{
-    int64_t at = place(t, i);
-
-    switch (t->dtype) {
-    case DS_F32:
-        return (double)((float *)t->data)[at];
-    case DS_F64:
-        return ((double *)t->data)[at];
-    case DS_BF16:
-        return (double)ds_bf16_to_f32(((uint16_t *)t->data)[at]);
-    case DS_F16:
-        return (double)ds_f16_to_f32(((uint16_t *)t->data)[at]);
-    case DS_I64:
-        return (double)((int64_t *)t->data)[at];
-    case DS_I32:
-        return (double)((int32_t *)t->data)[at];
-    default:
-        return (double)((uint8_t *)t->data)[at];
-    }
-}
-
-static inline void set(ds_tensor *t, int64_t i, double x)
-{
-    int64_t at = place(t, i);
-
-    switch (t->dtype) {
-    case DS_F32:
-        ((float *)t->data)[at] = (float)x;
-        break;
-    case DS_F64:
-        ((double *)t->data)[at] = x;
-        break;
-    case DS_BF16:
-        ((uint16_t *)t->data)[at] = ds_f32_to_bf16((float)x);
-        break;
-    case DS_F16:
-        ((uint16_t *)t->data)[at] = ds_f32_to_f16((float)x);
-        break;
-    case DS_I64:
-        ((int64_t *)t->data)[at] = (int64_t)x;
-        break;
-    case DS_I32:
-        ((int32_t *)t->data)[at] = (int32_t)x;
-        break;
-    default:
-        ((uint8_t *)t->data)[at] = (uint8_t)x;
-    }
-}
 
 /* x as a dtype stores it. */
 static inline double rounded(int dtype, double x)
@@ -250,13 +147,6 @@ static inline ds_tensor random_tensor(int dtype, int ndim, const int64_t *shape,
 
 /* ---- comparing */
 
-static inline void near(double got, double want, double tolerance, const char *what, int64_t i)
-{
-    if (!(fabs(got - want) <= tolerance) && !(isnan(got) && isnan(want)) && got != want)
-        fail_msg("%s: element %lld is %.9g, not %.9g (within %.2g)", what, (long long)i, got, want,
-                 tolerance);
-}
-
 /* What a float kernel may miss `want` by: its dtype's rounding and `ulps` of f32's (f64's) own. */
 static inline double within(int dtype, double want, double ulps)
 {
@@ -264,13 +154,6 @@ static inline double within(int dtype, double want, double ulps)
     double tiny = dtype == DS_F16 ? 0x1p-25 : dtype == DS_F64 ? 0 : 0x1p-126;
 
     return fabs(want) * (eps_of(dtype) * 1.001 + 2 * ulps * own) + tiny;
-}
-
-static inline void fails(int rc, int code, const char *part)
-{
-    assert_int_equal(rc, code);
-    if (!strstr(ds_error(), part))
-        fail_msg("\"%s\" is not in the message \"%s\"", part, ds_error());
 }
 
 #endif

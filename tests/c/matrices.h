@@ -3,95 +3,12 @@
 #ifndef DS_TEST_MATRICES_H
 #define DS_TEST_MATRICES_H
 
-#include <math.h>
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-
-#include <cmocka.h>
-
-#include "kernels/backend.h"
-#include "kernels/dtype.h"
+#include "tests/c/numbers.h"
 
 #define MARGIN 0xa5
 
 /* How the last two dimensions lie. */
 enum layout { ROWS, COLUMNS, ROW_GAPS, COLUMN_GAPS, SCATTERED, LAYOUTS };
-
-static uint64_t seed_ = 1;
-
-static inline double random01(void)
-{
-    seed_ = seed_ * 6364136223846793005u + 1442695040888963407u;
-    return (double)(seed_ >> 11) * 0x1p-53;
-}
-
-static inline int64_t between(int64_t low, int64_t high)
-{
-    return low + (int64_t)(random01() * (double)(high - low + 1));
-}
-
-static inline double eps_of(int dtype)
-{
-    static const double eps[DS_DTYPES] = {0x1p-24, 0x1p-8, 0x1p-11, 0x1p-53};
-
-    return eps[dtype];
-}
-
-/* The place of logical element i. */
-static inline int64_t place(const ds_tensor *t, int64_t i)
-{
-    int64_t at = 0;
-
-    for (int d = t->ndim - 1; d >= 0; d--) {
-        at += i % t->shape[d] * t->stride[d];
-        i /= t->shape[d];
-    }
-    return at;
-}
-
-static inline double get(const ds_tensor *t, int64_t i)
-{
-    int64_t at = place(t, i);
-
-    switch (t->dtype) {
-    case DS_F32:
-        return ((float *)t->data)[at];
-    case DS_F64:
-        return ((double *)t->data)[at];
-    case DS_BF16:
-        return ds_bf16_to_f32(((uint16_t *)t->data)[at]);
-    case DS_F16:
-        return ds_f16_to_f32(((uint16_t *)t->data)[at]);
-    default:
-        return (double)((int64_t *)t->data)[at];
-    }
-}
-
-static inline void set(ds_tensor *t, int64_t i, double x)
-{
-    int64_t at = place(t, i);
-
-    switch (t->dtype) {
-    case DS_F32:
-        ((float *)t->data)[at] = (float)x;
-        break;
-    case DS_F64:
-        ((double *)t->data)[at] = x;
-        break;
-    case DS_BF16:
-        ((uint16_t *)t->data)[at] = ds_f32_to_bf16((float)x);
-        break;
-    case DS_F16:
-        ((uint16_t *)t->data)[at] = ds_f32_to_f16((float)x);
-        break;
-    default:
-        ((int64_t *)t->data)[at] = (int64_t)x;
-    }
-}
 
 /* Bytes of the block behind a tensor made here. */
 static inline size_t span(const ds_tensor *t)
@@ -158,13 +75,6 @@ static inline void margins_kept(const ds_tensor *t, void *before)
                (size_t)bytes);
     assert_memory_equal(before, t->data, span(t));
     free(before);
-}
-
-static inline void near(double got, double want, double tolerance, const char *what, int64_t i)
-{
-    if (!(fabs(got - want) <= tolerance) && !(isnan(got) && isnan(want)) && got != want)
-        fail_msg("%s: element %lld is %.9g, not %.9g (within %.2g)", what, (long long)i, got, want,
-                 tolerance);
 }
 
 #endif

@@ -224,7 +224,7 @@ static void an_end_in_order_is_none(void **unused)
     assert_true(ds_hub_all_gone(t.hub));
 }
 
-static void a_stop_is_told_to_all_also_to_those_who_come_later(void **unused)
+static void a_stop_is_told_to_all(void **unused)
 {
     (void)unused;
     ds_hub_stop(t.hub, 15);
@@ -234,6 +234,24 @@ static void a_stop_is_told_to_all_also_to_those_who_come_later(void **unused)
     serve();
     assert_int_equal(ds_hub_trouble(t.hub), DS_TROUBLE_NONE);
     assert_int_equal(ds_hub_signal(t.hub), 15);
+}
+
+static void a_stop_is_told_to_those_who_come_later(void **unused)
+{
+    const ds_hub_config config = {.ranks = 1, .token = "secret", .timeout = 100, .say = say};
+    ds_hub *four = t.hub;
+    int fd;
+
+    (void)unused;
+    assert_int_equal(ds_hub_open(&t.hub, &config, t.now), 0);
+    ds_hub_stop(t.hub, 10);
+    fd = connect_to_hub();
+    tell(fd, "hello secret 0 side 0 0\n");
+    serve();
+    assert_string_equal(told(fd), "welcome\nstop 10\n");
+    close(fd);
+    ds_hub_close(t.hub);
+    t.hub = four;
 }
 
 static void who_is_waited_for_is_named_and_left_alone(void **unused)
@@ -366,7 +384,8 @@ int main(void)
         TEST(output_comes_before_what_is_said_after_it),
         TEST(a_lost_rank_is_trouble_at_once),
         TEST(an_end_in_order_is_none),
-        TEST(a_stop_is_told_to_all_also_to_those_who_come_later),
+        TEST(a_stop_is_told_to_all),
+        TEST(a_stop_is_told_to_those_who_come_later),
         TEST(who_is_waited_for_is_named_and_left_alone),
         TEST(nothing_moving_for_the_timeout_ends_the_job),
         TEST(ranks_that_all_wait_for_each_other_end_the_job),

@@ -4,8 +4,6 @@
 
 #include "tests/c/levels.h"
 
-static const ds_ops *ops;
-
 enum activation { NONE, GELU, GELU_TANH, RELU, SILU, ACTIVATIONS };
 
 static double activate(double *slope, double x, int activation)
@@ -50,7 +48,8 @@ static void check_linear(int dtype, int64_t m, int64_t n, int64_t k, int activat
     randomise(&x, 1);
     randomise(&w, 1);
     randomise(&b, 2);
-    if (ops->linear(&y, with_slope ? &slope : NULL, &x, &w, bias_dtype < 0 ? NULL : &b, activation))
+    if (kernels()->linear(&y, with_slope ? &slope : NULL, &x, &w, bias_dtype < 0 ? NULL : &b,
+                          activation))
         fail_msg("%s", ds_error());
     for (int64_t i = 0; i < m * n; i++) {
         double h = 0, size = 0, want, want_slope, before, after;
@@ -102,8 +101,8 @@ static void leading_dimensions_are_rows(void **state)
     randomise(&x, 1);
     randomise(&w, 1);
     flat.ndim = 2, flat.shape[0] = 6, flat.shape[1] = 5, flat.stride[0] = 5, flat.stride[1] = 1;
-    assert_int_equal(ops->linear(&y, NULL, &x, &w, NULL, GELU), 0);
-    assert_int_equal(ops->linear(&y2, NULL, &flat, &w, NULL, GELU), 0);
+    assert_int_equal(kernels()->linear(&y, NULL, &x, &w, NULL, GELU), 0);
+    assert_int_equal(kernels()->linear(&y2, NULL, &flat, &w, NULL, GELU), 0);
     assert_memory_equal(y.data, y2.data, 24 * 4);
     drop(&x), drop(&w), drop(&y), drop(&y2);
 }
@@ -126,7 +125,7 @@ static void activations_hold_at_the_extremes(void **state)
             set(&w, 0, 1);
             for (int i = 0; i < n; i++)
                 set(&x, i, points[i]);
-            assert_int_equal(ops->linear(&y, &slope, &x, &w, NULL, activation), 0);
+            assert_int_equal(kernels()->linear(&y, &slope, &x, &w, NULL, activation), 0);
             for (int i = 0; i < n; i++) {
                 double want_slope, want = activate(&want_slope, get(&x, i), activation);
 
@@ -134,7 +133,7 @@ static void activations_hold_at_the_extremes(void **state)
                 near(get(&slope, i), want_slope, 4 * eps_of(dtype) + 1e-6, "slope", i);
             }
             set(&x, 3, NAN);
-            assert_int_equal(ops->linear(&y, &slope, &x, &w, NULL, activation), 0);
+            assert_int_equal(kernels()->linear(&y, &slope, &x, &w, NULL, activation), 0);
             assert_true(isnan(get(&y, 3)));
             drop(&x), drop(&w), drop(&y), drop(&slope);
         }
@@ -156,11 +155,11 @@ static void activation_alone_matches(void **state)
                 randomise(&h, 3);
                 for (int64_t i = 0; i < h.numel; i++)
                     set(&kept, i, get(&h, i));
-                assert_int_equal(ops->activate(way == OVER_Y ? &h : &y,
-                                               way == NO_SLOPE_WANTED ? NULL
-                                               : way == OVER_SLOPE    ? &h
-                                                                      : &slope,
-                                               &h, activation),
+                assert_int_equal(kernels()->activate(way == OVER_Y ? &h : &y,
+                                                     way == NO_SLOPE_WANTED ? NULL
+                                                     : way == OVER_SLOPE    ? &h
+                                                                            : &slope,
+                                                     &h, activation),
                                  0);
                 for (int64_t i = 0; i < h.numel; i++) {
                     double s, want = activate(&s, get(&kept, i), activation);
@@ -170,8 +169,8 @@ static void activation_alone_matches(void **state)
                     if (way != NO_SLOPE_WANTED)
                         near(get(way == OVER_SLOPE ? &h : &slope, i), s, eps + tiny, "slope", i);
                 }
-                assert_int_equal(ops->activate(&y, NULL, &h, NONE), DS_EINVAL);
-                assert_int_equal(ops->activate(&y, NULL, &h, ACTIVATIONS), DS_EINVAL);
+                assert_int_equal(kernels()->activate(&y, NULL, &h, NONE), DS_EINVAL);
+                assert_int_equal(kernels()->activate(&y, NULL, &h, ACTIVATIONS), DS_EINVAL);
                 drop(&h), drop(&kept), drop(&y), drop(&slope);
             }
 }
@@ -188,7 +187,7 @@ static void an_empty_sum_leaves_the_bias(void **state)
 
             for (int i = 0; i < 4; i++)
                 set(&b, i, i);
-            assert_int_equal(ops->linear(&y, NULL, &x, &w, &b, activation), 0);
+            assert_int_equal(kernels()->linear(&y, NULL, &x, &w, &b, activation), 0);
             for (int i = 0; i < 12; i++)
                 assert_true(get(&y, i) == i % 4);
             drop(&x), drop(&w), drop(&b), drop(&y);
@@ -223,7 +222,8 @@ static void check_backward(int dtype, int db_dtype, int64_t m, int64_t n, int al
         sum[i % n] += want[i];
         size[i % n] += fabs(want[i]);
     }
-    if (ops->linear_backward_bias(dh, &db, &dy, alias == NO_SLOPE ? NULL : &slope, accumulate))
+    if (kernels()->linear_backward_bias(dh, &db, &dy, alias == NO_SLOPE ? NULL : &slope,
+                                        accumulate))
         fail_msg("%s", ds_error());
     for (int64_t j = 0; j < n; j++)
         near(get(&db, j), sum[j],
@@ -259,7 +259,7 @@ static void backward_without_db_writes_dh(void **state)
     randomise(&dy, 1);
     for (int i = 0; i < 35; i++)
         set(&slope, i, 2);
-    assert_int_equal(ops->linear_backward_bias(&slope, NULL, &dy, &slope, 0), 0);
+    assert_int_equal(kernels()->linear_backward_bias(&slope, NULL, &dy, &slope, 0), 0);
     for (int i = 0; i < 35; i++)
         assert_true(get(&slope, i) == 2 * get(&dy, i));
     drop(&dy), drop(&slope);
@@ -274,10 +274,10 @@ static void same_bits_every_time(void **state)
         void *first;
 
         randomise(&dy, 1);
-        assert_int_equal(ops->linear_backward_bias(NULL, &db, &dy, NULL, 0), 0);
+        assert_int_equal(kernels()->linear_backward_bias(NULL, &db, &dy, NULL, 0), 0);
         first = copy_of(&db);
         for (int again = 0; again < 3; again++) {
-            assert_int_equal(ops->linear_backward_bias(NULL, &db, &dy, NULL, 0), 0);
+            assert_int_equal(kernels()->linear_backward_bias(NULL, &db, &dy, NULL, 0), 0);
             assert_memory_equal(first, db.data, span(&db));
         }
         free(first);
@@ -294,18 +294,18 @@ static void wrong_calls_are_refused(void **state)
     ds_tensor other = w;
 
     (void)state;
-    assert_int_equal(ops->linear(&y, NULL, &x, &w, &b, 0), DS_EINVAL);
+    assert_int_equal(kernels()->linear(&y, NULL, &x, &w, &b, 0), DS_EINVAL);
     assert_non_null(strstr(ds_error(), "b [4] for w [4 x 5]"));
-    assert_int_equal(ops->linear(&y, &y, &x, &w, NULL, NONE), DS_EINVAL);
-    assert_int_equal(ops->linear(&y, NULL, &x, &w, NULL, ACTIVATIONS), DS_EINVAL);
+    assert_int_equal(kernels()->linear(&y, &y, &x, &w, NULL, NONE), DS_EINVAL);
+    assert_int_equal(kernels()->linear(&y, NULL, &x, &w, NULL, ACTIVATIONS), DS_EINVAL);
     assert_non_null(strstr(ds_error(), "activation 5"));
     other.dtype = DS_BF16;
-    assert_int_equal(ops->linear(&y, NULL, &x, &other, NULL, 0), DS_EINVAL);
+    assert_int_equal(kernels()->linear(&y, NULL, &x, &other, NULL, 0), DS_EINVAL);
     assert_non_null(strstr(ds_error(), "f32 of f32 and bf16"));
     other = y, other.shape[0] = 2, other.numel = 8;
-    assert_int_equal(ops->linear(&other, NULL, &x, &w, NULL, 0), DS_EINVAL);
+    assert_int_equal(kernels()->linear(&other, NULL, &x, &w, NULL, 0), DS_EINVAL);
     assert_non_null(strstr(ds_error(), "3 rows into 2"));
-    assert_int_equal(ops->linear_backward_bias(NULL, &b, &y, NULL, 0), DS_EINVAL);
+    assert_int_equal(kernels()->linear_backward_bias(NULL, &b, &y, NULL, 0), DS_EINVAL);
     assert_non_null(strstr(ds_error(), "4 elements"));
     drop(&x), drop(&w), drop(&y), drop(&b);
 }
@@ -323,11 +323,8 @@ int main(int argc, char **argv)
         cmocka_unit_test(same_bits_every_time),
         cmocka_unit_test(wrong_calls_are_refused),
     };
-    int status = each_level(argv);
+    int done = each_level(argv);
 
     (void)argc;
-    if (status >= 0)
-        return status;
-    ops = &ds_cpu_backend(NULL)->ops;
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return done >= 0 ? done : cmocka_run_group_tests(tests, NULL, NULL);
 }

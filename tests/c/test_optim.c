@@ -1,25 +1,12 @@
 /* test_optim.c - optimizers against their formulas in double, on every CPU level of this
  * machine. */
-#include <math.h>
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-
-#include <cmocka.h>
 #include <omp.h>
 
-#include "kernels/backend.h"
-#include "kernels/dtype.h"
 #include "tests/c/levels.h"
+#include "tests/c/numbers.h"
 
 #define MOST 5000
 #define STEPS 3
-
-static const ds_ops *ops;
 
 /* Weights, two states, gradients and the low precision copy; and what they should be. */
 typedef struct setting {
@@ -29,35 +16,6 @@ typedef struct setting {
     ds_tensor p, a, b, low, g;
     double p_d[MOST], a_d[MOST], b_d[MOST];
 } setting;
-
-static uint64_t state = 1;
-
-static double uniform(double low, double high)
-{
-    state = state * 6364136223846793005u + 1442695040888963407u;
-    return low + (high - low) * ((double)(state >> 11) * 0x1p-53);
-}
-
-static double get(const ds_tensor *t, int64_t i)
-{
-    if (t->dtype == DS_F32)
-        return ((float *)t->data)[i];
-    if (t->dtype == DS_F64)
-        return ((double *)t->data)[i];
-    return t->dtype == DS_BF16 ? ds_bf16_to_f32(((uint16_t *)t->data)[i])
-                               : ds_f16_to_f32(((uint16_t *)t->data)[i]);
-}
-
-static void put(ds_tensor *t, int64_t i, double x)
-{
-    if (t->dtype == DS_F32)
-        ((float *)t->data)[i] = (float)x;
-    else if (t->dtype == DS_F64)
-        ((double *)t->data)[i] = x;
-    else
-        ((uint16_t *)t->data)[i] =
-            t->dtype == DS_BF16 ? ds_f32_to_bf16((float)x) : ds_f32_to_f16((float)x);
-}
 
 static ds_tensor vector(int dtype, int64_t n)
 {
@@ -71,7 +29,7 @@ static ds_tensor vector(int dtype, int64_t n)
 
     assert_non_null(t.data);
     for (int64_t i = 0; i < n; i++)
-        put(&t, i, 0);
+        set_at(&t, i, 0);
     return t;
 }
 
@@ -93,8 +51,8 @@ static setting *make(int64_t n, int dtype, int g_dtype, int low_dtype, double gs
     s->g = vector(g_dtype, n);
     s->low = vector(low_dtype < 0 ? DS_BF16 : low_dtype, n);
     for (int64_t i = 0; i < n; i++) {
-        put(&s->p, i, uniform(-2, 2));
-        s->p_d[i] = get(&s->p, i);
+        set_at(&s->p, i, uniform(-2, 2));
+        s->p_d[i] = get_at(&s->p, i);
     }
     return s;
 }
@@ -117,27 +75,27 @@ static ds_tensor *low_of(setting *s)
 static void differentiate(setting *s)
 {
     for (int64_t i = 0; i < s->n; i++)
-        put(&s->g, i, i % 7 == 3 ? 0 : uniform(-1, 1) / s->gscale);
+        set_at(&s->g, i, i % 7 == 3 ? 0 : uniform(-1, 1) / s->gscale);
 }
 
-static void near(const ds_tensor *t, const double *want, const char *name, const char *rule)
+static void near_all(const ds_tensor *t, const double *want, const char *name, const char *rule)
 {
     double tolerance = t->dtype == DS_F64 ? 1e-13 : 2e-6;
 
     for (int64_t i = 0; i < t->numel; i++)
-        if (!(fabs(get(t, i) - want[i]) <= tolerance * (1e-2 + fabs(want[i]) + fabs(want[0]))))
+        if (!(fabs(get_at(t, i) - want[i]) <= tolerance * (1e-2 + fabs(want[i]) + fabs(want[0]))))
             fail_msg("%s: %s[%d] of %d is %.9g, not %.9g", rule, name, (int)i, (int)t->numel,
-                     get(t, i), want[i]);
+                     get_at(t, i), want[i]);
 }
 
 /* What has the same bits: the copy is the rounded weights. */
 static void check(setting *s, const char *rule)
 {
-    near(&s->p, s->p_d, "p", rule);
-    near(&s->a, s->a_d, "first state", rule);
-    near(&s->b, s->b_d, "second state", rule);
+    near_all(&s->p, s->p_d, "p", rule);
+    near_all(&s->a, s->a_d, "first state", rule);
+    near_all(&s->b, s->b_d, "second state", rule);
     for (int64_t i = 0; i < s->n && s->low_dtype >= 0; i++) {
-        float p = (float)get(&s->p, i);
+        float p = (float)get_at(&s->p, i);
         uint16_t want = s->low_dtype == DS_BF16 ? ds_f32_to_bf16(p) : ds_f32_to_f16(p);
 
         assert_int_equal(((uint16_t *)s->low.data)[i], want);
@@ -160,10 +118,10 @@ static void adam_steps(setting *s, int decoupled)
         double c1 = 1 - pow(beta1, t), c2 = 1 - pow(beta2, t);
 
         differentiate(s);
-        step_ok(ops->adam(&s->p, &s->a, &s->b, low_of(s), &s->g, lr, beta1, beta2, eps, wd, c1, c2,
-                          s->gscale, decoupled));
+        step_ok(kernels()->adam(&s->p, &s->a, &s->b, low_of(s), &s->g, lr, beta1, beta2, eps, wd,
+                                c1, c2, s->gscale, decoupled));
         for (int64_t i = 0; i < s->n; i++) {
-            double g = get(&s->g, i) * s->gscale;
+            double g = get_at(&s->g, i) * s->gscale;
 
             if (decoupled)
                 s->p_d[i] -= lr * wd * s->p_d[i];
@@ -182,13 +140,13 @@ static void sgd_steps(setting *s, double momentum, int nesterov)
     const double lr = 0.1, damp = nesterov ? 0 : 0.3, wd = s->weight_decay;
 
     for (int64_t i = 0; i < s->n; i++) /* the first step shall not look at it */
-        put(&s->a, i, momentum ? NAN : 0);
+        set_at(&s->a, i, momentum ? NAN : 0);
     for (int t = 0; t < STEPS; t++) {
         differentiate(s);
-        step_ok(ops->sgd(&s->p, momentum ? &s->a : NULL, low_of(s), &s->g, lr, momentum, damp, wd,
-                         nesterov, t == 0, s->gscale));
+        step_ok(kernels()->sgd(&s->p, momentum ? &s->a : NULL, low_of(s), &s->g, lr, momentum, damp,
+                               wd, nesterov, t == 0, s->gscale));
         for (int64_t i = 0; i < s->n; i++) {
-            double d = get(&s->g, i) * s->gscale + wd * s->p_d[i];
+            double d = get_at(&s->g, i) * s->gscale + wd * s->p_d[i];
 
             if (momentum) {
                 s->a_d[i] = t == 0 ? d : momentum * s->a_d[i] + (1 - damp) * d;
@@ -206,10 +164,10 @@ static void lion_steps(setting *s)
 
     for (int t = 0; t < STEPS; t++) {
         differentiate(s);
-        step_ok(ops->lion(&s->p, &s->a, low_of(s), &s->g, lr, beta1, beta2, s->weight_decay,
-                          s->gscale));
+        step_ok(kernels()->lion(&s->p, &s->a, low_of(s), &s->g, lr, beta1, beta2, s->weight_decay,
+                                s->gscale));
         for (int64_t i = 0; i < s->n; i++) {
-            double g = get(&s->g, i) * s->gscale, c = beta1 * s->a_d[i] + (1 - beta1) * g;
+            double g = get_at(&s->g, i) * s->gscale, c = beta1 * s->a_d[i] + (1 - beta1) * g;
 
             s->p_d[i] = s->p_d[i] * (1 - lr * s->weight_decay) - lr * ((c > 0) - (c < 0));
             s->a_d[i] = beta2 * s->a_d[i] + (1 - beta2) * g;
@@ -224,9 +182,10 @@ static void adagrad_steps(setting *s)
 
     for (int t = 0; t < STEPS; t++) {
         differentiate(s);
-        step_ok(ops->adagrad(&s->p, &s->a, low_of(s), &s->g, lr, eps, s->weight_decay, s->gscale));
+        step_ok(kernels()->adagrad(&s->p, &s->a, low_of(s), &s->g, lr, eps, s->weight_decay,
+                                   s->gscale));
         for (int64_t i = 0; i < s->n; i++) {
-            double d = get(&s->g, i) * s->gscale + s->weight_decay * s->p_d[i];
+            double d = get_at(&s->g, i) * s->gscale + s->weight_decay * s->p_d[i];
 
             s->a_d[i] += d * d;
             if (d != 0)
@@ -247,10 +206,10 @@ static void lamb_steps(setting *s, double least, double most)
         double c1 = 1 - pow(beta1, t), c2 = 1 - pow(beta2, t), ww = 0, uu = 0, ratio;
 
         differentiate(s);
-        step_ok(ops->lamb(&s->p, &s->a, &s->b, low_of(s), &s->g, lr, beta1, beta2, eps, wd, c1, c2,
-                          least, most, s->gscale));
+        step_ok(kernels()->lamb(&s->p, &s->a, &s->b, low_of(s), &s->g, lr, beta1, beta2, eps, wd,
+                                c1, c2, least, most, s->gscale));
         for (int64_t i = 0; i < s->n; i++) {
-            double g = get(&s->g, i) * s->gscale;
+            double g = get_at(&s->g, i) * s->gscale;
 
             s->a_d[i] = beta1 * s->a_d[i] + (1 - beta1) * g;
             s->b_d[i] = beta2 * s->b_d[i] + (1 - beta2) * g * g;
@@ -302,9 +261,9 @@ static void lamb_moves_zero_weights(void **unused)
 
     (void)unused;
     for (int64_t i = 0; i < s->n; i++)
-        put(&s->p, i, s->p_d[i] = 0);
+        set_at(&s->p, i, s->p_d[i] = 0);
     lamb_steps(s, 0.01, 10);
-    assert_true(get(&s->p, 0) != 0);
+    assert_true(get_at(&s->p, 0) != 0);
     drop(s);
 }
 
@@ -320,14 +279,15 @@ static void lamb_does_not_depend_on_threads(void **unused)
     assert_non_null(first);
     for (int threads = 1; threads <= 3; threads++) {
         omp_set_num_threads(threads);
-        state = 7;
+        random_state = 7;
         for (int64_t i = 0; i < n; i++) {
-            put(&p, i, uniform(-1, 1));
-            put(&g, i, uniform(-1, 1));
-            put(&m, i, 0);
-            put(&v, i, 0);
+            set_at(&p, i, uniform(-1, 1));
+            set_at(&g, i, uniform(-1, 1));
+            set_at(&m, i, 0);
+            set_at(&v, i, 0);
         }
-        step_ok(ops->lamb(&p, &m, &v, NULL, &g, 0.1, 0.9, 0.99, 1e-6, 0.1, 0.1, 0.01, 0.01, 10, 1));
+        step_ok(kernels()->lamb(&p, &m, &v, NULL, &g, 0.1, 0.9, 0.99, 1e-6, 0.1, 0.1, 0.01, 0.01,
+                                10, 1));
         if (threads == 1)
             memcpy(first, p.data, (size_t)n * sizeof *first);
         assert_memory_equal(first, p.data, (size_t)n * sizeof *first);
@@ -357,26 +317,20 @@ static void nan_gradients_show(void **unused)
     for (int rule = 0; rule < 4; rule++) {
         setting *s = make(20, DS_F32, DS_F32, -1, 1, 0);
 
-        put(&s->g, 13, NAN);
+        set_at(&s->g, 13, NAN);
         if (rule == 0)
-            ops->adam(&s->p, &s->a, &s->b, NULL, &s->g, 0.1, 0.9, 0.99, 1e-8, 0, 0.1, 0.01, 1, 1);
+            kernels()->adam(&s->p, &s->a, &s->b, NULL, &s->g, 0.1, 0.9, 0.99, 1e-8, 0, 0.1, 0.01, 1,
+                            1);
         else if (rule == 1)
-            ops->sgd(&s->p, NULL, NULL, &s->g, 0.1, 0, 0, 0, 0, 1, 1);
+            kernels()->sgd(&s->p, NULL, NULL, &s->g, 0.1, 0, 0, 0, 0, 1, 1);
         else if (rule == 2)
-            ops->lion(&s->p, &s->a, NULL, &s->g, 0.1, 0.9, 0.99, 0, 1);
+            kernels()->lion(&s->p, &s->a, NULL, &s->g, 0.1, 0.9, 0.99, 0, 1);
         else
-            ops->adagrad(&s->p, &s->a, NULL, &s->g, 0.1, 1e-10, 0, 1);
-        assert_true(isnan(get(&s->p, 13)));
-        assert_false(isnan(get(&s->p, 12)));
+            kernels()->adagrad(&s->p, &s->a, NULL, &s->g, 0.1, 1e-10, 0, 1);
+        assert_true(isnan(get_at(&s->p, 13)));
+        assert_false(isnan(get_at(&s->p, 12)));
         drop(s);
     }
-}
-
-static void refused(int rc, const char *words)
-{
-    assert_int_equal(rc, DS_EINVAL);
-    if (!strstr(ds_error(), words))
-        fail_msg("\"%s\" does not say \"%s\"", ds_error(), words);
 }
 
 static void wrong_calls_are_refused(void **unused)
@@ -385,22 +339,26 @@ static void wrong_calls_are_refused(void **unused)
 
     (void)unused;
     s->a.numel = 19;
-    refused(ops->lion(&s->p, &s->a, NULL, &s->g, 0.1, 0.9, 0.99, 0, 1), "19 elements");
+    fails(kernels()->lion(&s->p, &s->a, NULL, &s->g, 0.1, 0.9, 0.99, 0, 1), DS_EINVAL,
+          "19 elements");
     s->a.numel = 20;
     s->g.dense = 0;
-    refused(ops->lion(&s->p, &s->a, NULL, &s->g, 0.1, 0.9, 0.99, 0, 1), "not dense");
+    fails(kernels()->lion(&s->p, &s->a, NULL, &s->g, 0.1, 0.9, 0.99, 0, 1), DS_EINVAL, "not dense");
     s->g.dense = 1;
     s->p.dtype = DS_BF16;
-    refused(ops->lion(&s->p, &s->a, NULL, &s->g, 0.1, 0.9, 0.99, 0, 1), "bf16");
+    fails(kernels()->lion(&s->p, &s->a, NULL, &s->g, 0.1, 0.9, 0.99, 0, 1), DS_EINVAL, "bf16");
     s->p.dtype = DS_F32;
     s->low.dtype = DS_F32;
-    refused(ops->lion(&s->p, &s->a, &s->low, &s->g, 0.1, 0.9, 0.99, 0, 1), "f32 copy");
+    fails(kernels()->lion(&s->p, &s->a, &s->low, &s->g, 0.1, 0.9, 0.99, 0, 1), DS_EINVAL,
+          "f32 copy");
     s->low.dtype = DS_BF16;
     s->a.dtype = DS_BF16;
-    refused(ops->lamb(&s->p, &s->a, &s->b, NULL, &s->g, 0.1, 0.9, 0.99, 0, 0, 1, 1, 0.01, 10, 1),
-            "state is bf16");
+    fails(
+        kernels()->lamb(&s->p, &s->a, &s->b, NULL, &s->g, 0.1, 0.9, 0.99, 0, 0, 1, 1, 0.01, 10, 1),
+        DS_EINVAL, "state is bf16");
     s->a.dtype = DS_F32;
-    refused(ops->sgd(&s->p, NULL, NULL, &s->g, 0.1, 0.9, 0, 0, 0, 1, 1), "momentum buffer");
+    fails(kernels()->sgd(&s->p, NULL, NULL, &s->g, 0.1, 0.9, 0, 0, 0, 1, 1), DS_EINVAL,
+          "momentum buffer");
     drop(s);
 }
 
@@ -414,11 +372,8 @@ int main(int argc, char **argv)
         cmocka_unit_test(nan_gradients_show),
         cmocka_unit_test(wrong_calls_are_refused),
     };
-    int status = each_level(argv);
+    int done = each_level(argv);
 
     (void)argc;
-    if (status >= 0)
-        return status;
-    ops = &ds_cpu_backend(NULL)->ops;
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return done >= 0 ? done : cmocka_run_group_tests(tests, NULL, NULL);
 }

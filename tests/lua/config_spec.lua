@@ -78,8 +78,8 @@ describe("config", function()
       'ds.json:5: optimizer.params.lr: expected a number of at least 0, got "1e-3" (a string; ' ..
         "drop the quotes)",
       'ds.json:6: unknown key "optimizer.params.beta" (did you mean "betas"?)',
-      "ds.json:8: zero_optimization.stage 2: not in this version yet (it comes with training on " ..
-        "several ranks)",
+      "ds.json:8: zero_optimization.stage 2: not in this version yet (stage 1 shares out the " ..
+        "optimizer's state, most of what there is)",
     }, problems [[// settings
 {
   "train_micro_batch_size": 8,

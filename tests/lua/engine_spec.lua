@@ -1,7 +1,8 @@
 -- The engine through its three verbs: accumulation, clipping, precision, schedules, errors, memory.
 
 local ds = require "ds"
-local says = require("tests.lua.helper").says
+local helper = require "tests.lua.helper"
+local says, weights = helper.says, helper.weights
 local nn, F = ds.nn, ds.F
 local close = ds.testing.assert_close
 
@@ -44,14 +45,6 @@ local function train(engine, list)
     engine:step()
   end
   return losses
-end
-
-local function weights(engine)
-  local out = {}
-  for _, e in ipairs(engine.named) do
-    for _, v in ipairs(e.parameter:float():reshape(-1):tolist()) do out[#out + 1] = v end
-  end
-  return out
 end
 
 describe("the three verbs", function()

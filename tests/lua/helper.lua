@@ -25,6 +25,15 @@ function M.lacks(text, piece)
   if text:find(piece, 1, true) then error(("'%s' in:\n%s"):format(piece, text), 2) end
 end
 
+--- All weights of an engine, as one list of numbers.
+function M.weights(engine)
+  local out = {}
+  for _, e in ipairs(engine.named) do
+    for _, v in ipairs(e.parameter:float():reshape(-1):tolist()) do out[#out + 1] = v end
+  end
+  return out
+end
+
 --- A file's text; nil if there is none.
 function M.read(path)
   local file = io.open(path, "rb")
@@ -79,13 +88,25 @@ end
 --- A file's text; "" if there is none.
 function Place:read(name) return M.read(self.folder .. "/" .. name) or "" end
 
---- Runs a shell command in the folder, with nothing on its standard input; "$D" is dsrun.
+-- Machines can be busy: what a test waits for it looks for, up to 20 seconds.
+local functions = [[
+wait_for() { # TEXT FILE [LINES]: until so many lines (one) have the text
+  tries=400
+  while [ "$(cat "$2" 2>/dev/null | grep -c -e "$1")" -lt "${3:-1}" ] && [ $tries -gt 0 ]; do
+    tries=$((tries - 1))
+    sleep 0.05
+  done
+}]]
+
+--- Runs a shell command in the folder, with nothing on its standard input; "$D" is dsrun, and there
+-- is wait_for TEXT FILE [LINES].
 -- @treturn number exit code
 -- @treturn string standard output
 -- @treturn string standard error
 -- @treturn number seconds that it took
 function Place:timed(command)
-  self:write("command.sh", ("D='%s'\n%s\n%s\n"):format(host.executable, self.before, command))
+  self:write("command.sh", ("D='%s'\n%s\n%s\n%s\n"):format(host.executable, functions,
+    self.before, command))
   local limit = self.limit and ("timeout -k 1 %d "):format(self.limit) or ""
   local begun = seconds()
   local status = os.execute(("cd '%s' && %ssh ./command.sh >out 2>err </dev/null"):format(

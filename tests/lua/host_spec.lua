@@ -35,11 +35,8 @@ describe("the command line", function()
     has(err, "usage: dsrun")
   end)
 
-  it("suggests the option that was meant", function()
-    local code, _, err = sh "$D --sede 3 x.lua"
-    assert.equal(2, code)
-    has(err, "unknown option --sede (did you mean --seed?)")
-    code, _, err = sh "$D --xyzzy x.lua"
+  it("suggests no option for what is like none", function()
+    local code, _, err = sh "$D --xyzzy x.lua"
     assert.equal(2, code)
     has(err, "unknown option --xyzzy")
     assert.is_nil(err:find("did you mean", 1, true))
@@ -54,32 +51,27 @@ describe("the command line", function()
     end
   end)
 
-  it("refuses values that make no sense", function()
-    local code, _, err = sh "$D --seed x y.lua"
-    assert.equal(2, code)
-    has(err, "--seed wants a whole number")
-    code, _, err = sh "$D --log_level loud y.lua"
-    assert.equal(2, code)
-    has(err, "log level 'loud' is none of debug")
-    code, _, err = sh "$D --device tpu y.lua"
-    assert.equal(2, code)
-    has(err, "--device wants cpu or cuda, not 'tpu'")
-    code, _, err = sh "$D --seed"
-    assert.equal(2, code)
-    has(err, "--seed wants a value")
-    code, _, err = sh "$D --quiet=3 y.lua"
-    assert.equal(2, code)
-    has(err, "--quiet takes no value")
+  it("refuses what makes no sense", function()
+    for arguments, message in pairs {
+      ["--seed x y.lua"] = "--seed wants a whole number",
+      ["--seed"] = "--seed wants a value",
+      ["--log_level loud y.lua"] = "log level 'loud' is none of debug",
+      ["--device tpu y.lua"] = "--device wants cpu or cuda, not 'tpu'",
+      ["--quiet=3 y.lua"] = "--quiet takes no value",
+      ["--module x"] = "--module is not for dsrun",
+      ["--sede 3 x.lua"] = "unknown option --sede (did you mean --seed?)",
+      ["--config-help optimzer"] = 'unknown config key "optimzer" (did you mean "optimizer"?)',
+    } do
+      local code, _, err = sh("$D " .. arguments)
+      assert.equal(2, code, arguments)
+      has(err, message)
+    end
   end)
 
-  it("--config-help explains a key, and says which was meant", function()
+  it("--config-help explains a key", function()
     local code, out = sh "$D --config-help gradient_clipping"
     assert.equal(0, code)
     has(out, "gradient_clipping")
-    local _, err
-    code, _, err = sh "$D --config-help optimzer"
-    assert.equal(2, code)
-    has(err, 'unknown config key "optimzer" (did you mean "optimizer"?)')
   end)
 
   it("--device says where tensors are made, and what this build has not", function()
@@ -139,9 +131,6 @@ describe("the command line", function()
     has(err, "--no_python changes nothing here")
     code, _, err = sh "$D --quiet --no_python empty.lua"
     assert.same({ 0, "" }, { code, err })
-    code, _, err = sh "$D --module x"
-    assert.equal(2, code)
-    has(err, "--module is not for dsrun")
   end)
 
   it("tells about the machine", function()
@@ -401,8 +390,7 @@ describe("signals", function()
     return sh(([[
       rm -f ready
       $D runs.lua >ready & P=$!
-      i=0
-      while [ ! -s ready ] 2>/dev/null && [ $i -lt 100 ]; do sleep 0.05; i=$((i + 1)); done
+      wait_for ready ready
       %s
       wait $P
       echo $?]]):format(commands))
@@ -447,18 +435,21 @@ describe("signals", function()
   it("USR2 tells where compiled code is", function()
     local text = "print 'ready'\nlocal function f(x)\n  return x + 1\nend\nlocal n = 0\n"
       .. "while true do\n  n = f(n)\nend\n"
-    local _, _, err = with_script(text, "sleep 0.2; kill -USR2 $P; sleep 0.3; kill -TERM $P")
+    local _, _, err = with_script(text,
+      "sleep 0.2; kill -USR2 $P; wait_for dsrun: err; kill -TERM $P")
     assert(err:find "dsrun: at runs.lua:[37]", err)
   end)
 
   it("USR2 tells the loop that calls nothing, and what is being done", function()
     local text = [[require "ds.ffi".C.ds_breadcrumb("waiting for the end")]] .. "\n" .. busy
-    local _, _, err = with_script(text, "sleep 0.2; kill -USR2 $P; sleep 1; kill -TERM $P")
+    local _, _, err = with_script(text,
+      "sleep 0.2; kill -USR2 $P; wait_for dsrun: err; kill -TERM $P")
     has(err, "in a compiled loop without calls (compiled last: runs.lua:4); in waiting for the end")
   end)
 
   it("USR2 says when the script is in C", function()
-    local _, _, err = with_script("print 'ready'\nos.execute 'sleep 1'", "kill -USR2 $P; sleep 0.8")
+    local _, _, err = with_script("print 'ready'\nos.execute 'sleep 2'",
+      "kill -USR2 $P; wait_for dsrun: err")
     has(err, "Lua did not answer within 500 ms: in C code")
   end)
 end)

@@ -190,7 +190,7 @@ describe("output", function()
     local code, _, _, seconds = timed [[mkfifo f; $D --num_gpus 2 flood.lua >f & p=$!
       exec 3<f; sleep 1; kill -TERM $p; sleep 0.2; kill -TERM $p; wait $p]]
     assert.equal(143, code)
-    assert.truthy(seconds < 5, seconds)
+    assert.truthy(seconds < 20, seconds)
   end)
 end)
 
@@ -215,7 +215,7 @@ describe("the end of a job", function()
       assert.equal(1, count(err, "dsrun: rank "))
       lacks(err, "mpirun")
       assert.equal(3, count(out, "before"))
-      assert.truthy(seconds < 3, seconds)
+      assert.truthy(seconds < 10, seconds)
     end)
   end
 
@@ -272,9 +272,7 @@ describe("signals", function()
     os.exit(128 + C.ds_signal_pending())]]
   -- Starts the job, waits until its ranks are ready, goes on with the rest.
   local function job(options, ranks, rest)
-    return timed(([[$D %s & p=$!
-      for i in $(seq 200); do [ $(grep -c ready err) = %d ] && break; sleep 0.02; done
-      %s]]):format(options, ranks, rest))
+    return timed(("$D %s & p=$!\nwait_for ready err %d\n%s"):format(options, ranks, rest))
   end
 
   it("reach all ranks, which save; the code is 128 + the signal", function()
@@ -293,17 +291,17 @@ describe("signals", function()
     local code, out, _, seconds = job("--num_gpus 2 stubborn.lua", 2,
       "kill -TERM $p; sleep 0.3; kill -TERM $p; wait $p")
     assert.same({ 143, "" }, { code, out })
-    assert.truthy(seconds < 4, seconds)
+    assert.truthy(seconds < 10, seconds)
     code, out, _, seconds = job("--num_gpus 2 --grace 0.5 stubborn.lua", 2, "kill -INT $p; wait $p")
     assert.same({ 130, "" }, { code, out })
-    assert.truthy(seconds < 4, seconds)
+    assert.truthy(seconds < 10, seconds)
   end)
 
   it("end at once where nobody saves", function()
     script("plain.lua", [[io.stderr:write "ready\n" sleep(20)]])
     local code, _, _, seconds = job("--num_gpus 2 plain.lua", 2, "kill -TERM $p; wait $p")
     assert.equal(143, code)
-    assert.truthy(seconds < 4, seconds)
+    assert.truthy(seconds < 10, seconds)
   end)
 
   it("kill all when dsrun is killed", function()
@@ -322,15 +320,19 @@ describe("signals", function()
     script("where.lua", [[
       local C = require "ds.ffi".C
       io.stderr:write "ready\n"
+      local function asked() return io.open "asked" end
       if rank == 0 then
         C.ds_breadcrumb "get(41) of the loader"
-        sleep(1.5)
+        while not asked() do sleep(0.05) end
       else
         local t = 0
-        while os.clock() < 1.2 do t = t + math.sin(t)
+        while not asked() do
+          local stop = os.clock() + 0.1
+          while os.clock() < stop do t = t + math.sin(t) end
         end
       end]])
-    local code, _, err = job("--num_gpus 2 where.lua", 2, "sleep 0.3; kill -USR2 $p; wait $p")
+    local code, _, err = job("--num_gpus 2 where.lua", 2,
+      "sleep 0.3; kill -USR2 $p; wait_for 'rank 1: ' err; touch asked; wait $p")
     assert.equal(0, code)
     has(err, "rank 0: ")
     has(err, "in get(41) of the loader")
@@ -340,16 +342,18 @@ end)
 
 describe("a rank that hangs", function()
   it("is named, and left alone if it comes back", function()
-    script("stopped.lua", [[
+    script("stopped.lua", [==[
       if rank == 2 then
         require "ds.ffi".C.ds_breadcrumb "get(41) of the loader"
+        os.execute [=[(while ! grep -q 'State:.T' /proc/$PPID/status; do sleep 0.05; done
+          sleep 4.4; kill -CONT $PPID; touch awake) &]=]
         local function work() return os.clock() end
         while work() < 1.5 do work() end
-        os.execute "(sleep 4.2; kill -CONT $PPID) &"
         me(19)
       end
-      sleep(4.5)
-      print "done"]])
+      while not io.open "awake" do sleep(0.05) end
+      print "done"]==])
+    -- after 3 s, half the timeout, a silent rank is named
     local code, out, err = sh "$D --num_gpus 3 --timeout 6 stopped.lua"
     assert.same({ 0, "done\ndone\ndone\n" }, { code, out })
     assert.truthy(err:find "rank 2 is silent for %d s, last seen at stopped%.lua:%d", err)
@@ -361,13 +365,13 @@ describe("a rank that hangs", function()
     local code, _, err, seconds = timed "$D --num_gpus 2 --timeout 3 frozen.lua"
     assert.equal(124, code)
     has(err, "a rank is frozen or cut off, and the job ends: rank 1 is silent for")
-    assert.truthy(seconds < 12, seconds)
+    assert.truthy(seconds < 15, seconds)
   end)
 
   it("is not the matter when all are stopped", function()
-    script("all.lua", [[io.stderr:write "ready\n" sleep(1.5) print "done"]])
+    script("all.lua", [[io.stderr:write "ready\n" sleep(2.5) print "done"]])
     local code, out, err = sh [[$D --num_gpus 2 --timeout 2 all.lua & p=$!
-      for i in $(seq 200); do [ $(grep -c ready err) = 2 ] && break; sleep 0.02; done
+      wait_for ready err 2
       ranks=$(pgrep -P $(pgrep -P $p mpirun))
       kill -STOP $ranks; sleep 3; kill -CONT $ranks; wait $p]]
     assert.same({ 0, "done\ndone\n" }, { code, out })

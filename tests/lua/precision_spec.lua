@@ -1,7 +1,8 @@
 -- fp16 with its loss scale, and the types that gradients are kept in, through the engine.
 
 local ds = require "ds"
-local says = require("tests.lua.helper").says
+local helper = require "tests.lua.helper"
+local says, weights = helper.says, helper.weights
 local nn, F = ds.nn, ds.F
 local close = ds.testing.assert_close
 
@@ -28,14 +29,6 @@ end
 local function batch(i)
   ds.seed(100 + i)
   return ds.randn(4, 3), ds.randn(4, 2)
-end
-
-local function weights(engine)
-  local out = {}
-  for _, e in ipairs(engine.named) do
-    for _, v in ipairs(e.parameter:float():reshape(-1):tolist()) do out[#out + 1] = v end
-  end
-  return out
 end
 
 --- The fp32 weights.
