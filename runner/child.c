@@ -25,7 +25,7 @@
 #include "runner/ds.h"
 
 #define MOST_ENVIRONMENT (4 << 20) /* bytes of a process that are read */
-#define PASSES 50 /* over all processes, as they may start others meanwhile */
+#define PASSES 50                  /* over all processes, as they may start others meanwhile */
 #define ANSWER_SECONDS 10
 
 static void no_signals_blocked(void)
@@ -106,6 +106,27 @@ int ds_child_ask(char *line, size_t bytes, char *const *argv)
 
 /* ---- the cleaner */
 
+static struct {
+    char *text;
+    size_t bytes;
+} command_line;
+
+void ds_child_command_line(int argc, char **argv)
+{
+    command_line.text = argv[0];
+    command_line.bytes = (size_t)(argv[argc - 1] - argv[0]) + strlen(argv[argc - 1]);
+}
+
+/* Another name for this process, as ps and pkill see it. */
+static void call_it(const char *name)
+{
+    prctl(PR_SET_NAME, name);
+    if (command_line.bytes > strlen(name)) {
+        memset(command_line.text, 0, command_line.bytes);
+        memcpy(command_line.text, name, strlen(name));
+    }
+}
+
 static void close_all_but(int kept)
 {
     for (int fd = 0; fd < 1024; fd++) /* it is made before the launcher opens anything */
@@ -165,12 +186,16 @@ static void end_job(const char *folder)
     free(text);
 }
 
-static void clean(int pipe, const char *folder, const char *file)
+static void clean(int pipe, const char *its_folder, const char *its_file)
 {
+    char *folder = strdup(its_folder), *file = its_file ? strdup(its_file) : NULL;
     const struct timespec moment = {.tv_nsec = 20000000};
     int in_order = 0;
     char told;
 
+    if (!folder)
+        return;
+    call_it("ds-cleaner"); /* what is asked for by argv is gone now */
     while (read(pipe, &told, 1) == 1)
         in_order = 1;
     if (!in_order)
@@ -198,7 +223,6 @@ int ds_child_cleaner(pid_t *pid, int *out, const char *folder, const char *file)
         return ds_fail(DS_EIO, "cannot start a process: %s", strerror(errno));
     }
     if (*pid == 0) {
-        prctl(PR_SET_NAME, "ds-cleaner"); /* killall dsrun is not for it either */
         setsid(); /* a signal to the launcher's group or terminal is not for it */
         signal(SIGINT, SIG_IGN);
         signal(SIGTERM, SIG_IGN);

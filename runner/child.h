@@ -16,6 +16,10 @@ int ds_child_start(pid_t *pid, int *output, char *const *argv, int input);
 /* The first line that a command prints, within a few seconds; "" if it prints none. */
 int ds_child_ask(char *line, size_t bytes, char *const *argv);
 
+/* Where main() has its command line: the cleaner writes another over it, so that who kills what has
+ * "dsrun" or "orted" in it does not kill the cleaner. */
+void ds_child_command_line(int argc, char **argv);
+
 /* A process that outlives this one to remove `folder` and, if it is not NULL, `file`, and to end every
  * process of the job: those with DSRUN_FOLDER=folder in their environment. It does so when *pipe is
  * closed, which the kernel does when this process is killed; a byte written before says that all went

@@ -19,10 +19,10 @@
 #include "kernels/error.h"
 #include "runner/rank.h"
 
-#define SLOT (1 << 20)           /* bytes of a lane's slot: what a round sends */
+#define SLOT (1 << 20)            /* bytes of a lane's slot: what a round sends */
 #define PIECE ((int64_t)16 << 20) /* bytes of a message at most; as each is through, it counts */
-#define END_TAG 0                /* "I send nothing more" */
-#define WORLD_TAG 2              /* of the group of all; tag + 1 is for send and recv */
+#define END_TAG 0                 /* "I send nothing more" */
+#define WORLD_TAG 2               /* of the group of all; tag + 1 is for send and recv */
 
 /* What a group is to this transport. */
 typedef struct group {

@@ -41,7 +41,7 @@ typedef struct ds_hub_config {
     const char *const *where; /* [ranks] "worker-2, slot 1", for messages (optional) */
     const char *token;        /* what a rank must say to be one */
     double timeout;           /* seconds without progress that end the job; 0: nothing does */
-    void *data;        /* for the functions below */
+    void *data;               /* for the functions below */
     /* What a rank wrote; bytes 0: no more will come. (optional) */
     void (*output)(void *data, int rank, int stream, const char *text, size_t bytes);
     /* Lines for the user; rank: whom they are about, or -1. */
@@ -66,7 +66,7 @@ int ds_hub_signal(const ds_hub *h);   /* the signal by which ranks ended in good
 double ds_hub_since(const ds_hub *h); /* when the trouble began */
 int ds_hub_gone(const ds_hub *h, int rank); /* 1: it was there, and its connections are closed */
 int ds_hub_all_gone(const ds_hub *h);
-int ds_hub_cut_off(const ds_hub *h, int rank); /* 1: its host has stopped to answer */
+int ds_hub_cut_off(const ds_hub *h, int rank);           /* 1: its host has stopped to answer */
 int ds_hub_started(const ds_hub *h);                     /* ranks that were ever there */
 const char *ds_hub_last_seen(const ds_hub *h, int rank); /* as "at train.lua:3", "" if unknown */
 /* "rank 3", and where that is: "rank 3 (worker-2, slot 1)"; out: [DS_NAME_BYTES], returned. */

@@ -16,9 +16,10 @@
 #include "runner/comm.h"
 #include "runner/hub_ranks.h"
 
-#define SILENT 4.0  /* seconds without a report; there is one every second, */
-#define MISSED 2.5  /* so this is the least that means anything */
-#define FROZEN 7.0  /* seconds without a report that end the job: a watchdog does nothing but report */
+#define SILENT 4.0 /* seconds without a report; there is one every second, */
+#define MISSED 2.5 /* so this is the least that means anything */
+#define FROZEN                                                                                     \
+    7.0 /* seconds without a report that end the job: a watchdog does nothing but report */
 #define WAITING 7.0 /* seconds in one collective without a byte moved, before it is said */
 #define KNOTTED 6.0 /* seconds in which all wait and not a byte moves, that end the job */
 #define START 120.0 /* seconds from the first rank's start to the last one's */
@@ -226,7 +227,8 @@ static void untie(ds_hub *h, double now)
         add(&p, "%s%s", shown++ ? "; " : " (", ds_hub_name(name, h, r));
         add(&p, " for %s", ds_hub_name(name, h, h->ranks[r].peer));
     }
-    add(&p, shown ? ")%s" : "%s", h->config.nodes > 1 ? ": do their machines reach each other?" : "");
+    add(&p, shown ? ")%s" : "%s",
+        h->config.nodes > 1 ? ": do their machines reach each other?" : "");
     give_up(h, -1, p.text, now);
 }
 

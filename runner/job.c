@@ -40,11 +40,11 @@ typedef struct job {
     ds_hub *hub;
     char token[DS_TOKEN_BYTES];
     pid_t mpirun;
-    int noise;    /* what mpirun says; -1: nothing any more */
-    int status;   /* mpirun's, once it has ended */
-    double ended; /* when it did; 0: not yet */
-    int stop;     /* the signal that asked the job to stop */
-    double grace; /* until when it may take to do so */
+    int noise;             /* what mpirun says; -1: nothing any more */
+    int status;            /* mpirun's, once it has ended */
+    double ended;          /* when it did; 0: not yet */
+    int stop;              /* the signal that asked the job to stop */
+    double grace;          /* until when it may take to do so */
     double killed, termed; /* when ranks were, when mpirun was; 0: not */
     int now;               /* 1: all ends now: the user wants that, or the grace is over */
     char said[65536];      /* mpirun's words that are not shown yet */
@@ -185,8 +185,8 @@ static void go_on(job *j, double now)
     if (!j->ended && !j->killed && !j->termed && ds_hub_all_gone(j->hub)) {
         j->killed = now; /* nothing is left but mpirun */
     }
-    if (j->said_used && now - j->said_at > patience(j, NOISE_SECONDS) && !j->killed && !j->stop && !j->ended &&
-        ds_hub_trouble(j->hub) == DS_TROUBLE_NONE)
+    if (j->said_used && now - j->said_at > patience(j, NOISE_SECONDS) && !j->killed && !j->stop &&
+        !j->ended && ds_hub_trouble(j->hub) == DS_TROUBLE_NONE)
         show_noise(j);
 }
 
@@ -198,7 +198,8 @@ static int over(const job *j, double now)
 
 static void turn(job *j, int wait_ms)
 {
-    size_t out = ds_lines_waiting(j->streams->lines, DS_STDOUT), err = ds_lines_waiting(j->streams->lines, DS_STDERR);
+    size_t out = ds_lines_waiting(j->streams->lines, DS_STDOUT),
+           err = ds_lines_waiting(j->streams->lines, DS_STDERR);
     struct pollfd fds[] = {
         {j->streams->signals, POLLIN, 0},
         {out > FULL || err > FULL ? -1 : ds_hub_fd(j->hub), POLLIN, 0},

@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "kernels/error.h"
+#include "runner/child.h"
 #include "runner/comm.h"
 #include "runner/host.h"
 #include "runner/launch.h"
@@ -126,7 +127,9 @@ static int with_host(const ds_options *options, const ds_rank *rank, char **argv
     ds_host *host = NULL;
     int code, told;
 
-    ds_threads_init(rank, argv);
+    ds_threads_init(rank, argv); /* it may begin anew here */
+    if (rank->launched == DS_BY_DSRUN)
+        restore(options);
     code = ds_side_join(rank, end_now);
     if (code == 0)
         code = ds_comm_join();
@@ -169,8 +172,6 @@ static int process(const ds_options *options, int argc, char **argv)
     }
     if (ds_rank_settle(&rank) < 0)
         return complain(USAGE);
-    if (rank.launched == DS_BY_DSRUN)
-        restore(options);
     return with_host(options, &rank, argv);
 }
 
@@ -195,14 +196,23 @@ static int finish_output(int code)
     return code ? code : 1;
 }
 
+/* Words of a launcher's, with which this program becomes another one. */
+static const struct {
+    const char *word;
+    int (*other)(int argc, char **argv);
+} become[] = {{"--agent", ds_agent}, {"--ssh", ds_ssh_alias}};
+
 int main(int argc, char **argv)
 {
     ds_options options;
     int code;
 
     hold_streams();
-    if (argc > 1 && !strcmp(argv[1], "--agent"))
-        return ds_agent(argc, argv) < 0 ? complain(USAGE) : 0;
+    if (argc > 0)
+        ds_child_command_line(argc, argv);
+    for (size_t i = 0; argc > 1 && i < sizeof become / sizeof *become; i++)
+        if (!strcmp(argv[1], become[i].word) && become[i].other(argc, argv) < 0)
+            return complain(USAGE);
     /* lines as they come: a training log is read while it is written */
     setvbuf(stdout, NULL, _IOLBF, BUFSIZ);
     if (argc > 1 && !strcmp(argv[1], "--check-host")) /* from another host's dsrun, over ssh */

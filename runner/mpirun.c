@@ -35,7 +35,11 @@ static const struct {
 } flags[] = {
     {ALWAYS, {"--allow-run-as-root"}, {"--allow-run-as-root"}},
     /* more ranks than cores are the user's to decide */
-    {ALWAYS, {"--oversubscribe"}, {"--map-by", ":OVERSUBSCRIBE"}},
+    {HERE, {"--oversubscribe"}, {"--map-by", ":OVERSUBSCRIBE"}},
+    {NETWORK, {"--oversubscribe"}, {"--map-by", "seq:OVERSUBSCRIBE"}},
+    /* ranks in the order of the file's lines, also where this machine is one of the hosts, which
+     * other ways put first */
+    {NETWORK, {"--mca", "rmaps", "seq"}, {NULL}},
     /* the default is one core a rank, for all of its threads */
     {ALWAYS, {"--bind-to", "none"}, {"--bind-to", "none"}},
     /* version 4 hangs above 32 local ranks when it starts them from several threads; and a rank is
@@ -52,9 +56,7 @@ static const struct {
     {BY_SSH, {"--mca", "plm", "rsh"}, {"--prtemca", "plm", "ssh"}},
     {BY_SSH, {"--mca", "plm_rsh_agent", "SSH"}, {"--prtemca", "plm_ssh_agent", "SSH"}},
     /* only this machine needs to reach the others by ssh */
-    {BY_SSH,
-     {"--mca", "plm_rsh_no_tree_spawn", "1"},
-     {"--prtemca", "plm_ssh_no_tree_spawn", "1"}},
+    {BY_SSH, {"--mca", "plm_rsh_no_tree_spawn", "1"}, {"--prtemca", "plm_ssh_no_tree_spawn", "1"}},
     {NETWORK, {"--mca", "orte_launch_agent", "AGENT"}, {"--prtemca", "prte_launch_agent", "AGENT"}},
     /* a host that is gone is noticed after 2 + 3 * 1 s; without these, never */
     {NETWORK,
@@ -177,22 +179,54 @@ static int is_given(const ds_plan *p, const char *option)
     return (args && strstr(args, option)) || ds_variables_find(&p->env, name) || getenv(name);
 }
 
+/* Open MPI takes no IPv6 address for a host's name, and cuts user@10.0.0.1 at its first dot: such a
+ * host gets a name that is its number, which ds_ssh_alias() turns back for ssh. */
+#define ALIAS "dsrun-node-"
+
+static int needs_alias(const char *name)
+{
+    return strpbrk(name, "@:") != NULL;
+}
+
+/* ssh, or this program in front of it, where a host has an alias. */
+static const char *ssh_for(const ds_plan *p, char *program)
+{
+    ssize_t n;
+
+    for (int h = 0; h < p->hosts.count; h++) {
+        if (!needs_alias(p->hosts.host[h].name) || p->slurm)
+            continue;
+        n = readlink("/proc/self/exe", program, PATH_MAX);
+        if (n <= 0)
+            break;
+        snprintf(program + n, PATH_MAX - (size_t)n, " --ssh");
+        return program;
+    }
+    return "ssh";
+}
+
 /* What the words of the table stand for; those that do not apply stay "". */
 static void fill_words(char words[WORDS][PATH_MAX + 96], const ds_start *s)
 {
     const ds_plan *p = s->plan;
     const char *port = p->options->value[DS_OPT_ssh_port];
+    char program[PATH_MAX + 8];
 
     memset(words, 0, WORDS * sizeof *words);
     snprintf(words[FOLDER], sizeof *words, "%s", s->folder);
     snprintf(words[HOSTS], sizeof *words, "%s/hosts", s->folder);
-    snprintf(words[SSH], sizeof *words, "ssh%s%s -o BatchMode=yes -o ConnectTimeout=10",
-             port ? " -p " : "", port ? port : "");
+    snprintf(words[SSH], sizeof *words,
+             "%s%s%s -o BatchMode=yes -o ConnectTimeout=10 "
+             "-o ServerAliveInterval=2 -o ServerAliveCountMax=3",
+             ssh_for(p, program), port ? " -p " : "", port ? port : "");
     /* mpirun takes it apart at blanks */
-    if (!strpbrk(s->plan->there->file, " \t") && !(s->plan->there->libraries && strpbrk(s->plan->there->libraries, " \t")))
+    if (!strpbrk(s->plan->there->file, " \t") &&
+        !(s->plan->there->libraries && strpbrk(s->plan->there->libraries, " \t")))
         snprintf(words[AGENT], sizeof *words, "%s%s%s%s --agent %s %s",
-                 s->plan->there->libraries ? "env LD_LIBRARY_PATH=" : "", s->plan->there->libraries ? s->plan->there->libraries : "",
-                 s->plan->there->libraries ? " " : "", s->plan->there->file, s->folder, s->version < 5 ? "orted" : "prted");
+                 s->plan->there->libraries ? "env LD_LIBRARY_PATH=" : "",
+                 s->plan->there->libraries ? s->plan->there->libraries : "",
+                 s->plan->there->libraries ? " " : "", s->plan->there->file, s->folder,
+                 s->version < 5 ? "orted" : "prted");
     if (!is_given(p, "btl_tcp_if_include") && !is_given(p, "btl_tcp_if_exclude") &&
         !is_given(p, "oob_tcp_if_include") && !is_given(p, "oob_tcp_if_exclude"))
         snprintf(words[INTERFACE], sizeof *words, "%s", p->interface);
@@ -293,12 +327,44 @@ int ds_mpirun_command(char ***argv, const ds_start *start)
     return rc == 0 && c.lost ? ds_fail(DS_ENOMEM, "out of memory") : rc;
 }
 
+static void write_host(FILE *f, const ds_hosts *hosts, int node)
+{
+    if (needs_alias(hosts->host[node].name))
+        fprintf(f, ALIAS "%d\n", node);
+    else
+        fprintf(f, "%s\n", hosts->host[node].name);
+}
+
+/* The name of host number `node` in DSRUN_HOSTS; freed by the caller. */
+static char *name_of(int node)
+{
+    const char *all = getenv("DSRUN_HOSTS");
+
+    for (; all && node > 0; node--) {
+        all = strchr(all, ';');
+        all += all ? 1 : 0;
+    }
+    return all ? strndup(all, strcspn(all, " ")) : NULL;
+}
+
+int ds_ssh_alias(int argc, char **argv)
+{
+    int i = 2;
+
+    while (i < argc && argv[i][0] == '-') /* ours and mpirun's options: -p PORT, -o WORD, -x */
+        i += !strcmp(argv[i], "-p") || !strcmp(argv[i], "-o") ? 2 : 1;
+    if (i < argc && !strncmp(argv[i], ALIAS, strlen(ALIAS)))
+        argv[i] = name_of(atoi(argv[i] + strlen(ALIAS)));
+    argv[1] = "ssh";
+    execvp(argv[1], argv + 1);
+    return ds_fail(DS_ENOENT, "there is no ssh on PATH: %s", strerror(errno));
+}
+
 int ds_mpirun_hosts(const ds_start *start)
 {
     const ds_hosts *hosts = &start->plan->hosts;
     char path[PATH_MAX];
     FILE *f;
-    int srun = start->plan->options->srun;
 
     if (!start->plan->network)
         return 0;
@@ -306,15 +372,10 @@ int ds_mpirun_hosts(const ds_start *start)
     f = fopen(path, "w");
     if (!f)
         return ds_fail(DS_EIO, "cannot write %s: %s", path, strerror(errno));
-    for (int h = 0; h < hosts->count; h++) {
-        const ds_host *host = &hosts->host[h];
-
-        for (int s = 0; s < host->slots && srun; s++)
-            fprintf(f, "%s\n", host->name);
-        if (!srun)
-            fprintf(f, "%s slots=%d\n", host->name, host->slots);
-    }
-    if (srun)
+    for (int h = 0; h < hosts->count; h++)
+        for (int s = 0; s < hosts->host[h].slots; s++)
+            write_host(f, hosts, h);
+    if (start->plan->options->srun)
         setenv("SLURM_HOSTFILE", path, 1);
     return fclose(f) == 0 ? 0 : ds_fail(DS_EIO, "cannot write %s: %s", path, strerror(errno));
 }

@@ -7,9 +7,9 @@
 /* What to start and how. */
 typedef struct ds_start {
     const ds_plan *plan;
-    int version;         /* Open MPI's major one */
-    const char *folder;  /* for its files, on every host; ours as well */
-    int count;           /* the arguments of each rank */
+    int version;        /* Open MPI's major one */
+    const char *folder; /* for its files, on every host; ours as well */
+    int count;          /* the arguments of each rank */
     char **arguments;
 } ds_start;
 
@@ -27,5 +27,9 @@ int ds_mpirun_hosts(const ds_start *start);
  * the folder, leaves a process that removes it when the daemon has ended, and what the job's ranks
  * left with it; then becomes the daemon. Returns only with an error. */
 int ds_agent(int argc, char **argv);
+
+/* In place of ssh, for hosts that mpirun knows by an alias: `argv` is "dsrun --ssh …", and becomes
+ * "ssh …" with their names. Returns only with an error. */
+int ds_ssh_alias(int argc, char **argv);
 
 #endif

@@ -180,18 +180,11 @@ static const struct {
 #define REAL(name, field, least, most)                                                             \
     {DS_OPT_##name, #name, least, most, 0, offsetof(ds_options, field)},
 #define PORT(name) {DS_OPT_##name, #name, 1, 65535, 0, 0},
-    INT(num_gpus, num_slots, 1, 4096)
-    INT(num_accelerators, num_slots, 1, 4096)
-    INT(num_procs, num_slots, 1, 4096)
-    INT(num_nodes, num_nodes, 1, 65536)
-    INT(max_restarts, max_restarts, 0, 1000000)
-    INT(min_elastic_nodes, min_nodes, 1, 65536)
-    INT(max_elastic_nodes, max_nodes, 1, 65536)
-    REAL(timeout, timeout, 0, 1e7)
-    REAL(grace, grace, 0, 1e7)
-    PORT(master_port)
-    PORT(ssh_port)
-};
+    INT(num_gpus, num_slots, 1, 4096) INT(num_accelerators, num_slots, 1, 4096)
+        INT(num_procs, num_slots, 1, 4096) INT(num_nodes, num_nodes, 1, 65536)
+            INT(max_restarts, max_restarts, 0, 1000000) INT(min_elastic_nodes, min_nodes, 1, 65536)
+                INT(max_elastic_nodes, max_nodes, 1, 65536) REAL(timeout, timeout, 0, 1e7)
+                    REAL(grace, grace, 0, 1e7) PORT(master_port) PORT(ssh_port)};
 
 /* Two options for one number may not differ: `given` has the fields that were set so far. */
 static int read_number(ds_options *options, ds_options *given, size_t i)

@@ -22,15 +22,15 @@ typedef struct ds_place {
 typedef struct ds_plan {
     const ds_options *options;
     const ds_program *there; /* what ranks run, and where; set by the plan's owner */
-    ds_hosts *all;    /* that the options name */
+    ds_hosts *all;           /* that the options name */
     ds_hosts hosts;   /* of them, those in use: the same names and slots, in an array of its own */
     ds_place *places; /* [hosts.count] */
     int ranks;
-    int network;       /* 1: over the network; 0: on this machine alone */
-    int slurm;         /* 1: hosts are those of a SLURM allocation */
-    int devices;       /* 1: slots are numbers of GPUs, of a hostfile or a filter */
-    char **where;      /* [ranks] "worker-2, slot 1", or NULL on this machine alone */
-    ds_variables env;  /* of the ranks */
+    int network;        /* 1: over the network; 0: on this machine alone */
+    int slurm;          /* 1: hosts are those of a SLURM allocation */
+    int devices;        /* 1: slots are numbers of GPUs, of a hostfile or a filter */
+    char **where;       /* [ranks] "worker-2, slot 1", or NULL on this machine alone */
+    ds_variables env;   /* of the ranks */
     char interface[64]; /* the network that reaches all hosts, as 10.0.0.0/24; "": unknown */
 } ds_plan;
 

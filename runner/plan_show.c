@@ -60,10 +60,9 @@ static json_t *json_of(const ds_plan *p, char *const *command)
 
     for (int h = 0; h < p->hosts.count; h++)
         for (int s = 0; s < p->hosts.host[h].slots; s++)
-            json_array_append_new(
-                ranks, json_pack("{s:i, s:s, s:i, s:i}", "rank", rank++, "host",
-                                 p->hosts.host[h].name, "slot", p->hosts.host[h].slot[s],
-                                 "local_rank", s));
+            json_array_append_new(ranks, json_pack("{s:i, s:s, s:i, s:i}", "rank", rank++, "host",
+                                                   p->hosts.host[h].name, "slot",
+                                                   p->hosts.host[h].slot[s], "local_rank", s));
     for (int i = 0; command[i]; i++)
         json_array_append_new(words, text_of(command[i]));
     for (int i = 0; i < p->env.count; i++) {

@@ -55,9 +55,9 @@ static int slurm_local_size(int otherwise)
 void ds_rank_forget(void)
 {
     static const char *const prefixes[] = {
-        "OMPI_",      "PMIX_",      "PMI_",        "ORTE_",        "PRTE_",
-        "DSRUN_SIDE", "DSRUN_CPUS", "DSRUN_PID",   "DSRUN_HOSTS",  "DSRUN_DEVICES",
-        "DSRUN_JOB",  "RANK=",      "WORLD_SIZE=", "LOCAL_SIZE",   "LOCAL_RANK",
+        "OMPI_",      "PMIX_",       "PMI_",         "ORTE_",         "PRTE_",
+        "DSRUN_SIDE", "DSRUN_CPUS",  "DSRUN_PID",    "DSRUN_HOSTS",   "DSRUN_DEVICES",
+        "DSRUN_JOB",  "RANK=",       "WORLD_SIZE=",  "LOCAL_SIZE",    "LOCAL_RANK",
         "NODE_RANK",  "SLURM_STEP_", "SLURM_PROCID", "SLURM_LOCALID",
     };
     char name[256];

@@ -419,8 +419,8 @@ static int list_addresses(invitation *out, int port)
     for (a = all; a && n < 8; a = a->ifa_next) {
         char host[64];
         int family = a->ifa_addr ? a->ifa_addr->sa_family : 0;
-        socklen_t length = family == AF_INET ? sizeof(struct sockaddr_in)
-                                             : (socklen_t)sizeof(struct sockaddr_in6);
+        socklen_t length =
+            family == AF_INET ? sizeof(struct sockaddr_in) : (socklen_t)sizeof(struct sockaddr_in6);
 
         if ((family == AF_INET || family == AF_INET6) && !(a->ifa_flags & IFF_LOOPBACK) &&
             (a->ifa_flags & IFF_UP) &&

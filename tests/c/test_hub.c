@@ -288,8 +288,9 @@ static void ranks_that_all_wait_for_each_other_end_the_job(void **unused)
     assert_int_equal(ds_hub_trouble(t.hub), DS_TROUBLE_NONE);
     pass(2, -1, all_wait, 7);
     assert_int_equal(ds_hub_trouble(t.hub), DS_TROUBLE_STUCK);
-    assert_said("all ranks wait, and nothing has moved for 7 s (rank 0 for rank 1; rank 1 for rank 2; "
-                "rank 2 for rank 3; rank 3 for rank 0): ranks 0, 1, 2, 3 wait in all_reduce #7");
+    assert_said(
+        "all ranks wait, and nothing has moved for 7 s (rank 0 for rank 1; rank 1 for rank 2; "
+        "rank 2 for rank 3; rank 3 for rank 0): ranks 0, 1, 2, 3 wait in all_reduce #7");
 }
 
 static void bytes_that_move_are_progress(void **unused)
@@ -367,8 +368,8 @@ static void a_straggler_is_named(void **unused)
         t.now += 1;
         for (int r = 0; r < RANKS; r++) {
             char text[128];
-            snprintf(text, sizeof text, "state %d 0 -1 %d 0 %d %d %f\t\t\n", NONE, s, s * 10, s * 10,
-                     s * 10 * (r == 3 ? 0.020 : 0.010));
+            snprintf(text, sizeof text, "state %d 0 -1 %d 0 %d %d %f\t\t\n", NONE, s, s * 10,
+                     s * 10, s * 10 * (r == 3 ? 0.020 : 0.010));
             tell(t.side[r], text);
         }
         serve();

@@ -83,7 +83,7 @@ local ways = {
   leave = function() os.exit(0) end,
 }
 
-local restarts = (rawget(ds, "restart_count") or function() return 0 end)()
+local restarts = ds.restart_count()
 if opt.save then
   local path = engine:load_checkpoint(opt.save)
   if path and ds.rank() == 0 then
