@@ -17,10 +17,12 @@
 #include "runner/launch.h"
 #include "runner/mpirun.h"
 #include "runner/options.h"
+#include "runner/plan.h"
 #include "runner/process.h"
 #include "runner/program.h"
 #include "runner/rank.h"
 #include "runner/side.h"
+#include "runner/survey.h"
 #include "runner/threads.h"
 #include "runner/version.h"
 
@@ -96,6 +98,27 @@ static void restore(const ds_options *options)
 
 /* ---- running */
 
+/* `dsrun --hostfile FILE env` asks all hosts; without, it is about this machine. */
+static int show_env(ds_host *host, const ds_options *options)
+{
+    const char *port = options->value[DS_OPT_ssh_port];
+    const ds_ssh ssh = {.port = port ? atoi(port) : 0};
+    char *answers = NULL;
+    int code, exited;
+    ds_plan plan;
+
+    if (!options->value[DS_OPT_hostfile])
+        return ds_host_call(host, "ds.env", "show", NULL, &exited);
+    code = ds_plan_open(&plan, options);
+    if (code == 0)
+        code = ds_survey(&answers, plan.all, &ssh);
+    ds_plan_close(&plan);
+    if (code == 0)
+        code = ds_host_call(host, "ds.env_hosts", "show", answers, &exited);
+    free(answers);
+    return code;
+}
+
 static int run(ds_host *host, const ds_options *options)
 {
     const char *help = options->value[DS_OPT_config_help];
@@ -110,7 +133,7 @@ static int run(ds_host *host, const ds_options *options)
     if (options->command == DS_RUN_REPL)
         return ds_host_call(host, "ds.repl", "run", NULL, &exited);
     if (options->command == DS_RUN_ENV)
-        return ds_host_call(host, "ds.env", "show", NULL, &exited);
+        return show_env(host, options);
     return options->script ? ds_host_script(host, &exited) : 0;
 }
 
@@ -165,7 +188,7 @@ static int process(const ds_options *options, int argc, char **argv)
         fputs("dsrun --help says more\n", stderr);
         return USAGE;
     }
-    if (options->ranks && rank.launched != DS_BY_DSRUN) {
+    if (options->ranks && rank.launched != DS_BY_DSRUN && options->command == DS_RUN_SCRIPT) {
         ds_rank_forget(); /* a step of SLURM's, say, of one task */
         code = ds_launch(options, argc, argv);
         return code < 0 ? complain(USAGE) : code;

@@ -255,8 +255,11 @@ static int check_job(ds_options *options)
         return ds_fail(DS_EINVAL, "--elastic is about starting again: add --max_restarts N");
     if (options->value[DS_OPT_json] && !options->value[DS_OPT_dry_run])
         return ds_fail(DS_EINVAL, "--json is for --dry-run");
+    if (options->command == DS_RUN_ENV && options->value[DS_OPT_hostfile])
+        return 0; /* of all hosts */
     if (options->ranks && options->command != DS_RUN_SCRIPT)
-        return ds_fail(DS_EINVAL, "repl and env are one process: leave out what asks for ranks");
+        return ds_fail(DS_EINVAL, "repl and env are one process: leave out what asks for ranks "
+                                  "(--hostfile FILE env asks all hosts)");
     return 0;
 }
 

@@ -33,6 +33,7 @@ typedef struct place {
     ds_words have, lacks,
         present; /* parcels; shared libraries that dsrun does not, or does, find */
     int folder;  /* 1: it has the working directory */
+    int failed;  /* 1: the rest goes on without it */
 } place;
 
 typedef struct push {
@@ -47,14 +48,15 @@ typedef struct push {
     int64_t sent; /* bytes, of all hosts */
 } push;
 
-static void fault(push *p, const char *host, const char *format, ...)
+static void fault(push *p, place *place, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
 
-static void fault(push *p, const char *host, const char *format, ...)
+static void fault(push *p, place *place, const char *format, ...)
 {
     va_list args;
 
-    fprintf(p->report, "%s: ", host);
+    place->failed = 1;
+    fprintf(p->report, "%s: ", place->name);
     va_start(args, format);
     vfprintf(p->report, format, args);
     va_end(args);
@@ -153,7 +155,7 @@ static int read_line(place *place, push *p, const char *line, size_t bytes)
     if (bytes > 6 && !strncmp(line, "cache ", 6))
         place->cache = strndup(line + 6, bytes - 6);
     else if (bytes > 4 && !strncmp(line, "old ", 4))
-        fault(p, place->name,
+        fault(p, place,
               "its system is older than the one that dsrun was built on, %.*s is missing: build "
               "dsrun on the oldest host",
               (int)bytes - 4, line + 4);
@@ -171,6 +173,7 @@ static int read_answer(push *p, place *place, const ds_remote *answer)
         fprintf(p->report, "%s: %s", place->name, at ? "--push: " : "");
         ds_remote_why(p->report, answer);
         fputc('\n', p->report);
+        place->failed = 1;
         p->faults++;
         return 0;
     }
@@ -246,7 +249,7 @@ static int send_where_missing(push *p, int parcel)
     if (!who)
         return ds_fail(DS_ENOMEM, "out of memory");
     for (int i = 0; *hash && i < p->n; i++)
-        if (!ds_words_has(&p->places[i].have, hash) &&
+        if (!p->places[i].failed && !ds_words_has(&p->places[i].have, hash) &&
             (parcel != LIBRARIES || p->places[i].lacks.count))
             who[n++] = i;
     if (n)
@@ -260,6 +263,20 @@ static int send_where_missing(push *p, int parcel)
 
 /* ---- in all */
 
+static int lacks_some(const place *a)
+{
+    return !a->failed && a->lacks.count;
+}
+
+/* Whether all hosts that lack some library have this one. */
+static int all_have(const push *p, const char *library)
+{
+    for (int i = 0; i < p->n; i++)
+        if (lacks_some(&p->places[i]) && !ds_words_has(&p->places[i].present, library))
+            return 0;
+    return 1;
+}
+
 /* What any host lacks, and of the rest what all of those have. */
 static int gather_libraries(push *p)
 {
@@ -268,16 +285,11 @@ static int gather_libraries(push *p)
 
     for (int i = 0; i < p->n; i++) {
         const place *a = &p->places[i];
-        for (int k = 0; k < a->lacks.count && rc == 0; k++)
+        for (int k = 0; lacks_some(a) && k < a->lacks.count && rc == 0; k++)
             rc = ds_words_add(&lacks, a->lacks.word[k], strlen(a->lacks.word[k]));
-        for (int k = 0; a->lacks.count && k < a->present.count && rc == 0; k++) {
-            int all = 1;
-            for (int other = 0; other < p->n; other++)
-                all &= !p->places[other].lacks.count ||
-                       ds_words_has(&p->places[other].present, a->present.word[k]);
-            if (all)
+        for (int k = 0; lacks_some(a) && k < a->present.count && rc == 0; k++)
+            if (all_have(p, a->present.word[k]))
                 rc = ds_words_add(&present, a->present.word[k], strlen(a->present.word[k]));
-        }
     }
     if (rc == 0 && lacks.count)
         rc = ds_parcel_libraries(&p->parcels[LIBRARIES], p->here->file, &lacks, &present);
@@ -286,16 +298,27 @@ static int gather_libraries(push *p)
     return rc;
 }
 
+/* The first host that has not failed; NULL: all have. */
+static const place *first_place(const push *p)
+{
+    for (int i = 0; i < p->n; i++)
+        if (!p->places[i].failed)
+            return &p->places[i];
+    return NULL;
+}
+
 static void compare_caches(push *p)
 {
-    const place *first = &p->places[0];
+    const place *first;
 
+    for (int i = 0; i < p->n; i++)
+        if (!p->places[i].failed && !p->places[i].cache)
+            fault(p, &p->places[i], "--push: it did not answer as sh does");
+    first = first_place(p);
     for (int i = 0; i < p->n; i++) {
-        const place *a = &p->places[i];
-        if (!a->cache)
-            fault(p, a->name, "--push: it did not answer as sh does");
-        else if (first->cache && strcmp(a->cache, first->cache))
-            fault(p, a->name,
+        place *a = &p->places[i];
+        if (!a->failed && strcmp(a->cache, first->cache))
+            fault(p, a,
                   "its cache folder is %s, that of %s is %s, and ranks want one path: set "
                   "XDG_CACHE_HOME here to a folder that all hosts can make",
                   a->cache, first->name, first->cache);
@@ -329,7 +352,7 @@ static char *folder_there(const push *p, const char *cache)
     int all = 1;
 
     for (int i = 0; i < p->n; i++)
-        all &= p->places[i].folder;
+        all &= p->places[i].failed || p->places[i].folder;
     if (n && !strncmp(here, script->tree.folder, n) && (!here[n] || here[n] == '/'))
         return join(cache, script->hash,
                     is_in_parcel(script, here[n] ? here + n + 1 : "") && here[n] ? here + n + 1
@@ -341,7 +364,7 @@ static char *folder_there(const push *p, const char *cache)
 
 static int conclude(push *p, ds_program *there)
 {
-    const char *cache = p->places[0].cache, *script = p->here->script;
+    const char *cache = first_place(p)->cache, *script = p->here->script;
     const char *slash = script ? strrchr(script, '/') : NULL;
 
     there->file = join(cache, p->parcels[PROGRAM].hash, "dsrun");
@@ -367,15 +390,13 @@ static int run(push *p)
         rc = ds_parcel_script(&p->parcels[SCRIPT], p->here->script);
     if (rc == 0)
         rc = ask(p);
-    if (rc == 0 && !p->faults)
+    if (rc == 0)
         compare_caches(p);
-    for (int i = PROGRAM; i < LIBRARIES && rc == 0 && !p->faults; i++)
+    for (int i = PROGRAM; i < LIBRARIES && rc == 0; i++)
         rc = send_where_missing(p, i);
-    if (rc == 0 && !p->faults)
+    if (rc == 0)
         rc = gather_libraries(p);
-    if (rc == 0 && !p->faults)
-        rc = send_where_missing(p, LIBRARIES);
-    return rc;
+    return rc == 0 ? send_where_missing(p, LIBRARIES) : rc;
 }
 
 static void free_places(push *p)
@@ -410,7 +431,7 @@ int ds_push(ds_program *there, char **report, const ds_hosts *hosts, const ds_pr
     }
     if (p.report)
         fclose(p.report);
-    if (rc == 0 && !p.faults)
+    if (rc == 0 && first_place(&p))
         rc = conclude(&p, there);
     if (rc == 0 && p.faults) {
         rc = ds_fail(DS_ECOMM, "--push failed for some hosts");

@@ -22,7 +22,8 @@
  * after an error. It is not tried there: ds_preflight() does that.
  *
  * DS_ECOMM: it failed on some hosts; *report has a line for each, with its name first, and is to be
- * freed. Other codes: it can't be done at all; *report is NULL. */
+ * freed; the others have it all, and there->file is not NULL if there are any. Other codes: it can't
+ * be done at all; *report is NULL. */
 int ds_push(ds_program *there, char **report, const ds_hosts *hosts, const ds_program *here,
             const ds_ssh *ssh);
 

@@ -8,6 +8,7 @@
 #include "kernels/error.h"
 #include "runner/program.h"
 
+#define MARK "dsrun-env"    /* what a shell's own files print comes before it */
 #define SURVEY_SECONDS 40.0 /* nvidia-smi may take some of them */
 
 static int question(char **out)
@@ -18,6 +19,7 @@ static int question(char **out)
     FILE *f = rc == 0 ? open_memstream(out, &bytes) : NULL;
 
     if (f) {
+        fputs("echo " MARK "; ", f);
         if (here.library) {
             fputs("DSRUN_LUA=", f);
             ds_remote_quote(f, here.library);
@@ -31,11 +33,11 @@ static int question(char **out)
     return rc < 0 ? rc : *out ? 0 : ds_fail(DS_ENOMEM, "out of memory");
 }
 
-/* What a shell's own files print comes before the report. */
 static json_t *answer(const ds_remote *r)
 {
-    const char *report = strchr(r->output, '{');
-    json_t *a = json_pack("{s:s, s:s}", "host", r->host, "output", report ? report : "");
+    const char *report = strstr(r->output, MARK);
+    json_t *a =
+        json_pack("{s:s, s:s}", "host", r->host, "output", report ? report + strlen(MARK) : "");
     char *why = NULL;
     size_t bytes;
     FILE *f;

@@ -113,6 +113,7 @@ static void all_of_it_arrives(void **state)
              t.there.file, t.there.library, t.there.library, t.there.library);
     assert_int_equal(fake_sh(path), 0);
     assert_int_equal(access(t.there.file, X_OK), 0);
+    holds_there("stat -c %a . ../../dsrun", "700\n700\n"); /* nobody else's to read */
 }
 
 static void once_is_enough(void **state)
@@ -150,6 +151,11 @@ static void two_at_once_do_no_harm(void **state)
 
     (void)state;
     edit_script("print 'at once'\n");
+    /* a tar that takes its time, so that none is there when the others begin */
+    assert_int_equal(fake_sh("mkdir -p both/bin; cd both/bin; printf '#!/bin/sh\n"
+                             "/usr/bin/env -i PATH=/usr/bin:/bin tar \"$@\"; sleep 0.5\n' >tar; "
+                             "chmod +x tar"),
+                     0);
     for (int i = 0; i < 3; i++) {
         other[i] = fork();
         if (other[i] == 0) {
@@ -167,6 +173,8 @@ static void two_at_once_do_no_harm(void **state)
     assert_int_equal(push("both"), 0);
     assert_int_equal(t.sent, 0);
     holds_there("cat 'train me.lua'", "print 'at once'\n");
+    holds_there("ls -a ..| grep -c made", "2\n");
+    holds_there("ls -a | grep tmp", "");
     nothing_is_left("both");
 }
 
@@ -199,6 +207,10 @@ static void hosts_that_fail(void **state)
     assert_string_equal(t.report,
                         "denied: ssh: denied: Permission denied (publickey): set up a key "
                         "without a password: ssh-copy-id denied\n");
+    assert_non_null(t.there.file); /* the others can go on */
+    assert_true(exists(t.there.file));
+    assert_int_equal(push("denied"), DS_ECOMM);
+    assert_null(t.there.file);
     assert_int_equal(push("a b"), DS_ECOMM); /* each has a home of its own */
     reported("b: its cache folder is ");
     reported("set XDG_CACHE_HOME here");
@@ -306,7 +318,7 @@ static void old_copies_go(void **state)
                 "for i in 0 1 2 3 4 5 6 7 8 9; do mkdir d$i; echo x >d$i/file; done; sleep 0.05; "
                 "for i in 0 1 2 3 4 5 6 7 8 9; do touch d$i.made; "
                 "touch -d \"$((i + 2)) days ago\" d$i.used; done; sleep 0.05; "
-                "mkdir d9/out; echo weights >d9/out/checkpoint; "
+                "mkdir d9/out; touch -d '1 year ago' d9/out/checkpoint; "
                 "touch d8.used; " /* an hour ago, say */
                 "mkdir .tmp.abandoned; touch -d '2 days ago' .tmp.abandoned; mkdir .tmp.busy"),
         0);

@@ -2,57 +2,29 @@
 
 local host = require "ds.host"
 local json = require "ds.json"
+local helper = require "tests.lua.helper"
 
+local has, lacks = helper.has, helper.lacks
 local dsrun = host.executable
-local folder
+local place
 
-local function write(name, text)
-  local file = assert(io.open(folder .. "/" .. name, "w"))
-  file:write(text)
-  file:close()
-end
+local function sh(command) return place:sh(command) end
 
-local function read(name)
-  local file = io.open(folder .. "/" .. name)
-  if not file then return "" end
-  local text = file:read "*a"
-  file:close()
-  return text
-end
-
---- Runs a shell command in the test's folder, with programs of its bin/ first; "$D" is dsrun.
--- @treturn number exit code
--- @treturn string standard output
--- @treturn string standard error
-local function sh(command)
-  write("command.sh", ("cd '%s'\nD='%s'\nexport PATH=\"$PWD/bin:$PATH\"\n%s\n"):format(folder,
-    dsrun, command))
-  local status = os.execute(("cd '%s'; sh command.sh >out 2>err </dev/null"):format(folder))
-  return type(status) == "number" and math.floor(status / 256) or status, read "out", read "err"
-end
-
-local function has(text, piece)
-  assert(text:find(piece, 1, true), ("no '%s' in:\n%s"):format(piece, text))
-end
-
-local function lacks(text, piece)
-  assert(not text:find(piece, 1, true), ("'%s' in:\n%s"):format(piece, text))
-end
-
+--- A program that is first on PATH.
 local function program(name, text)
-  write("bin/" .. name, "#!/bin/sh\n" .. text)
-  assert(os.execute(("chmod +x '%s/bin/%s'"):format(folder, name)) == 0)
+  place:write("bin/" .. name, "#!/bin/sh\n" .. text)
+  assert.equal(0, (sh("chmod +x bin/" .. name)))
 end
 
 setup(function()
-  folder = os.tmpname()
-  os.remove(folder)
-  assert(os.execute("mkdir -p '" .. folder .. "/bin'") == 0)
+  place = helper.place { limit = 60,
+    before = 'export PATH="$PWD/bin:$PATH"; unset OMP_NUM_THREADS' }
+  sh "mkdir bin"
 end)
 
-teardown(function() os.execute("rm -rf '" .. folder .. "'") end)
+teardown(function() place:remove() end)
 
-after_each(function() os.execute("rm -f '" .. folder .. "'/bin/*") end)
+after_each(function() sh "rm -f bin/*" end)
 
 describe("dsrun env", function()
   it("says what there is, a fact a line", function()
@@ -104,7 +76,7 @@ esac]])
   end)
 
   it("names the build by its files, as --check-host does for a launcher", function()
-    write("script.lua", "print(1)\n")
+    place:write("script.lua", "print(1)\n")
     local code, first = sh "$D --check-host script.lua"
     assert.equal(0, code)
     local binary, library, hash =
@@ -112,7 +84,7 @@ esac]])
     assert.equal(32, #binary)
     local _, out = sh "$D env"
     has(out, ("\nbuild          binary %s, Lua library %s\n"):format(binary, library))
-    write("script.lua", "print(2)\n")
+    place:write("script.lua", "print(2)\n")
     local _, second = sh "$D --check-host script.lua"
     has(second, ("\nlibrary %s\nscript "):format(library))
     lacks(second, hash)
@@ -140,7 +112,7 @@ describe("env of many hosts", function()
       answers[i] = { host = name, output = json.encode(facts) }
     end
     for i, extra in ipairs(changes) do answers[3 + i] = extra end
-    write("answers", json.encode(answers))
+    place:write("answers", json.encode(answers))
     return sh([[$D -e 'require("ds.env_hosts").show(io.open("answers"):read "*a")' ]]
       .. (arguments or ""))
   end
@@ -178,5 +150,42 @@ describe("env of many hosts", function()
       .. "e: its dsrun does not know env --json: install the same build\n")
     has(out, "3 hosts: a, b, c\n")
     has(out, "\nnothing differs\n")
+  end)
+
+  it("asks all hosts of a hostfile at once, over ssh", function()
+    program("ssh", [[
+while [ "$1" != -- ]; do echo "$1" >>ssh.options; shift; done
+case $2 in
+  worker-1) exec sh -c "$3";;
+  worker-2) echo 'welcome to {worker-2}'; OMP_NUM_THREADS=5 exec sh -c "$3";;
+  worker-3) echo "$2: Permission denied (publickey)." >&2; exit 255;;
+esac]])
+    place:write("hosts", "worker-1 slots=2\nworker-2 slots=2\nworker-3 slots=4\n")
+    local code, out, err = sh "$D --hostfile hosts --ssh_port 2222 env"
+    assert.same({ 1, "" }, { code, err })
+    has(out, "2 hosts: worker-1, worker-2\n")
+    assert(out:find "\n! worker%-2: +5 %(OMP_NUM_THREADS is 5%)\n", out)
+    has(out, "\nworker-3: ssh: worker-3: Permission denied (publickey): set up a key without a "
+      .. "password: ssh-copy-id worker-3\n")
+    has(out, "\ndiffers: threads, environment\n")
+    has(place:read "ssh.options", "\n2222\n")
+    code, out = sh "$D --hostfile hosts --exclude worker-3 env --json"
+    assert.equal(0, code)
+    local all = json.decode(out)
+    assert.same({ "threads", "environment" }, { unpack(all.differs) })
+    assert.equal("5 (OMP_NUM_THREADS is 5)", all.hosts["worker-2"].threads)
+    assert.same({}, all.failed)
+    assert.is_nil(all.hosts["worker-3"])
+  end)
+
+  it("says what is wrong with the hostfile, or with the words after env", function()
+    place:write("hosts", "worker-1 slots=x\n")
+    local code, out, err = sh "$D --hostfile hosts env"
+    assert.same({ 2, "" }, { code, out })
+    has(err, "hosts:1: ")
+    place:write("hosts", "localhost slots=1\n")
+    code, out, err = sh "$D --hostfile hosts env foo"
+    assert.same({ 2, "" }, { code, out })
+    has(err, "env takes --json and nothing else, but was given 'foo'")
   end)
 end)
