@@ -163,7 +163,7 @@ fuzz:
 	    -artifact_prefix=build/fuzz/$$f- build/fuzz/corpus/$$f tests/fuzz/seeds/$$f || exit 1; done
 
 soak:
-	@scripts/setup test hosts lint
+	@scripts/setup test hosts soak lint
 	@$(MAKE) all c-tests
 	@BUILD=$(BUILD) scripts/soak
 

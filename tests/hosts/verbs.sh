@@ -78,8 +78,8 @@ dress() {
 
 # ---- what is left
 
-# Every process of a host counts, but its first, and sshd, whose connection may have been cut. On the head,
-# those of a job.
+# Every process of a host counts, but its first, SLURM's daemons, and sshd, whose connection may have been
+# cut. On the head, those of a job.
 left() {
   [ $# -gt 0 ] || set -- $(all_hosts) head
   spaces=
@@ -95,7 +95,7 @@ left() {
     { host = name[$1] == "head" ? "head" : "worker-" name[$1]; args = $0
       sub(/^ *[^ ]+ +[^ ]+ +[^ ]+ +[^ ]+ +/, "", args) }
     host == "head" && $4 !~ /^(dsrun|mpirun|orted|orterun|prte|prterun|prted|ssh)$/ { next }
-    $4 == "sshd" || args ~ /tests\/hosts\/world --host/ || args == "sleep 2147483647" { next }
+    $4 ~ /^(sshd|munged|slurmd|slurmd-wlm)$/ || args ~ /tests\/hosts\/world --host/ || args == "sleep 2147483647" { next }
     { print host ": " $2 " " $3 " " substr(args, 1, 120) }'
 }
 

@@ -1,17 +1,5 @@
 # Training on several hosts is as one process does it on the same global batch.
 
-# near WHAT EXPECTED GOT TOLERANCE: two files of the same words, numbers but for that much of them
-near() {
-  paste -d ' ' "$2" "$3" | awk -v tolerance="$4" '
-    NF % 2 { print "line " NR " has another length"; exit }
-    { for (i = 1; i <= NF / 2; i++) {
-        a = $i; b = $(i + NF / 2); d = a - b; m = a < 0 ? -a : a
-        if (a == b || (a + 0 == a && (d < 0 ? -d : d) <= tolerance * m)) continue
-        print "line " NR ": " b " should be " a; exit } }
-    END { if (NR < 3) print NR " lines only" }' >differs
-  [ ! -s differs ] || wrong "$1: $(cat differs)"
-}
-
 demo() {
   cat >ds.json <<'END'
 { "train_batch_size": 12, "gradient_clipping": 1.0, "steps_per_print": 0,
