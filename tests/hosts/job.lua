@@ -1,11 +1,11 @@
 --- A small training job on several hosts, to which something may happen.
 --
---     dsrun --hostfile FILE tests/hosts/job.lua ranks=DIR steps=20 pause=0.1 save=DIR rank=3 at=5 how=kill
+--     dsrun --hostfile FILE job.lua ranks=DIR steps=20 pause=0.1 save=DIR rank=3 at=5 how=kill
 --
--- Each rank writes DIR/RANK: "HOST PID", its process's number on its host. Rank 0 prints "step N LOSS"
--- for each of them; after pause seconds each. Before step `at`, the rank does what `how` says, in
--- the first run only (before a restart) if once=1. With save=DIR, every step is saved, and a run goes on
--- from the last one.
+-- Each rank writes DIR/RANK: "HOST PID", its process's number there. Rank 0 prints
+-- "step N LOSS" for each of the steps, which are pause seconds apart. Before step `at`, the rank does
+-- what `how` says; if once=1, then before a restart only. With save=DIR every step is saved, and a
+-- run goes on from the last one. Further: batch=12 samples a step on all ranks together, gas=1.
 
 local ffi = require "ffi"
 local ds = require "ds"
@@ -60,7 +60,8 @@ ds.seed(3)
 local engine, _, loader = ds.initialize {
   model = Net(), training_data = data,
   config = {
-    train_batch_size = opt.batch, gradient_accumulation_steps = opt.gas, seed = 5, steps_per_print = 0,
+    train_batch_size = opt.batch, gradient_accumulation_steps = opt.gas,
+    seed = 5, steps_per_print = 0,
     zero_optimization = { stage = 1 },
     optimizer = { type = "AdamW", params = { lr = 2e-2 } },
   },

@@ -89,3 +89,19 @@ END
   counted 2 'worker-1' out
 }
 it "--dry-run tells it beforehand" dry_run
+
+# As Docker's bridge: who connects to that address reaches himself.
+same_address() {
+  for n in 1 2 head; do
+    add='ip link add docker0 type bridge && ip address add 172.17.0.1/16 dev docker0 &&
+      ip link add dummy0 type dummy && ip link set dummy0 master docker0 up; ip link set docker0 up'
+    if [ $n = head ]; then sh -c "$add"; else on $n sh -c "$add"; fi
+  done
+  runs 0 --hostfile hosts "$here/job.lua" steps=2
+  [ "$(grep -c '^step' out)" -eq 2 ] || wrong "it did not train"
+  for n in 1 2 head; do
+    remove='ip link del docker0; ip link del dummy0 2>/dev/null'
+    if [ $n = head ]; then sh -c "$remove"; else on $n sh -c "$remove"; fi
+  done
+}
+it "an address that every host has" same_address

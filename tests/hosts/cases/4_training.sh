@@ -48,3 +48,10 @@ END
   done
 }
 it "output comes in whole lines, tagged, and into a log for each" output
+
+input() {
+  echo 'if os.getenv "RANK" == "0" then print(io.read "*a") end' >read.lua
+  { "$dsrun" --hostfile hosts read.lua; echo $? >code; } <"$here/job.lua" >out 2>err
+  [ "$(cat code)" = 0 ] && [ "$(cat out)" = "$(cat "$here/job.lua")" ] || wrong "rank 0 does not read it"
+}
+it "standard input goes to rank 0" input

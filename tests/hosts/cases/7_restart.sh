@@ -33,6 +33,18 @@ in_vain() {
 }
 it "--max_restarts ends with the last failure" in_vain
 
+not_after_a_signal() {
+  start --hostfile hosts --max_restarts 2 "$here/job.lua" ranks=ranks steps=1000 pause=0.05 \
+    save="$work/saved"
+  in_step 3
+  happens
+  kill -TERM "$(cat pid)"
+  gone
+  ended 143
+  counted 0 '^resumed' out
+}
+it "--max_restarts does not undo SIGTERM" not_after_a_signal
+
 without_a_host() {
   undisturbed 30
   start --hostfile hosts --max_restarts 3 --elastic --min_elastic_nodes 1 "$here/job.lua" \
