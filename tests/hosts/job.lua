@@ -2,9 +2,9 @@
 --
 --     dsrun --hostfile FILE job.lua ranks=DIR steps=20 pause=0.1 save=DIR rank=3 at=5 how=kill
 --
--- Each rank writes DIR/RANK: "HOST PID", its process's number there. Rank 0 prints
--- "step N LOSS" for each of the steps, which are pause seconds apart. Before step `at`, the rank does
--- what `how` says; if once=1, then before a restart only. With save=DIR every step is saved, and a
+-- Each rank writes DIR/RANK: "HOST PID", its process there. Rank 0 prints
+-- "step N LOSS" for each of the steps, which are pause seconds apart. Before step `at` the rank
+-- does what `how` says; with once=1, before a restart only. With save=DIR every step is saved, and a
 -- run goes on from the last one. Further: batch=12 samples a step on all ranks together, gas=1.
 
 local ffi = require "ffi"
