@@ -20,6 +20,7 @@
 #include "runner/rank.h"
 
 #define MOST_WORDS 3
+#define WORD_BYTES (PATH_MAX + 256)
 
 /* Which jobs an option is for. */
 enum when { ALWAYS, HERE, NETWORK, BY_SSH };
@@ -206,7 +207,7 @@ static const char *ssh_for(const ds_plan *p, char *program)
 }
 
 /* What the words of the table stand for; those that do not apply stay "". */
-static void fill_words(char words[WORDS][PATH_MAX + 96], const ds_start *s)
+static void fill_words(char words[WORDS][WORD_BYTES], const ds_start *s)
 {
     const ds_plan *p = s->plan;
     const char *port = p->options->value[DS_OPT_ssh_port];
@@ -233,7 +234,7 @@ static void fill_words(char words[WORDS][PATH_MAX + 96], const ds_start *s)
     snprintf(words[CWD], sizeof *words, "%s", s->plan->there->folder);
 }
 
-static const char *meaning(const char *word, char words[WORDS][PATH_MAX + 96])
+static const char *meaning(const char *word, char words[WORDS][WORD_BYTES])
 {
     for (int w = 0; w < WORDS; w++)
         if (!strcmp(word, names[w]))
@@ -244,7 +245,7 @@ static const char *meaning(const char *word, char words[WORDS][PATH_MAX + 96])
 static void add_flags(command *c, const ds_start *s)
 {
     const ds_plan *p = s->plan;
-    char words[WORDS][PATH_MAX + 96];
+    char words[WORDS][WORD_BYTES];
 
     fill_words(words, s);
     for (size_t i = 0; i < FLAGS; i++) {

@@ -83,7 +83,8 @@ local ways = {
   leave = function() os.exit(0) end,
 }
 
-local restarts = ds.restart_count()
+local restarts = (rawget(ds, "restart_count")
+  or function() return tonumber(os.getenv "DSRUN_RESTARTS") or 0 end)()
 if opt.save then
   local path = engine:load_checkpoint(opt.save)
   if path and ds.rank() == 0 then

@@ -112,7 +112,7 @@ left_files() {
 heal() {
   for n in $(all_hosts); do
     plug "$n"
-    keep "$n"
+    keep "$n" 2>/dev/null # a cable that was just plugged in
     meet "$n"
     dress "$n"
   done

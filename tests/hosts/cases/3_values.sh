@@ -74,7 +74,7 @@ END
   export DS_TEST_SHELL=shell
   runs 0 --hostfile hosts "$here/whoami.lua" ranks
   values_are DS_TEST_BOTH=here DS_TEST_HOME='from the home' 'DS_TEST_QUOTED=a "b" $c' \
-    DS_TEST_SHELL=file 'DS_TEST_X=a=b #c'
+    DS_TEST_SHELL=file DS_TEST_X=a=b
   echo "DS_TEST_ONLY='this'" >another
   export DS_ENV_FILE=another
   runs 0 --hostfile hosts "$here/whoami.lua" ranks

@@ -56,7 +56,7 @@ mpirun_is_killed() {
   train
   in_step 3
   happens
-  kill -9 $(left head | awk '/ mpirun/ { print $2 }')
+  kill -9 $(left head | awk '$4 == "mpirun" { print $2 }')
   gone
   [ "$code" != 0 ] || wrong "ended with code 0"
 }
@@ -66,7 +66,7 @@ daemon_is_killed() {
   train
   in_step 3
   happens
-  kill -9 $(left 2 | awk '/ orted/ { print $2 }')
+  kill -9 $(left 2 | awk '$4 == "orted" { print $2 }')
   gone
   [ "$code" != 0 ] || wrong "ended with code 0"
   says worker-2
@@ -106,17 +106,19 @@ it "the cable of worker-2 is pulled" network unplug 2
 it "the cable of worker-1 is pulled" network unplug 1
 it "packets of worker-2 are lost" network lose 2
 
+# at_the_start PATTERN: the cable is pulled when worker-2 has such a process
 at_the_start() {
   echo 'require "ffi".cdef "int usleep(unsigned)" for _ = 1, 3000 do require "ffi".C.usleep(10000) end' >wait.lua
   start --hostfile hosts wait.lua
-  until_so 10 sh -c '. "$0/verbs.sh"; left 2 | grep -q dsrun' "$here"
+  until_so 10 sh -c '. "$0/verbs.sh"; left 2 | grep -q -e "$1"' "$here" "$1"
   happens
   unplug 2
   gone
   [ "$code" != 0 ] || wrong "ended with code 0"
   says worker-2
 }
-it "the cable is pulled while the job starts" at_the_start
+it "the cable is pulled while daemons start" at_the_start ' orted'
+it "the cable is pulled while ranks start" at_the_start 'dsrun wait.lua'
 
 talkative() {
   echo 'local s = ("y"):rep(200) while true do print(s) end' >flood.lua
@@ -147,7 +149,7 @@ stopped() {
   in_step 3
   happens
   signal STOP 2
-  gone
+  gone 12
   ended 124
   says 'rank 2' 'worker-2' 'silent'
 }
@@ -157,7 +159,7 @@ asleep() {
   start --hostfile hosts --timeout 8 "$here/job.lua" ranks=ranks steps=1000 rank=2 at=4 how=sleep
   until_so 20 happened
   happens
-  gone
+  gone 12
   ended 124
   says 'rank 2' 'worker-2' 'job.lua:[0-9]+' 'ranks 0, 1, 3 wait in'
 }
@@ -183,7 +185,8 @@ logs_on_a_full_disk() {
   gone 30
   umount full
   ended 0
-  grep -q 'full/' err || wrong "nobody says that the logs are not whole"
+  grep -q rank_0.log err || wrong "nobody says that the logs are not whole"
+  mv err err.full
   start --hostfile hosts --enable_each_rank_log /proc/logs "$here/job.lua" steps=3
   gone 10
   ended 2
