@@ -28,6 +28,7 @@
 typedef struct launch {
     const ds_options *options;
     ds_plan plan;
+    int reaches;             /* 1: the job, as it was asked for, is on other hosts as well */
     ds_program here, pushed; /* pushed.file NULL: nothing is */
     ds_start start;
     ds_job_streams streams;
@@ -178,7 +179,7 @@ static void say_report(launch *l, char *report)
 /* Whether hosts are looked at before a start: those of an allocation are SLURM's care. */
 static int checks(const launch *l)
 {
-    return l->plan.network && !l->plan.slurm && !l->options->value[DS_OPT_no_ssh_check];
+    return l->reaches && !l->plan.slurm && !l->options->value[DS_OPT_no_ssh_check];
 }
 
 static ds_ssh ssh_of(const launch *l)
@@ -188,21 +189,27 @@ static ds_ssh ssh_of(const launch *l)
     return (ds_ssh){.port = port ? atoi(port) : 0, .cancel = l->stops};
 }
 
-/* Copies what the hosts need; from then on ranks run the copy. */
+/* Copies what the hosts lack, before each start, as one may be back without it; ranks run the copy. A
+ * host that could not be pushed to is not ready, which is for look_at_hosts() to judge. */
 static int push(launch *l)
 {
     const ds_ssh ssh = ssh_of(l);
-    char *report = NULL;
     int rc, script = (int)(l->options->arguments - l->start.arguments) - 1;
+    ds_program pushed;
+    char *report = NULL;
 
-    if (!l->plan.network || !l->options->value[DS_OPT_push] || l->pushed.file)
+    if (!l->reaches || !l->options->value[DS_OPT_push])
         return 0;
-    rc = ds_push(&l->pushed, &report, l->plan.all, &l->here, &ssh);
+    rc = ds_push(&pushed, &report, l->plan.all, &l->here, &ssh);
     say_report(l, report);
-    if (rc < 0)
+    if (rc < 0 && !(rc == DS_ECOMM && pushed.file && l->options->elastic)) {
+        ds_program_free(&pushed);
         return rc;
+    }
+    ds_program_free(&l->pushed);
+    l->pushed = pushed;
     l->plan.there = &l->pushed;
-    if (l->options->script && l->pushed.script)
+    if (l->options->script && pushed.script)
         l->start.arguments[script] = l->pushed.script;
     return 0;
 }
@@ -334,6 +341,7 @@ int ds_launch(const ds_options *options, int argc, char **argv)
     if (code == 0)
         code = ds_plan_open(&l.plan, options);
     l.plan.there = &l.here;
+    l.reaches = l.plan.network; /* an elastic job may come down to this machine, and grow again */
     l.start = (ds_start){
         .plan = &l.plan, .folder = "/dev/shm/dsrun", .count = argc - 1, .arguments = argv + 1};
     if (code == 0 && !options->srun)

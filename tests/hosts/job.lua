@@ -4,8 +4,8 @@
 --
 -- Each rank writes DIR/RANK: "HOST PID", its process there. Rank 0 prints
 -- "step N LOSS" for each of the steps, which are pause seconds apart. Before step `at` the rank
--- does what `how` says; with once=1, before a restart only. With save=DIR every step is saved, and a
--- run goes on from the last one. Further: batch=12 samples a step on all ranks together, gas=1.
+-- does what `how` says; with once=1, before a restart only. With save=DIR every step is saved, and
+-- a run goes on from the last one. Further: batch=12 samples a step on all ranks together, gas=1.
 
 local ffi = require "ffi"
 local ds = require "ds"
