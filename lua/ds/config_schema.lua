@@ -374,7 +374,7 @@ M.groups = {
       idle("load_universal", "boolean", false, "load on another number of ranks; always " ..
         "possible here"),
       switch("use_node_local_storage", "each host saves to a disk of its own",
-        "it comes with several machines"),
+        "all hosts save to a folder that they share"),
       idle("checkpoint_serialization", "boolean", true, "how PyTorch writes files"),
       idle("parallel_write", "object", nil, "parallel writing", { fields = {
         idle("pipeline_stage", "boolean", false, "by pipeline stages"),
