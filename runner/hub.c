@@ -2,6 +2,7 @@
 #include "runner/hub.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <signal.h>
@@ -109,6 +110,7 @@ static int listen_here(ds_hub *h)
     if (h->config.nodes <= 1)
         h->listener = listen_on(AF_INET, (const struct sockaddr *)&here, sizeof here);
     h->events = epoll_create1(EPOLL_CLOEXEC);
+    h->reserve = fcntl(h->listener, F_DUPFD_CLOEXEC, 0);
     if (h->listener < 0 || h->events < 0 ||
         getsockname(h->listener, (struct sockaddr *)&address, &length) < 0 ||
         epoll_ctl(h->events, EPOLL_CTL_ADD, h->listener, &event) < 0)
@@ -128,7 +130,7 @@ int ds_hub_open(ds_hub **out, const ds_hub_config *config, double now)
     h->config = *config;
     if (config->timeout <= 0)
         h->config.timeout = 1e12;
-    h->listener = h->events = h->culprit = h->code = -1;
+    h->listener = h->events = h->reserve = h->culprit = h->code = -1;
     h->opened = h->served = h->heard = h->moved = h->window = now;
     h->ranks = calloc((size_t)config->ranks, sizeof *h->ranks);
     rc = h->ranks ? listen_here(h) : ds_fail(DS_ENOMEM, "out of memory");
@@ -179,6 +181,8 @@ void ds_hub_close(ds_hub *h)
         close(h->listener);
     if (h->events >= 0)
         close(h->events);
+    if (h->reserve >= 0)
+        close(h->reserve);
     free(h->ranks);
     free(h);
 }
@@ -456,14 +460,27 @@ static int is_loopback(const struct sockaddr_storage *peer)
            (IN6_IS_ADDR_V4MAPPED(&six->sin6_addr) && six->sin6_addr.s6_addr[12] == 127);
 }
 
+/* A new connection, or -1. Where there is no descriptor for it, one that is held in reserve serves to
+ * hang up: a caller that waits in line would be announced for ever. */
+static int take_call(ds_hub *h, struct sockaddr_storage *peer, socklen_t *length)
+{
+    int fd = accept4(h->listener, (struct sockaddr *)peer, length, SOCK_CLOEXEC | SOCK_NONBLOCK);
+
+    if (fd < 0 && (errno == EMFILE || errno == ENFILE) && h->reserve >= 0) {
+        close(h->reserve);
+        close(accept4(h->listener, NULL, NULL, SOCK_CLOEXEC));
+        h->reserve = fcntl(h->listener, F_DUPFD_CLOEXEC, 0);
+    }
+    return fd;
+}
+
 static void accept_links(ds_hub *h, double now)
 {
     struct sockaddr_storage peer;
     socklen_t length = sizeof peer;
     int fd;
 
-    while ((fd = accept4(h->listener, (struct sockaddr *)&peer, &length,
-                         SOCK_CLOEXEC | SOCK_NONBLOCK)) >= 0) {
+    while ((fd = take_call(h, &peer, &length)) >= 0) {
         ds_link *k = strangers(h) < STRANGERS + h->config.ranks ? calloc(1, sizeof *k) : NULL;
         struct epoll_event event = {.events = EPOLLIN, .data.ptr = k};
 

@@ -26,7 +26,7 @@
 #include "runner/side.h"
 
 #define GAVE_UP 124       /* exit code: no progress, or no answer; timeout(1) has it too */
-#define LOST_SECONDS 0.15 /* for mpirun to learn how the first rank ended, before the others do */
+#define LOST_SECONDS 0.4  /* for mpirun to learn how the first rank ended, before the others do */
 #define LAST_WORDS 1.0    /* for a rank that failed to end by itself */
 #define NOISE_SECONDS 0.3 /* mpirun's words wait, as they may be about a failure we know better */
 #define TERM_SECONDS 1.0  /* from ranks' end to SIGTERM for mpirun, and from that to SIGKILL */
