@@ -24,7 +24,7 @@
 #include "kernels/error.h"
 #include "runner/ds.h"
 
-#define MOST_ENVIRONMENT (4 << 20) /* bytes of a process that are read */
+#define MOST_TEXT (4 << 20) /* bytes of a process that are read */
 #define PASSES 50                  /* over all processes, as they may start others meanwhile */
 #define ANSWER_SECONDS 10
 
@@ -134,31 +134,40 @@ static void close_all_but(int kept)
             close(fd);
 }
 
-/* Whether the process has this variable, "NAME=value", in the environment that it began with. */
-static int has_variable(const char *pid, const char *variable, char *text)
+/* How processes of a job are known: by what one of the texts in a file of /proc/PID begins with. A
+ * folder's name is as long as any other's, so it is not the beginning of one. */
+static const struct {
+    const char *file, *text;
+} marks[] = {
+    {"environ", "DSRUN_FOLDER=%s"}, /* which all inherit */
+    {"cmdline", "ssh: %s/"},        /* what ssh calls itself where it keeps a connection open there */
+};
+enum { OF_JOB, CONNECTIONS };
+
+static int has_mark(const char *pid, int mark, const char *wanted, char *text)
 {
     char path[64];
     ssize_t used = 0, n;
     int fd;
 
-    snprintf(path, sizeof path, "/proc/%.20s/environ", pid);
+    snprintf(path, sizeof path, "/proc/%.20s/%s", pid, marks[mark].file);
     fd = open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0)
         return 0;
     do {
-        n = read(fd, text + used, (size_t)(MOST_ENVIRONMENT - used));
+        n = read(fd, text + used, (size_t)(MOST_TEXT - used));
         used += n > 0 ? n : 0;
-    } while (n > 0 && used < MOST_ENVIRONMENT);
+    } while (n > 0 && used < MOST_TEXT);
     close(fd);
     text[used] = 0;
     for (const char *t = text; t < text + used; t += strlen(t) + 1)
-        if (!strcmp(t, variable))
+        if (!strncmp(t, wanted, strlen(wanted)))
             return 1;
     return 0;
 }
 
-/* Kills all that have the variable; returns how many there were. */
-static int kill_all_with(const char *variable, char *text)
+/* Kills all that have it; returns how many there were. */
+static int kill_all_with(int mark, const char *wanted, char *text)
 {
     DIR *all = opendir("/proc");
     struct dirent *entry;
@@ -167,7 +176,7 @@ static int kill_all_with(const char *variable, char *text)
     while (all && (entry = readdir(all))) {
         pid_t pid = (pid_t)atoi(entry->d_name);
 
-        if (pid > 0 && pid != getpid() && has_variable(entry->d_name, variable, text))
+        if (pid > 0 && pid != getpid() && has_mark(entry->d_name, mark, wanted, text))
             n += kill(pid, SIGKILL) == 0;
     }
     if (all)
@@ -175,13 +184,13 @@ static int kill_all_with(const char *variable, char *text)
     return n;
 }
 
-static void end_job(const char *folder)
+static void end_all(int mark, const char *folder)
 {
     const struct timespec moment = {.tv_nsec = 10000000};
-    char variable[PATH_MAX + 16], *text = malloc(MOST_ENVIRONMENT + 1);
+    char wanted[PATH_MAX + 16], *text = malloc(MOST_TEXT + 1);
 
-    snprintf(variable, sizeof variable, "DSRUN_FOLDER=%s", folder);
-    for (int i = 0; text && i < PASSES && kill_all_with(variable, text); i++)
+    snprintf(wanted, sizeof wanted, marks[mark].text, folder);
+    for (int i = 0; text && i < PASSES && kill_all_with(mark, wanted, text); i++)
         nanosleep(&moment, NULL);
     free(text);
 }
@@ -199,7 +208,8 @@ static void clean(int pipe, const char *its_folder, const char *its_file)
     while (read(pipe, &told, 1) == 1)
         in_order = 1;
     if (!in_order)
-        end_job(folder);
+        end_all(OF_JOB, folder);
+    end_all(CONNECTIONS, folder);
     if (file)
         unlink(file);
     ds_remove(folder);

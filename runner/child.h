@@ -21,9 +21,11 @@ int ds_child_ask(char *line, size_t bytes, char *const *argv);
 void ds_child_command_line(int argc, char **argv);
 
 /* A process that outlives this one to remove `folder` and, if it is not NULL, `file`, and to end every
- * process of the job: those with DSRUN_FOLDER=folder in their environment. It does so when *pipe is
- * closed, which the kernel does when this process is killed; a byte written before says that all went
- * in order, and there is no process to end. */
+ * process of the job: those with DSRUN_FOLDER=folder in their environment, and connections that ssh
+ * keeps open there (ds_ssh.control). It does so when *pipe is closed, which the kernel does
+ * when this process is killed. A DS_IN_ORDER written before says that only connections are to be
+ * ended. */
+#define DS_IN_ORDER "."
 int ds_child_cleaner(pid_t *pid, int *pipe, const char *folder, const char *file);
 
 #endif

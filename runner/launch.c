@@ -33,7 +33,7 @@ typedef struct launch {
     ds_start start;
     ds_job_streams streams;
     int stops; /* a signalfd of the signals that end a job only; -1: none */
-    char folder[64], pid_file[PATH_MAX];
+    char folder[64], control[80], pid_file[PATH_MAX];
     pid_t cleaner;
     int cleaner_pipe; /* -1: none */
 } launch;
@@ -140,7 +140,7 @@ static void clean_up(launch *l)
     if (l->stops >= 0)
         close(l->stops);
     if (l->cleaner > 0) {
-        if (write(l->cleaner_pipe, "", 1) < 0)
+        if (write(l->cleaner_pipe, DS_IN_ORDER, 1) < 0)
             status = 0; /* it is gone */
         close(l->cleaner_pipe);
         waitpid(l->cleaner, &status, 0);
@@ -186,7 +186,8 @@ static ds_ssh ssh_of(const launch *l)
 {
     const char *port = l->options->value[DS_OPT_ssh_port];
 
-    return (ds_ssh){.port = port ? atoi(port) : 0, .cancel = l->stops};
+    return (ds_ssh){
+        .port = port ? atoi(port) : 0, .cancel = l->stops, .control = l->start.control};
 }
 
 /* Copies what the hosts lack, before each start, as one may be back without it; ranks run the copy. A
@@ -269,11 +270,21 @@ static void say_restart(launch *l, int restart, const char *why)
     say(l, text);
 }
 
+/* Connections of ssh's stay open from the check to mpirun's own use of them; each start has new ones,
+ * as a host may have been away. */
+static void name_connections(launch *l, int restart)
+{
+    snprintf(l->control, sizeof l->control, "%s/%d-%%C", l->folder, restart);
+    l->start.control = checks(l) ? l->control : NULL;
+}
+
 /* One start. Negative: it could not be made; *failed: another may go better. */
 static int start_once(launch *l, int *failed, int restart)
 {
-    int code = push(l);
+    int code;
 
+    name_connections(l, restart);
+    code = push(l);
     if (code == 0)
         code = look_at_hosts(l);
     if (code == 0)

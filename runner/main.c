@@ -189,7 +189,8 @@ static int process(const ds_options *options, int argc, char **argv)
         return USAGE;
     }
     if (options->ranks && rank.launched != DS_BY_DSRUN && options->command == DS_RUN_SCRIPT) {
-        ds_rank_forget(); /* a step of SLURM's, say, of one task */
+        if (rank.launched != DS_ALONE)
+            ds_rank_forget(); /* a step of SLURM's, say, of one task */
         code = ds_launch(options, argc, argv);
         return code < 0 ? complain(USAGE) : code;
     }

@@ -130,6 +130,7 @@ int ds_plan_use(ds_plan *p, const ds_preflight_host *found, int most)
     drop_names(p);
     free(p->hosts.host);
     free(p->places);
+    p->fabric = found == NULL;
     p->hosts = (ds_hosts){.host = calloc((size_t)all, sizeof *p->hosts.host)};
     p->places = calloc((size_t)all, sizeof *p->places);
     if (!p->hosts.host || !p->places)
@@ -142,6 +143,7 @@ int ds_plan_use(ds_plan *p, const ds_preflight_host *found, int most)
         p->hosts.host[n++] = p->all->host[h];
         place->here = ds_remote_is_here(p->all->host[h].name);
         if (found) {
+            p->fabric = p->fabric || found[h].fabric;
             memcpy(place->address, found[h].address, sizeof place->address);
             memcpy(place->launcher, found[h].launcher, sizeof place->launcher);
         }

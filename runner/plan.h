@@ -28,6 +28,7 @@ typedef struct ds_plan {
     int ranks;
     int network;        /* 1: over the network; 0: on this machine alone */
     int slurm;          /* 1: hosts are those of a SLURM allocation */
+    int fabric;         /* 1: some host has a network beside Ethernet, or may have one */
     int devices;        /* 1: slots are numbers of GPUs, of a hostfile or a filter */
     char **where;       /* [ranks] "worker-2, slot 1", or NULL on this machine alone */
     ds_variables env;   /* of the ranks */

@@ -19,7 +19,9 @@
  * beside it does. */
 static const char common[] =
     "echo " MARK "; echo \"ssh $SSH_CONNECTION\"; echo \"name $(uname -n)\"; "
-    "echo \"cores $(getconf _NPROCESSORS_ONLN)\"; for d in orted prted; do "
+    "echo \"cores $(getconf _NPROCESSORS_ONLN)\"; "
+    "ls /sys/class/infiniband /sys/class/cxi 2>/dev/null | grep -q '[a-z0-9]$' && echo fabric yes; "
+    "for d in orted prted; do "
     "p=$(command -v $d) && echo \"mpi $(\"${p%/*}/mpirun\" --version 2>/dev/null | head -n 1)\"; "
     "done; ";
 
@@ -234,6 +236,7 @@ static void judge_host(judge *j, ds_preflight_host *out)
     copy(out->name, sizeof out->name, j->answer, "name");
     copy(number, sizeof number, j->answer, "cores");
     out->cores = atoi(number);
+    out->fabric = has(j->answer, "fabric");
     if (!ds_remote_is_here(j->host->host))
         read_addresses(out, j->answer);
     judge_answer(j);

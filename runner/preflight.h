@@ -13,6 +13,7 @@ typedef struct ds_preflight_host {
     int answered;   /* 1: a command ran there; 0: it can't be reached */
     int ready;      /* 1: ranks can start there */
     int cores;      /* of the whole host; 0: not known */
+    int fabric;     /* 1: it has a network beside Ethernet, as InfiniBand */
     char name[256]; /* what it calls itself */
     char launcher
         [64]; /* this machine's address, as the host's sshd sees it (behind a jump host: that

@@ -93,7 +93,7 @@ static char *for_login_shell(const char *command)
 static const char *const ssh_options[] = {
     "BatchMode=yes", /* never asks */
     /* for a host that is cut off while much is sent to it */
-    "ServerAliveInterval=5",
+    "ServerAliveInterval=2",
     "ServerAliveCountMax=3",
     /* what is configured for sessions in which the user types */
     "ClearAllForwardings=yes",
@@ -102,24 +102,38 @@ static const char *const ssh_options[] = {
 
 #define OPTIONS ((int)(sizeof ssh_options / sizeof *ssh_options))
 
-/* argv: [2 * OPTIONS + 10]; connect, port: [40]. */
-static void ssh_command(const char **argv, char *connect, char *port, const ds_ssh *ssh,
-                        const char *host, const char *quoted, double seconds)
+/* What a command line needs memory for. */
+typedef struct words {
+    const char *argv[2 * OPTIONS + 16];
+    char connect[40], port[40], control[160];
+} words;
+
+static void ssh_command(words *w, const ds_ssh *ssh, const char *host, const char *quoted,
+                        double seconds)
 {
     double wait = seconds * 0.8 > CONNECT_MOST ? CONNECT_MOST : seconds * 0.8;
     int n = 0;
 
-    snprintf(connect, 40, "ConnectTimeout=%d", wait > 1 ? (int)wait : 1);
+    const char **argv = w->argv;
+
+    snprintf(w->connect, sizeof w->connect, "ConnectTimeout=%d", wait > 1 ? (int)wait : 1);
     argv[n++] = "ssh";
     argv[n++] = "-T";
     for (int i = 0; i <= OPTIONS; i++) {
         argv[n++] = "-o";
-        argv[n++] = i < OPTIONS ? ssh_options[i] : connect;
+        argv[n++] = i < OPTIONS ? ssh_options[i] : w->connect;
     }
     if (ssh->port) {
-        snprintf(port, 40, "%d", ssh->port);
+        snprintf(w->port, sizeof w->port, "%d", ssh->port);
         argv[n++] = "-p";
-        argv[n++] = port;
+        argv[n++] = w->port;
+    }
+    if (ssh->control) {
+        snprintf(w->control, sizeof w->control, "ControlPath=%s", ssh->control);
+        argv[n++] = "-oControlMaster=auto";
+        argv[n++] = "-oControlPersist=10";
+        argv[n++] = "-o";
+        argv[n++] = w->control;
     }
     argv[n++] = "--";
     argv[n++] = host;
@@ -129,19 +143,18 @@ static void ssh_command(const char **argv, char *connect, char *port, const ds_s
 
 static int start(job *j, const ds_ssh *ssh, const char *command, const char *quoted, double seconds)
 {
-    const char *argv[2 * OPTIONS + 10] = {"sh", "-c", command, NULL};
-    char connect[40], port[40];
+    words w = {.argv = {"sh", "-c", command, NULL}};
     int in[2], out[2] = {-1, -1}, err[2] = {-1, -1}, rc = -1;
 
     if (!ds_remote_is_here(j->r->host))
-        ssh_command(argv, connect, port, ssh, j->r->host, quoted, seconds);
+        ssh_command(&w, ssh, j->r->host, quoted, seconds);
     /* a socket, as writing to one whose reader has gone need not raise SIGPIPE */
     if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, in) < 0)
         return ds_fail(DS_EIO, "no socket: %s", strerror(errno));
     if (pipe2(out, O_CLOEXEC | O_NONBLOCK) == 0 && pipe2(err, O_CLOEXEC | O_NONBLOCK) == 0) {
         fcntl(out[1], F_SETFL, 0);
         fcntl(err[1], F_SETFL, 0);
-        rc = ds_child_spawn(&j->pid, (char *const *)argv, (int[]){in[1], out[1], err[1]});
+        rc = ds_child_spawn(&j->pid, (char *const *)w.argv, (int[]){in[1], out[1], err[1]});
     } else {
         ds_fail(DS_EIO, "no pipe: %s", strerror(errno));
     }
