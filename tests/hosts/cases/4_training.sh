@@ -49,9 +49,10 @@ END
 }
 it "output comes in whole lines, tagged, and into a log for each" output
 
+# More of it than a pipe holds, and later than the ranks are there.
 input() {
-  echo 'if os.getenv "RANK" == "0" then print(io.read "*a") end' >read.lua
-  { "$dsrun" --hostfile hosts read.lua; echo $? >code; } <"$here/job.lua" >out 2>err
-  [ "$(cat code)" = 0 ] && [ "$(cat out)" = "$(cat "$here/job.lua")" ] || wrong "rank 0 does not read it"
+  echo 'if os.getenv "RANK" == "0" then print(#io.read "*a") end' >read.lua
+  { sleep 2; seq 100000; } | "$dsrun" --hostfile hosts read.lua >out 2>err
+  [ "$(cat out)" = "$(seq 100000 | wc -c)" ] || wrong "rank 0 reads other than $(seq 100000 | wc -c) bytes"
 }
 it "standard input goes to rank 0" input

@@ -59,6 +59,7 @@ mpirun_is_killed() {
   kill -9 $(left head | awk '$4 == "mpirun" { print $2 }')
   gone
   [ "$code" != 0 ] || wrong "ended with code 0"
+  says mpirun
 }
 it "mpirun is killed" mpirun_is_killed
 
@@ -134,7 +135,7 @@ talkative() {
 it "the cable is pulled while ranks print" talkative
 
 apart() {
-  train --timeout 8
+  train
   in_step 3
   happens
   part 1 2
@@ -145,11 +146,11 @@ apart() {
 it "two workers do not reach each other" apart
 
 stopped() {
-  train --timeout 8
+  train
   in_step 3
   happens
   signal STOP 2
-  gone 12
+  gone
   ended 124
   says 'rank 2' 'worker-2' 'silent'
 }
