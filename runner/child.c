@@ -25,7 +25,7 @@
 #include "runner/ds.h"
 
 #define MOST_TEXT (4 << 20) /* bytes of a process that are read */
-#define PASSES 50                  /* over all processes, as they may start others meanwhile */
+#define PASSES 50           /* over all processes, as they may start others meanwhile */
 #define ANSWER_SECONDS 10
 
 static void no_signals_blocked(void)
@@ -140,7 +140,7 @@ static const struct {
     const char *file, *text;
 } marks[] = {
     {"environ", "DSRUN_FOLDER=%s"}, /* which all inherit */
-    {"cmdline", "ssh: %s/"},        /* what ssh calls itself where it keeps a connection open there */
+    {"cmdline", "ssh: %s/"}, /* what ssh calls itself where it keeps a connection open there */
 };
 enum { OF_JOB, CONNECTIONS };
 

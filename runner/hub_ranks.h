@@ -31,7 +31,7 @@ typedef struct ds_seen {
 struct ds_hub {
     ds_hub_config config;
     int listener, events, port;
-    int reserve; /* a descriptor for when there are no others */
+    int reserve;           /* a descriptor for when there are no others */
     struct ds_link *links; /* connections, a list */
     ds_seen *ranks;
     double opened, served;

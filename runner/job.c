@@ -23,6 +23,7 @@
 #include "runner/hub.h"
 #include "runner/lines.h"
 #include "runner/log.h"
+#include "runner/remote.h"
 #include "runner/side.h"
 
 #define GAVE_UP 124       /* exit code: no progress, or no answer; timeout(1) has it too */
@@ -32,11 +33,14 @@
 #define TERM_SECONDS 1.0  /* from ranks' end to SIGTERM for mpirun, and from that to SIGKILL */
 #define FAR_SECONDS 2.0   /* between what two programs learn of another machine */
 #define DAEMON_LOST 205   /* mpirun's exit code, when its daemon on a host is gone */
-#define FULL (1 << 20)    /* bytes that wait to be written, before ranks have to */
+#define START_SECONDS 4.0 /* for ranks to start, before hosts are looked at again */
+#define ANSWER_SECONDS 3.0
+#define FULL (1 << 20) /* bytes that wait to be written, before ranks have to */
 
 typedef struct job {
     const ds_plan *plan;
     ds_job_streams *streams;
+    const ds_ssh *ssh;
     ds_hub *hub;
     char token[DS_TOKEN_BYTES];
     pid_t mpirun;
@@ -47,6 +51,9 @@ typedef struct job {
     double grace;          /* until when it may take to do so */
     double killed, termed; /* when ranks were, when mpirun was; 0: not */
     int now;               /* 1: all ends now: the user wants that, or the grace is over */
+    double looked;         /* when hosts were last looked at, or the job began */
+    int looks;             /* 1: they may be */
+    int lost_host;         /* 1: one did not answer then */
     char said[65536];      /* mpirun's words that are not shown yet */
     size_t said_used;
     double said_at;
@@ -137,13 +144,42 @@ static double patience(const job *j, double seconds)
     return j->plan->network ? seconds + FAR_SECONDS : seconds;
 }
 
+/* While ranks are awaited, a host that has gone is noticed by nobody: mpirun waits for its daemon as
+ * long as it takes. So hosts are asked again now and then. */
+static void look_at_hosts(job *j)
+{
+    const ds_ssh ssh = {.port = j->ssh->port, .cancel = j->ssh->cancel}; /* connections anew */
+    const ds_hosts *hosts = &j->plan->hosts;
+    ds_remote *each = calloc((size_t)hosts->count, sizeof *each);
+
+    for (int h = 0; each && h < hosts->count; h++)
+        each[h].host = hosts->host[h].name;
+    if (each && ds_remote_run(each, hosts->count, &ssh, "true", ANSWER_SECONDS) == 0) {
+        for (int h = 0; h < hosts->count; h++) {
+            char text[512];
+
+            if (each[h].code == 0)
+                continue;
+            snprintf(text, sizeof text,
+                     "dsrun: %s does not answer any more, and its ranks have not started",
+                     each[h].host);
+            say(j, -1, text);
+            j->lost_host = 1;
+        }
+    }
+    if (each)
+        ds_remote_free(each, hosts->count);
+    free(each);
+    j->looked = ds_seconds();
+}
+
 /* Whether the ranks must be ended by force now. */
 static int must_end(const job *j, double now)
 {
     int culprit = ds_hub_culprit(j->hub);
     double since = now - ds_hub_since(j->hub);
 
-    if (j->now)
+    if (j->now || j->lost_host)
         return 1;
     switch (ds_hub_trouble(j->hub)) {
     case DS_TROUBLE_STOPPED: /* the others can't go on without it */
@@ -170,11 +206,14 @@ static void go_on(job *j, double now)
     }
     if (j->stop && now > j->grace && !j->ended)
         j->now = 1;
+    if (j->looks && !j->killed && ds_hub_started(j->hub) < j->plan->ranks &&
+        now - j->looked > START_SECONDS)
+        look_at_hosts(j);
     if (!j->killed && must_end(j, now)) {
         ds_hub_kill(j->hub, 1, now);
         j->killed = now;
     }
-    if (!j->ended && j->killed && now - j->killed > patience(j, TERM_SECONDS)) {
+    if (!j->ended && j->killed && (j->lost_host || now - j->killed > patience(j, TERM_SECONDS))) {
         if (!j->termed) {
             kill(j->mpirun, SIGTERM);
             j->termed = now;
@@ -283,6 +322,8 @@ static int conclude(job *j)
         return explain_loss(j);
     if (trouble == DS_TROUBLE_STUCK)
         return GAVE_UP;
+    if (j->lost_host)
+        return GAVE_UP;
     if (ds_hub_signal(j->hub))
         return 128 + ds_hub_signal(j->hub);
     if (ds_hub_started(j->hub) == j->plan->ranks && mpirun_code(j) == 0)
@@ -346,6 +387,9 @@ int ds_job_run(int *failed, ds_plan *plan, ds_start *start, ds_job_streams *stre
     if (!j)
         return ds_fail(DS_ENOMEM, "out of memory");
     *j = (job){.plan = plan, .streams = streams, .noise = -1};
+    j->ssh = &start->ssh;
+    j->looked = ds_seconds();
+    j->looks = plan->network && !plan->slurm && !plan->options->value[DS_OPT_no_ssh_check];
     ds_side_token(j->token);
     config.token = j->token;
     code = ds_hub_open(&j->hub, &config, ds_seconds());

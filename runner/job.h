@@ -9,7 +9,8 @@
 /* What outlasts a start. */
 typedef struct ds_job_streams {
     ds_lines *lines; /* the output of ranks */
-    int signals;     /* a signalfd of SIGINT, SIGTERM, SIGUSR1, SIGUSR2, SIGCHLD */
+    int signals;     /* a signalfd of SIGINT, SIGTERM, SIGUSR1, SIGUSR2, SIGCHLD; -1: none */
+    int stops;       /* of those of them that end a job; -1: none */
 } ds_job_streams;
 
 /* Starts the ranks and returns the exit code when all have ended, or a negative one if they could not

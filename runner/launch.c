@@ -32,7 +32,6 @@ typedef struct launch {
     ds_program here, pushed; /* pushed.file NULL: nothing is */
     ds_start start;
     ds_job_streams streams;
-    int stops; /* a signalfd of the signals that end a job only; -1: none */
     char folder[64], control[80], pid_file[PATH_MAX];
     pid_t cleaner;
     int cleaner_pipe; /* -1: none */
@@ -89,13 +88,13 @@ static int open_signals(launch *l)
         signal(stops[i], SIG_DFL); /* an ignored one would not come */
         sigaddset(&set, stops[i]);
     }
-    l->stops = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
+    l->start.ssh.cancel = l->streams.stops = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
     signal(SIGCHLD, SIG_DFL);
     sigaddset(&set, SIGCHLD);
     sigaddset(&set, SIGUSR2);
     sigprocmask(SIG_BLOCK, &set, NULL);
     l->streams.signals = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
-    return l->stops < 0 || l->streams.signals < 0
+    return l->streams.stops < 0 || l->streams.signals < 0
                ? ds_fail(DS_EIO, "no signalfd: %s", strerror(errno))
                : 0;
 }
@@ -105,7 +104,8 @@ static int stopped(launch *l)
 {
     struct signalfd_siginfo info;
 
-    return read(l->stops, &info, sizeof info) == sizeof info ? 128 + (int)info.ssi_signo : 0;
+    return read(l->streams.stops, &info, sizeof info) == sizeof info ? 128 + (int)info.ssi_signo
+                                                                     : 0;
 }
 
 static int prepare(launch *l)
@@ -137,8 +137,8 @@ static void clean_up(launch *l)
     ds_lines_close(l->streams.lines);
     if (l->streams.signals >= 0)
         close(l->streams.signals);
-    if (l->stops >= 0)
-        close(l->stops);
+    if (l->streams.stops >= 0)
+        close(l->streams.stops);
     if (l->cleaner > 0) {
         if (write(l->cleaner_pipe, DS_IN_ORDER, 1) < 0)
             status = 0; /* it is gone */
@@ -182,26 +182,17 @@ static int checks(const launch *l)
     return l->reaches && !l->plan.slurm && !l->options->value[DS_OPT_no_ssh_check];
 }
 
-static ds_ssh ssh_of(const launch *l)
-{
-    const char *port = l->options->value[DS_OPT_ssh_port];
-
-    return (ds_ssh){
-        .port = port ? atoi(port) : 0, .cancel = l->stops, .control = l->start.control};
-}
-
 /* Copies what the hosts lack, before each start, as one may be back without it; ranks run the copy. A
  * host that could not be pushed to is not ready, which is for look_at_hosts() to judge. */
 static int push(launch *l)
 {
-    const ds_ssh ssh = ssh_of(l);
     int rc, script = (int)(l->options->arguments - l->start.arguments) - 1;
     ds_program pushed;
     char *report = NULL;
 
     if (!l->reaches || !l->options->value[DS_OPT_push])
         return 0;
-    rc = ds_push(&pushed, &report, l->plan.all, &l->here, &ssh);
+    rc = ds_push(&pushed, &report, l->plan.all, &l->here, &l->start.ssh);
     say_report(l, report);
     if (rc < 0 && !(rc == DS_ECOMM && pushed.file && l->options->elastic)) {
         ds_program_free(&pushed);
@@ -220,7 +211,6 @@ static int look_at_hosts(launch *l)
 {
     int n = l->plan.all->count, ready = 0, rc;
     ds_preflight_host *found;
-    const ds_ssh ssh = ssh_of(l);
     char *report = NULL;
 
     if (!checks(l))
@@ -228,7 +218,7 @@ static int look_at_hosts(launch *l)
     found = calloc((size_t)n, sizeof *found);
     if (!found)
         return ds_fail(DS_ENOMEM, "out of memory");
-    rc = ds_preflight(found, &report, l->plan.all, &l->here, l->plan.there, &ssh,
+    rc = ds_preflight(found, &report, l->plan.all, &l->here, l->plan.there, &l->start.ssh,
                       DS_PREFLIGHT_SECONDS);
     say_report(l, report);
     for (int h = 0; h < n; h++)
@@ -254,7 +244,7 @@ static int look_at_hosts(launch *l)
 /* Waits before the next start: longer each time, as what failed may take a while to be mended. */
 static int pause_before(launch *l, int restart)
 {
-    struct pollfd fd = {l->stops, POLLIN, 0};
+    struct pollfd fd = {l->streams.stops, POLLIN, 0};
     int seconds = restart < 5 ? 1 << (restart - 1) : MOST_PAUSE;
 
     poll(&fd, 1, seconds * 1000);
@@ -275,7 +265,7 @@ static void say_restart(launch *l, int restart, const char *why)
 static void name_connections(launch *l, int restart)
 {
     snprintf(l->control, sizeof l->control, "%s/%d-%%C", l->folder, restart);
-    l->start.control = checks(l) ? l->control : NULL;
+    l->start.ssh.control = checks(l) ? l->control : NULL;
 }
 
 /* One start. Negative: it could not be made; *failed: another may go better. */
@@ -344,17 +334,19 @@ static int check_script(const char *script)
 
 int ds_launch(const ds_options *options, int argc, char **argv)
 {
-    launch l = {.options = options, .streams.signals = -1, .stops = -1, .cleaner_pipe = -1};
+    launch l = {.options = options, .streams = {.signals = -1, .stops = -1}, .cleaner_pipe = -1};
     int code = check_script(options->script);
 
     if (code == 0)
         code = ds_program_here(&l.here, options->script);
     if (code == 0)
         code = ds_plan_open(&l.plan, options);
-    l.plan.there = &l.here;
-    l.reaches = l.plan.network; /* an elastic job may come down to this machine, and grow again */
     l.start = (ds_start){
         .plan = &l.plan, .folder = "/dev/shm/dsrun", .count = argc - 1, .arguments = argv + 1};
+    if (options->value[DS_OPT_ssh_port])
+        l.start.ssh.port = atoi(options->value[DS_OPT_ssh_port]);
+    l.plan.there = &l.here;
+    l.reaches = l.plan.network; /* an elastic job may come down to this machine, and grow again */
     if (code == 0 && !options->srun)
         code = ds_mpirun_version(&l.start.version);
     if (code == 0 && options->value[DS_OPT_dry_run]) {

@@ -27,7 +27,8 @@ enum when { ALWAYS, HERE, NETWORK, BY_SSH };
 
 /* Words that stand for something; a row with one that is not there is left out. */
 enum word { FOLDER, HOSTS, SSH, AGENT, INTERFACE, CWD, PML, WORDS };
-static const char *const names[WORDS] = {"FOLDER", "HOSTS", "SSH", "AGENT", "INTERFACE", "CWD", "PML"};
+static const char *const names[WORDS] = {"FOLDER",    "HOSTS", "SSH", "AGENT",
+                                         "INTERFACE", "CWD",   "PML"};
 
 /* An option of mpirun's, by version. None: that version needs none. */
 static const struct {
@@ -212,17 +213,18 @@ static const char *ssh_for(const ds_plan *p, char *program)
 static void fill_words(char words[WORDS][WORD_BYTES], const ds_start *s)
 {
     const ds_plan *p = s->plan;
-    const char *port = p->options->value[DS_OPT_ssh_port];
-    char program[PATH_MAX + 8];
+    char program[PATH_MAX + 8], port[24] = "";
 
     memset(words, 0, WORDS * sizeof *words);
+    if (s->ssh.port)
+        snprintf(port, sizeof port, " -p %d", s->ssh.port);
     snprintf(words[FOLDER], sizeof *words, "%s", s->folder);
     snprintf(words[HOSTS], sizeof *words, "%s/hosts", s->folder);
     snprintf(words[SSH], sizeof *words,
-             "%s%s%s -o BatchMode=yes -o ConnectTimeout=10 "
+             "%s%s -o BatchMode=yes -o ConnectTimeout=10 "
              "-o ServerAliveInterval=2 -o ServerAliveCountMax=3%s%s",
-             ssh_for(p, program), port ? " -p " : "", port ? port : "",
-             s->control ? " -o ControlPath=" : "", s->control ? s->control : "");
+             ssh_for(p, program), port, s->ssh.control ? " -o ControlPath=" : "",
+             s->ssh.control ? s->ssh.control : "");
     /* mpirun takes it apart at blanks */
     if (!strpbrk(s->plan->there->file, " \t") &&
         !(s->plan->there->libraries && strpbrk(s->plan->there->libraries, " \t")))

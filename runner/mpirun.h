@@ -9,8 +9,8 @@ typedef struct ds_start {
     const ds_plan *plan;
     int version;        /* Open MPI's major one */
     const char *folder; /* for its files, on every host; ours as well */
-    const char *control; /* where ssh has connections open (ds_ssh), or NULL */
-    int count;          /* the arguments of each rank */
+    ds_ssh ssh;
+    int count; /* the arguments of each rank */
     char **arguments;
 } ds_start;
 

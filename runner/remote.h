@@ -13,10 +13,11 @@
 #define DS_REMOTE_ERRORS ((size_t)1 << 14)
 
 typedef struct ds_ssh {
-    const char *control; /* a path with %C in it, for a connection that stays some seconds for others
+    const char
+        *control; /* a path with %C in it, for a connection that stays some seconds for others
                           * to use it; NULL: none does */
-    int port;   /* 0: as the user's configuration of ssh has it */
-    int cancel; /* a descriptor that can be read from when all is to be given up; 0: none */
+    int port;     /* 0: as the user's configuration of ssh has it */
+    int cancel;   /* a descriptor that can be read from when all is to be given up; 0: none */
 } ds_ssh;
 
 typedef struct ds_remote {
