@@ -181,8 +181,8 @@ it "SIGTERM: all save and end" asked_to_stop
 
 logs_on_a_full_disk() {
   mkdir full
-  mount -t tmpfs -o size=32k full full
-  start --hostfile hosts --enable_each_rank_log full "$here/job.lua" ranks=ranks steps=1500
+  mount -t tmpfs -o size=8k full full
+  start --hostfile hosts --enable_each_rank_log full "$here/job.lua" ranks=ranks steps=500
   gone 30
   umount full
   ended 0

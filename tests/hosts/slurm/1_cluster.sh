@@ -58,5 +58,5 @@ for n in 1 2; do
   on $n "$(program slurmd)" -d "$(program slurmstepd)"
 done
 
-nodes_are_idle() { [ "$(sinfo -h -t idle -o %D 2>/dev/null)" = 2 ]; }
-until_so 20 nodes_are_idle || echo "SLURM: $(sinfo 2>&1; tail -n 20 "$cluster"/*.log)"
+registered() { [ "$(scontrol show nodes 2>/dev/null | grep -c 'SlurmdStartTime=2')" = 2 ]; }
+until_so 20 registered || echo "SLURM: $(sinfo 2>&1; tail -n 20 "$cluster"/*.log)"

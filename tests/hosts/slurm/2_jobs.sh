@@ -82,3 +82,10 @@ options=''
 it "scancel of srun: all save and end" cancelled srun -N2 -n4
 options='--launcher slurm'
 it "scancel of salloc: all save and end" cancelled salloc -Q -N2 -n4
+
+# Steps can be asked for in ways that this daemon does not survive.
+controller() {
+  scontrol ping >out 2>err
+  grep -q 'is UP' out || wrong "it has ended: $(tail -n 3 "$cluster/slurmctld.log")"
+}
+it "SLURM's controller is there after all of it" controller
