@@ -2,17 +2,11 @@
 # rank's, and its last lines say which one, where, and what. Ranks 0 and 1 are on worker-1, 2 and 3 on
 # worker-2.
 
-# train [OPTION…]
-save=
-train() {
-  start --hostfile hosts "$@" "$here/job.lua" ranks=ranks steps=1000 pause=0.05 save="$save"
-}
-
 # fails CODE HOW PATTERN…: rank 3 does that in the middle of training
 fails() {
   expected=$1 how=$2
   shift 2
-  start --hostfile hosts "$here/job.lua" ranks=ranks steps=1000 pause=0.05 rank=3 at=4 how="$how"
+  train rank=3 at=4 how="$how"
   until_so 20 happened
   happens
   gone
@@ -91,60 +85,6 @@ sshd_is_killed() {
 }
 it "sshd of a host is killed" sshd_is_killed
 
-# network WAY HOST [WORD…]: ranks print a lot, so that something is on its way when the network goes
-network() {
-  way=$1 host=$2
-  shift 2
-  train "$@"
-  in_step 3
-  happens
-  $way "$host"
-  gone
-  [ "$code" != 0 ] || wrong "ended with code 0"
-  says "worker-$host" 'rank'
-}
-it "the cable of worker-2 is pulled" network unplug 2
-it "the cable of worker-1 is pulled" network unplug 1
-it "packets of worker-2 are lost" network lose 2
-
-# at_the_start PATTERN: the cable is pulled when worker-2 has such a process
-at_the_start() {
-  echo 'require "ffi".cdef "int usleep(unsigned)" for _ = 1, 3000 do require "ffi".C.usleep(10000) end' >wait.lua
-  start --hostfile hosts wait.lua
-  until_so 10 sh -c '. "$0/verbs.sh"; left 2 | grep -q -e "$1"' "$here" "$1"
-  happens
-  unplug 2
-  gone
-  [ "$code" != 0 ] || wrong "ended with code 0"
-  says worker-2
-}
-it "the cable is pulled while daemons start" at_the_start ' orted'
-it "the cable is pulled while ranks start" at_the_start 'dsrun wait.lua'
-
-talkative() {
-  echo 'local s = ("y"):rep(200) while true do print(s) end' >flood.lua
-  start --hostfile hosts flood.lua
-  until_so 10 test -s out
-  happens
-  unplug 2
-  gone
-  rm -f out
-  [ "$code" != 0 ] || wrong "ended with code 0"
-  says worker-2
-}
-it "the cable is pulled while ranks print" talkative
-
-apart() {
-  train
-  in_step 3
-  happens
-  part 1 2
-  gone
-  [ "$code" != 0 ] || wrong "ended with code 0"
-  says 'rank'
-}
-it "two workers do not reach each other" apart
-
 stopped() {
   train
   in_step 3
@@ -167,9 +107,7 @@ asleep() {
 it "a rank sleeps" asleep
 
 asked_to_stop() {
-  save=$work/saved
-  train
-  save=
+  train save="$work/saved"
   in_step 3
   happens
   kill -TERM "$(cat pid)"
