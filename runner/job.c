@@ -50,6 +50,7 @@ typedef struct job {
     int stop;              /* the signal that asked the job to stop */
     double grace;          /* until when it may take to do so */
     double killed, termed; /* when ranks were, when mpirun was; 0: not */
+    int orphaned;          /* 1: mpirun was killed, and not by us, while all was well */
     int now;               /* 1: all ends now: the user wants that, or the grace is over */
     double looked;         /* when hosts were last looked at, or the job began */
     int looks;             /* 1: they may be */
@@ -98,8 +99,11 @@ static void read_signals(job *j)
         else if (info.ssi_signo != SIGCHLD)
             on_stop(j, (int)info.ssi_signo);
     }
-    if (!j->ended && waitpid(j->mpirun, &j->status, WNOHANG) == j->mpirun)
+    if (!j->ended && waitpid(j->mpirun, &j->status, WNOHANG) == j->mpirun) {
         j->ended = ds_seconds();
+        j->orphaned = WIFSIGNALED(j->status) && !j->stop && !j->killed && !j->termed &&
+                      ds_hub_trouble(j->hub) == DS_TROUBLE_NONE;
+    }
 }
 
 /* A line of mpirun's that is said of starts that go well, as it loses a race against ssh. */
@@ -311,6 +315,13 @@ static int conclude(job *j)
 
     if (j->now || trouble == DS_TROUBLE_STOPPED)
         return 128 + j->stop;
+    if (j->orphaned) {
+        snprintf(text, sizeof text,
+                 "dsrun: mpirun was killed by signal %d (%s), and the ranks with it",
+                 WTERMSIG(j->status), strsignal(WTERMSIG(j->status)));
+        say(j, -1, text);
+        return 128 + WTERMSIG(j->status);
+    }
     if (trouble == DS_TROUBLE_FAILED) {
         code = code > 0 ? code : 1;
         snprintf(text, sizeof text, "dsrun: %s ended with code %d", ds_hub_name(name, j->hub, rank),
@@ -406,7 +417,7 @@ int ds_job_run(int *failed, ds_plan *plan, ds_start *start, ds_job_streams *stre
         code = conclude(j);
         if (ds_log_shows(DS_LOG_DEBUG))
             show_noise(j);
-        *failed = code > 0 && !j->stop && !ds_hub_signal(j->hub);
+        *failed = code > 0 && (j->orphaned || (!j->stop && !ds_hub_signal(j->hub)));
         flush(j);
     }
     if (j->noise >= 0)

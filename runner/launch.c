@@ -299,6 +299,9 @@ static int run(launch *l)
             return stop;
         failed = 0;
         code = start_once(l, &failed, restart);
+        stop = code < 0 ? stopped(l) : 0; /* what was under way was given up for it */
+        if (stop)
+            return stop;
         if (!failed)
             break;
         if (code < 0)

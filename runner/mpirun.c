@@ -134,6 +134,22 @@ static void add_number(command *c, int number)
     add(c, text);
 }
 
+/* The hosts' names, with commas. */
+static void add_list(command *c, const ds_hosts *hosts)
+{
+    char *text = NULL;
+    size_t bytes;
+    FILE *f = open_memstream(&text, &bytes);
+
+    for (int h = 0; f && h < hosts->count; h++)
+        fprintf(f, "%s%s", h ? "," : "", hosts->host[h].name);
+    if (f && fclose(f) == 0)
+        add(c, text);
+    else
+        c->lost = 1;
+    free(text);
+}
+
 /* The words of a text as a shell takes them apart: blanks, quotes, backslashes; nothing is expanded. */
 static int add_words(command *c, const char *text)
 {
@@ -301,16 +317,32 @@ static int mpirun_command(command *c, const ds_start *s)
     return rc;
 }
 
-/* Ranks host by host, as many on each as it has slots: SLURM reads that from SLURM_HOSTFILE. */
+/* The number of slots that every host has; 0: they differ. */
+static int slots_of_each(const ds_hosts *hosts)
+{
+    for (int h = 1; h < hosts->count; h++)
+        if (hosts->host[h].slots != hosts->host[0].slots)
+            return 0;
+    return hosts->host[0].slots;
+}
+
+/* Ranks host by host, as many on each as it has slots. Where these differ SLURM reads them from
+ * SLURM_HOSTFILE; not always, as SLURM 22.05's controller can crash after it. */
 static int srun_command(command *c, const ds_start *s)
 {
     const ds_plan *p = s->plan;
     const char *args = p->options->value[DS_OPT_launcher_args];
-    int rc;
+    int each = slots_of_each(&p->hosts), rc;
 
     add(c, "srun");
     add(c, "--mpi=pmix");
-    add(c, "--distribution=arbitrary");
+    add(c, each ? "--distribution=block" : "--distribution=arbitrary");
+    if (each) {
+        add(c, "--ntasks-per-node");
+        add_number(c, each);
+        add(c, "--nodelist");
+        add_list(c, &p->hosts);
+    }
     add(c, "--overcommit");
     add(c, "--cpu-bind=none");
     add(c, "--kill-on-bad-exit=1");
@@ -374,7 +406,7 @@ int ds_mpirun_hosts(const ds_start *start)
     char path[PATH_MAX];
     FILE *f;
 
-    if (!start->plan->network)
+    if (!start->plan->network && !start->plan->options->srun)
         return 0;
     snprintf(path, sizeof path, "%s/hosts", start->folder);
     f = fopen(path, "w");
@@ -383,7 +415,7 @@ int ds_mpirun_hosts(const ds_start *start)
     for (int h = 0; h < hosts->count; h++)
         for (int s = 0; s < hosts->host[h].slots; s++)
             write_host(f, hosts, h);
-    if (start->plan->options->srun)
+    if (start->plan->options->srun && !slots_of_each(hosts))
         setenv("SLURM_HOSTFILE", path, 1);
     return fclose(f) == 0 ? 0 : ds_fail(DS_EIO, "cannot write %s: %s", path, strerror(errno));
 }

@@ -73,6 +73,9 @@ static int find_hosts(ds_plan *p)
     const char *file = o->value[DS_OPT_hostfile];
     int rc;
 
+    if (o->srun && !getenv("SLURM_JOB_NODELIST"))
+        return ds_fail(DS_EINVAL, "--launcher slurm wants an allocation of SLURM's around it: "
+                                  "salloc -N2 -n8 dsrun --launcher slurm …");
     if (!file && access(JOB_HOSTFILE, F_OK) == 0)
         file = JOB_HOSTFILE;
     if (file) {

@@ -7,6 +7,7 @@
 #include "runner/side.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <ifaddrs.h>
 #include <net/if.h>
 #include <netdb.h>
@@ -271,7 +272,8 @@ static int welcomed(int fd)
     return recv(fd, text, sizeof text, MSG_WAITALL) == sizeof text && !memcmp(text, "welcome\n", 8);
 }
 
-/* stdout or stderr becomes a connection to the hub. */
+/* stdout or stderr becomes a connection to the hub. What it was stays open: where mpirun sees both
+ * closed it takes the rank for ended, and gives it no more of standard input. */
 static int redirect(int fd, const char *address, const char *token, const char *channel)
 {
     const struct timeval forever = {0};
@@ -279,6 +281,7 @@ static int redirect(int fd, const char *address, const char *token, const char *
 
     if (other < 0)
         return -1;
+    fcntl(fd, F_DUPFD_CLOEXEC, 100);
     setsockopt(other, SOL_SOCKET, SO_SNDTIMEO, &forever, sizeof forever);
     if (welcomed(other)) /* else the hub might hear of this rank's end before of its output */
         rc = dup2(other, fd);
