@@ -117,6 +117,12 @@ y' --num_gpus 9]]
     assert.same({ 0, "nil\tnil\t1\n", "" }, { sh "$D --num_gpus 2 outer.lua" })
   end)
 
+  it("have rank 0 read what is piped in, all of it and as late as it comes", function()
+    script("reads.lua", [[if rank == 0 then print(#io.read "*a") end]])
+    local _, out = sh "(sleep 0.5; head -c 300000 /dev/zero) | $D --num_gpus 2 reads.lua"
+    assert.equal("300000\n", out)
+  end)
+
   it("may be one", function()
     script("one.lua", "print(rank, size, require('ds').world_size())")
     assert.same({ 0, "0\t1\t1\n", "" }, { sh "$D --num_gpus 1 one.lua" })
