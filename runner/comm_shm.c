@@ -22,7 +22,7 @@
 #include "kernels/error.h"
 
 #define NAME "dsrun-ranks"
-#define SLOT (256 << 10) /* bytes a thread; 128 to 512 KB were alike, less and more slower */
+#define SLOT (256 << 10)    /* bytes a thread; 128 to 512 KB were alike, less and more slower */
 #define MOST_SLOT (2 << 20) /* bytes */
 #define HEADER 4096         /* bytes */
 #define APART _Alignas(128) /* processors fetch lines in pairs */
