@@ -176,7 +176,7 @@ static void judge_start(judge *j, const char *file)
     const char *line = ds_remote_last_line(&bytes, j->host->errors);
 
     fault(j, "%s does not run there (%.*s): install the same build, or add --push", file,
-          bytes ? (int)bytes : 13, bytes ? line : "without a word");
+          bytes ? (int)bytes : 14, bytes ? line : "without a word");
 }
 
 /* What dsrun says of itself there, beside what it is here. */

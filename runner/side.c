@@ -32,7 +32,8 @@
 #include "runner/process.h"
 
 #define REPORT_MS 1000
-#define CONNECT_SECONDS 10
+#define CONNECT_SECONDS 6  /* which the launcher's system does, however busy it is */
+#define WELCOME_SECONDS 30 /* which it does itself */
 #define HEARD_MS 1000
 
 static struct {
@@ -140,12 +141,17 @@ static void leave(void)
     pthread_mutex_unlock(&side.lock);
 }
 
-/* Whoever watched over this job is gone, or cut off from this machine, and the job with it. The
- * daemon that started this rank may not notice: it ends as well. */
-static void give_up(void)
+/* Whoever watches over this job is cut off from this machine. The daemon that started this rank may
+ * not notice for long, as it waits for an answer: it ends as well. */
+static void end_daemon(void)
 {
     if (side.parent > 1 && getppid() == side.parent)
         kill(side.parent, SIGKILL);
+}
+
+static void give_up(void)
+{
+    end_daemon();
     side.die(1);
 }
 
@@ -219,7 +225,7 @@ static void *watch(void *unused)
 /* A connection to a numeric address, or -1. */
 static int connect_to(const char *host, const char *port)
 {
-    const struct timeval patience = {.tv_sec = CONNECT_SECONDS};
+    const struct timeval patience = {.tv_sec = CONNECT_SECONDS}, more = {.tv_sec = WELCOME_SECONDS};
     const struct addrinfo hints = {.ai_socktype = SOCK_STREAM,
                                    .ai_flags = AI_NUMERICHOST | AI_NUMERICSERV};
     struct addrinfo *to;
@@ -230,7 +236,7 @@ static int connect_to(const char *host, const char *port)
     fd = socket(to->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
     if (fd >= 0) {
         setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience);
-        setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
+        setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &more, sizeof more);
         setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
         if (connect(fd, to->ai_addr, to->ai_addrlen) < 0) {
             close(fd);
@@ -307,26 +313,34 @@ static int start_thread(void *(*run)(void *), void *data)
 
 static int join(const ds_rank *rank, const char *address, const char *token, ds_side_kill *die)
 {
-    int fd;
+    int fd, rc;
 
     side.rank = rank->rank;
     side.size = rank->size;
     side.launched = rank->launched;
-    side.parent = rank->launched == DS_BY_DSRUN ? getppid() : 0;
+    side.parent = rank->launched == DS_BY_DSRUN && rank->nodes > 1 ? getppid() : 0;
     side.die = die;
     fd = call(address, token, "side");
     if (fd < 0 || !welcomed(fd)) {
+        static const int no_answer[] = {EINPROGRESS, ETIMEDOUT, EHOSTUNREACH, ENETUNREACH};
+        int error = errno;
+
         if (fd >= 0)
             close(fd);
+        for (size_t i = 0; i < sizeof no_answer / sizeof *no_answer; i++)
+            if (error == no_answer[i])
+                end_daemon();
+        errno = error;
         return ds_fail(DS_ECOMM, "rank %d: the launcher does not answer at %s: %s", rank->rank,
                        address, errno ? strerror(errno) : "it knows no such rank");
     }
     side.fd = fd;
-    if (rank->launched == DS_BY_DSRUN && (redirect(STDOUT_FILENO, address, token, "out") < 0 ||
-                                          redirect(STDERR_FILENO, address, token, "err") < 0))
-        return ds_fail(DS_ECOMM, "rank %d: the launcher takes no output at %s", rank->rank,
-                       address);
-    return start_thread(watch, NULL);
+    rc = start_thread(watch, NULL); /* first, as what follows may be cut off, too */
+    if (rc == 0 && rank->launched == DS_BY_DSRUN &&
+        (redirect(STDOUT_FILENO, address, token, "out") < 0 ||
+         redirect(STDERR_FILENO, address, token, "err") < 0))
+        rc = ds_fail(DS_ECOMM, "rank %d: the launcher takes no output at %s", rank->rank, address);
+    return rc;
 }
 
 /* The launcher's address for machine number `node`: DSRUN_SIDE is "PORT ADDRESS;ADDRESS…", one for
