@@ -26,7 +26,8 @@ at_the_start() {
   says worker-2
 }
 it "the cable is pulled while daemons start" at_the_start ' orted'
-it "the cable is pulled while ranks start" at_the_start 'dsrun .*wait.lua'
+# Now and then Open MPI's daemon outlives its ranks there: it waits for an answer to what it had sent.
+[ -n "${HOSTS_SLACK-}" ] || it "the cable is pulled while ranks start" at_the_start 'dsrun .*wait.lua'
 
 # What is on its way then keeps TCP's keepalive from being looked at.
 talkative() {
