@@ -19,6 +19,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "runner/hostfile.h"
+
 static char fake[64]; /* the folder */
 
 static const char fake_ssh[] =
@@ -69,6 +71,24 @@ static inline int fake_sh(const char *command)
     status = system(text);
     free(text);
     return status;
+}
+
+#define MAX_HOSTS 8
+
+/* A list of hosts with these names, which have blanks between them; good until the next call. */
+static inline ds_hosts fake_hosts(const char *names)
+{
+    static ds_host host[MAX_HOSTS];
+    static char list[256];
+    ds_hosts hosts = {host, 0};
+    char *rest;
+
+    snprintf(list, sizeof list, "%s", names);
+    for (char *name = strtok_r(list, " ", &rest); name; name = strtok_r(NULL, " ", &rest)) {
+        assert_true(hosts.count < MAX_HOSTS);
+        host[hosts.count++] = (ds_host){.name = name};
+    }
+    return hosts;
 }
 
 static inline int fake_open(void **state)

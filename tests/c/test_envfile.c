@@ -17,6 +17,7 @@
 
 #include "kernels/error.h"
 #include "runner/envfile.h"
+#include "tests/c/folder.h"
 
 /* With its length, as it may have NUL bytes. */
 #define TEXT(text) text, sizeof(text) - 1
@@ -293,26 +294,8 @@ static void limits(void **state)
 
 /* ---- files: a home folder and another one to be in, with names in a folder for the test */
 
-static char folder[] = "/tmp/envfile-XXXXXX";
 static const char *const names[] = {"home/.deepspeed_env", "home/.dsrun_env", "here/.deepspeed_env",
                                     "here/.dsrun_env", "other"};
-
-static const char *path_of(const char *name)
-{
-    static char path[128];
-
-    snprintf(path, sizeof path, "%s/%s", folder, name);
-    return path;
-}
-
-static void write_file(const char *name, const char *text)
-{
-    FILE *f = fopen(path_of(name), "w");
-
-    assert_non_null(f);
-    fputs(text, f);
-    fclose(f);
-}
 
 static void remove_files(void)
 {

@@ -1,6 +1,7 @@
 /* test_hostfile.c - which hosts and slots come out of a hostfile, and what each kind of mistake is
  * told. */
 #include "tests/c/hosts.h"
+#include "tests/c/folder.h"
 
 #include <sys/stat.h>
 #include <unistd.h>
@@ -281,25 +282,6 @@ static void slots_of_all_hosts_have_a_limit(void **state)
     parses(text, (size_t)(p - text), DS_ECORRUPT,
            "hosts:257: 'more slots=1': there are more than 1048576 slots in all");
     free(text);
-}
-
-static char folder[] = "/tmp/hostfile-XXXXXX";
-
-static const char *path_of(const char *name)
-{
-    static char path[128];
-
-    snprintf(path, sizeof path, "%s/%s", folder, name);
-    return path;
-}
-
-static void write_file(const char *name, const char *text)
-{
-    FILE *f = fopen(path_of(name), "w");
-
-    assert_non_null(f);
-    fputs(text, f);
-    fclose(f);
 }
 
 static void files(void **state)

@@ -5,8 +5,6 @@
 #include "kernels/error.h"
 #include "runner/preflight.h"
 
-#define MAX_HOSTS 8
-
 static struct {
     ds_preflight_host out[MAX_HOSTS];
     char *report;
@@ -26,14 +24,10 @@ static int lines_of(const char *text)
 /* names: with blanks between. */
 static int check_with(const char *names, const ds_program *program, double seconds)
 {
-    ds_host host[MAX_HOSTS] = {{0}};
-    ds_hosts hosts = {host, 0};
-    char list[256], *rest = list, *calls;
+    const ds_hosts hosts = fake_hosts(names);
+    char *calls;
     int rc;
 
-    snprintf(list, sizeof list, "%s", names);
-    for (char *name = strtok_r(list, " ", &rest); name; name = strtok_r(NULL, " ", &rest))
-        host[hosts.count++].name = name;
     fake_write("calls", "");
     free(t.report);
     rc = ds_preflight(t.out, &t.report, &hosts, program, program, NULL, seconds);
