@@ -505,6 +505,11 @@ int ds_gather_parts(ds_tensor *buffer, const int64_t *borders, ds_comm *c, ds_wo
     return ds_comm_start(c, &call, work);
 }
 
+void ds_comm_about(ds_comm *c, int64_t about)
+{
+    c->about = about;
+}
+
 int ds_all_to_all(ds_tensor *out, const ds_tensor *in, ds_comm *c, ds_work *work)
 {
     return ds_comm_start(c, &(ds_call){.kind = DS_ALL_TO_ALL, .out = out, .in = in}, work);

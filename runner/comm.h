@@ -72,6 +72,7 @@ struct ds_comm {
     void *state[DS_META];                   /* the transport's own, as communicator and buffers */
     int rank, size;
     int local_rank, local_size;
+    int64_t about; /* what the next collective is about; 0: nothing in particular */
 
     /* What a watchdog thread may read at any time. */
     _Atomic int64_t calls;  /* collectives begun so far */

@@ -368,6 +368,7 @@ static uint64_t sign_of(const ds_lane *l, const ds_call *call)
         t ? t->dtype : -1,
         t ? t->numel : 0,
         call->borders ? (int64_t)ds_comm_hash(call->borders, l->size + 1) : 0,
+        l->comm->about,
     };
 
     return ds_comm_hash(words, sizeof words / sizeof *words);
@@ -379,6 +380,7 @@ int ds_lane_run(ds_lane *l, const ds_call *call)
     int rc;
 
     l->round.sign = sign_of(l, call);
+    l->comm->about = 0;
     if (l->broken)
         return ds_fail(DS_ECOMM, "%s: an earlier collective of this group failed",
                        ds_collective_name(call->kind));

@@ -45,6 +45,10 @@ int ds_expand(ds_tensor *out, const ds_tensor *x, int ndim, const int64_t *shape
 int ds_slice_flat(ds_tensor *out, const ds_tensor *x, int64_t offset, int ndim,
                   const int64_t *shape);
 
+/* t, which was released, again: with the shape and strides that it still has, on x's storage from byte
+ * `offset` of x on. It takes a reference of its own. */
+int ds_revive(ds_tensor *t, const ds_tensor *x, int64_t offset);
+
 /* Borrowed views, for the length of a kernel call: no reference is taken, never release them.
  * x must be dense but for the first two. rows: [numel / last, last]; columns: its transpose;
  * heads: dims 3 of [B, T, n·width] seen as heads of `width`, `count` of them from `first` on. */
@@ -354,6 +358,10 @@ int ds_gather_parts(ds_tensor *buffer, const int64_t *borders, ds_comm *c, ds_wo
 int ds_all_reduce_scaled(ds_tensor *out, const ds_tensor *in, int op, double scale, int wire,
                          ds_comm *c, ds_work *work);
 
+/* What the group's next collective is about, any number: where ranks name different ones it fails
+ * rather than mix them. */
+void ds_comm_about(ds_comm *c, int64_t about);
+
 /* Collectives begun and bytes sent by this rank so far; c NULL: in all groups. */
 void ds_comm_stats(int64_t *collectives, int64_t *bytes, const ds_comm *c);
 
@@ -363,9 +371,11 @@ int ds_test(ds_work *work); /* 1 done, 0 not yet, negative: it failed */
 /* ---- the partitioned optimizer's layout (zero.h, zero.c) */
 
 /* Parameters in flat buffers, one a group, cut into buckets, each in as many parts as there are ranks:
- * part r is rank r's. numel and group: [n_params], groups ascending; whole: [n_groups], 1: parts end
- * where parameters do, balanced over the group; 0: a bucket's parts are even. Buckets hold at most
- * bucket_numel elements, or one parameter. The caller frees *out. DS_EINVAL: no such groups. */
+ * part r is rank r's. numel, group and small: [n_params], groups ascending; small: those of one kind
+ * are in buckets of their own (NULL: all are of one kind); whole: [n_groups], 1: parts end where
+ * parameters do, balanced over the group, or (round_robin 1) a bucket is one rank's, in turn; 0: a
+ * bucket's parts are even. Buckets hold at most bucket_numel elements, or one parameter. The caller
+ * frees *out. DS_EINVAL: no such groups. */
 typedef struct ds_zero ds_zero;
 typedef struct ds_zero_bucket {
     int32_t group, first, last; /* parameters first to last, 0-based, both included */
@@ -374,7 +384,8 @@ typedef struct ds_zero_bucket {
         *borders; /* [world + 1] from 0 to numel, elements of the bucket: multiples of 16 */
 } ds_zero_bucket;
 int ds_zero_make(ds_zero **out, int n_params, const int64_t *numel, const int32_t *group,
-                 const int32_t *whole, int n_groups, int world, int64_t bucket_numel);
+                 const int32_t *small, const int32_t *whole, int n_groups, int world,
+                 int64_t bucket_numel, int round_robin);
 void ds_zero_free(ds_zero *z);
 int64_t ds_zero_group_numel(const ds_zero *z, int group); /* with padding, a multiple of 16 */
 int64_t ds_zero_offset(const ds_zero *z, int param);      /* in its group's buffer */

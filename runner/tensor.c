@@ -122,6 +122,16 @@ int ds_alias(ds_tensor *out, const ds_tensor *x)
     return 0;
 }
 
+int ds_revive(ds_tensor *t, const ds_tensor *x, int64_t offset)
+{
+    if (!x->data)
+        return ds_fail(DS_EINVAL, "a view of a tensor that is released");
+    t->storage = x->storage;
+    t->data = (char *)x->data + offset;
+    ds_storage_retain(t->storage);
+    return 0;
+}
+
 static void advance(ds_tensor *t, int64_t elements)
 {
     if (t->data)

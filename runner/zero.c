@@ -9,6 +9,7 @@ struct ds_zero {
     int64_t *offset;  /* [n_params]: first element of each parameter, in its group's buffer */
     int64_t *numel;   /* [n_params], rounded up to DS_ZERO_ALIGN */
     int32_t *group;   /* [n_params] */
+    int32_t *small;   /* [n_params]: in a bucket with others of this kind only */
     int64_t *size;    /* [n_groups]: elements with padding */
     int64_t *borders; /* of the buckets, [n_params][world + 1] */
     ds_zero_bucket *buckets;
@@ -26,13 +27,15 @@ void ds_zero_free(ds_zero *z)
     free(z->offset);
     free(z->numel);
     free(z->group);
+    free(z->small);
     free(z->size);
     free(z->borders);
     free(z->buckets);
     free(z);
 }
 
-static int place_params(ds_zero *z, const int64_t *numel, const int32_t *group)
+static int place_params(ds_zero *z, const int64_t *numel, const int32_t *group,
+                        const int32_t *small)
 {
     for (int i = 0; i < z->n_params; i++) {
         if (group[i] < 0 || group[i] >= z->n_groups || numel[i] < 0 ||
@@ -41,6 +44,7 @@ static int place_params(ds_zero *z, const int64_t *numel, const int32_t *group)
                            i, (long long)numel[i], group[i], z->n_groups);
         z->numel[i] = round_up(numel[i], DS_ZERO_ALIGN);
         z->group[i] = group[i];
+        z->small[i] = small ? small[i] : 0;
         z->offset[i] = z->size[group[i]];
         z->size[group[i]] += z->numel[i];
     }
@@ -98,6 +102,14 @@ static int64_t clamp(int64_t x, int64_t low, int64_t high)
     return x < low ? low : x > high ? high : x;
 }
 
+/* All of the bucket is one rank's. */
+static void give_to(const ds_zero *z, ds_zero_bucket *b, int64_t *borders, int rank)
+{
+    for (int r = 0; r <= z->world; r++)
+        borders[r] = r <= rank ? 0 : b->numel;
+    b->borders = borders;
+}
+
 /* group_borders: of the bucket's group, or NULL for even parts. */
 static void cut_parts(const ds_zero *z, ds_zero_bucket *b, int64_t *borders,
                       const int64_t *group_borders)
@@ -114,7 +126,8 @@ static void cut_parts(const ds_zero *z, ds_zero_bucket *b, int64_t *borders,
 /* ---- buckets */
 
 /* Buckets run over each group from its end to its start, as backward fills the gradients, and end
- * at parameters' borders; a parameter larger than a bucket is one of its own. */
+ * at parameters' borders; a parameter larger than a bucket is one of its own, and small ones share
+ * none with others. */
 static void cut_buckets(ds_zero *z, int64_t bucket_numel)
 {
     int first, last = z->n_params - 1;
@@ -124,7 +137,7 @@ static void cut_buckets(ds_zero *z, int64_t bucket_numel)
         int64_t end = z->offset[last] + z->numel[last];
 
         for (first = last; first > 0 && z->group[first - 1] == g; first--)
-            if (end - z->offset[first - 1] > bucket_numel)
+            if (end - z->offset[first - 1] > bucket_numel || z->small[first - 1] != z->small[last])
                 break;
         z->buckets[z->n_buckets++] = (ds_zero_bucket){
             .group = g,
@@ -136,7 +149,7 @@ static void cut_buckets(ds_zero *z, int64_t bucket_numel)
     }
 }
 
-static int cut_all_parts(ds_zero *z, const int32_t *whole)
+static int cut_all_parts(ds_zero *z, const int32_t *whole, int round_robin)
 {
     int64_t *of_group = calloc((size_t)z->world + 1, sizeof *of_group);
     int group = -1;
@@ -145,18 +158,24 @@ static int cut_all_parts(ds_zero *z, const int32_t *whole)
         return ds_fail(DS_ENOMEM, "out of host memory");
     for (int i = 0; i < z->n_buckets; i++) {
         ds_zero_bucket *b = &z->buckets[i];
+        int64_t *borders = z->borders + (int64_t)i * (z->world + 1);
 
+        if (whole[b->group] && round_robin) {
+            give_to(z, b, borders, i % z->world);
+            continue;
+        }
         if (whole[b->group] && b->group != group)
             share_whole(z, b->group, of_group);
         group = b->group;
-        cut_parts(z, b, z->borders + (int64_t)i * (z->world + 1), whole[group] ? of_group : NULL);
+        cut_parts(z, b, borders, whole[group] ? of_group : NULL);
     }
     free(of_group);
     return 0;
 }
 
 int ds_zero_make(ds_zero **out, int n_params, const int64_t *numel, const int32_t *group,
-                 const int32_t *whole, int n_groups, int world, int64_t bucket_numel)
+                 const int32_t *small, const int32_t *whole, int n_groups, int world,
+                 int64_t bucket_numel, int round_robin)
 {
     size_t n = n_params > 0 ? (size_t)n_params : 1;
     ds_zero *z;
@@ -174,19 +193,21 @@ int ds_zero_make(ds_zero **out, int n_params, const int64_t *numel, const int32_
     z->offset = calloc(n, sizeof *z->offset);
     z->numel = calloc(n, sizeof *z->numel);
     z->group = calloc(n, sizeof *z->group);
+    z->small = calloc(n, sizeof *z->small);
     z->size = calloc((size_t)n_groups, sizeof *z->size);
     z->borders = calloc(n * ((size_t)world + 1), sizeof *z->borders);
     z->buckets = calloc(n, sizeof *z->buckets);
     rc = DS_ENOMEM;
-    if (!z->offset || !z->numel || !z->group || !z->size || !z->borders || !z->buckets) {
+    if (!z->offset || !z->numel || !z->group || !z->small || !z->size || !z->borders ||
+        !z->buckets) {
         ds_fail(rc, "out of host memory");
         goto fail;
     }
-    rc = place_params(z, numel, group);
+    rc = place_params(z, numel, group, small);
     if (rc < 0)
         goto fail;
     cut_buckets(z, bucket_numel);
-    rc = cut_all_parts(z, whole);
+    rc = cut_all_parts(z, whole, round_robin);
     if (rc < 0)
         goto fail;
     *out = z;

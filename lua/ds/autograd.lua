@@ -4,7 +4,8 @@
 -- pass through the same few steps, generated once per operation so that the JIT sees straight
 -- code:
 --
---     arguments are tensors and alive    (the one place where a parameter is unwrapped)
+--     arguments are tensors and alive    (the one place where a parameter is unwrapped, and
+--                                        gathered if it is sharded)
 --     infer(inputs, args)                the shape rule: checks, makes outputs; all that meta needs
 --     kernel(outputs, inputs, args)      C, unless the device is meta
 --     record                             if gradients are on and an input wants one
@@ -85,11 +86,11 @@ end
 
 --- The source of an op's dispatch function.
 local function generate(op)
-  local lines = {}
+  local lines, closed = {}, {}
   local function put(...) lines[#lines + 1] = (...):format(select(2, ...)) end
   local produced = concat(op.outputs, op.saved)
-  put("local op, infer, scope, state, memory, tables, first_use, revive, bad, check, Record, "
-    .. "setmetatable, refuse_nan = ...")
+  put("local op, infer, scope, state, memory, tables, first_use, revive_all, bad, check, "
+    .. "Record, setmetatable, refuse_nan = ...")
   put("return function(%s)", table.concat(concat(op.inputs, op.args), ", "))
   for i, name in ipairs(op.inputs) do
     if op.optional[name] then
@@ -99,8 +100,13 @@ local function generate(op)
     end
     put("  c_%s = type(%s) == 'table' and %s._c", name, name, name)
     put("  if not c_%s then bad(op, %d, '%s', %s) end", name, i, name, name)
-    put("  if c_%s.data == nil then revive(%s, '%s') end", name, name, op.name)
     put("end")
+    closed[i] = ("c_%s.data == nil"):format(name)
+    if op.optional[name] then closed[i] = ("c_%s and %s"):format(name, closed[i]) end
+  end
+  if #closed > 0 then
+    put("if %s then revive_all('%s', %s) end", table.concat(closed, " or "), op.name,
+      table.concat(op.inputs, ", "))
   end
   put("memory.tag = %d", op.id)
   put("local %s = infer(%s)", table.concat(produced, ", "),
@@ -155,6 +161,7 @@ end
 --   kernel   the kernel's name in ops.def; nil: infer does it all (views)
 --   call     the kernel's arguments by name, if not outputs, saved, inputs, args
 --   spare    backward reads no output, so its memory may be given to another tensor
+--   unread   names of inputs whose values backward does not read: sharded, they stay so
 --   partial  with several outputs: backward takes missing gradients as false (default: zeros)
 --   backward function(r, d_output…) → one gradient (or nil) per input; r: the record
 function M.define(name, spec)
@@ -162,7 +169,7 @@ function M.define(name, spec)
   local op = { name = name, id = #M.order + 1, args = spec.args or {},
     outputs = spec.outputs or { "y" }, kernel = spec.kernel, call = spec.call,
     backward = spec.backward, partial = spec.partial, spare = spec.spare, optional = {},
-    tables = {} }
+    unread = spec.unread, tables = {} }
   local function plain(names)
     local out = {}
     for i, n in ipairs(names or {}) do
@@ -177,8 +184,8 @@ function M.define(name, spec)
   tensor.tags[op.id] = name
   function op.call_(...) -- the first call makes the function; most scripts use few operations
     local chunk = assert(loadstring(generate(op), "=op " .. name))
-    op.call_ = chunk(op, spec.infer, scope, state, memory, op.tables, first_use, tensor.revive,
-      bad_argument, check, Record, setmetatable, refuse_nan)
+    op.call_ = chunk(op, spec.infer, scope, state, memory, op.tables, first_use,
+      tensor.revive_all, bad_argument, check, Record, setmetatable, refuse_nan)
     return op.call_(...)
   end
   return function(a, b, c, d, e, f, g, h, i, j, k)
@@ -206,16 +213,26 @@ function M.needs(t)
 end
 local needs = M.needs
 
+--- The gradient of a leaf; one that is sharded (ZeRO stage 2) gets a buffer for it.
+local function gradient_of(t)
+  local g = t.grad
+  if not g and t._zero then return t._zero:open_gradients(t) end
+  return g
+end
+
 --- The type in which t's gradient is kept: its buffer's if it has one.
-function M.grad_dtype(t) return not t._rec and t.grad and t.grad.dtype or t.dtype end
+function M.grad_dtype(t)
+  if t._rec then return t.dtype end
+  return t.grad and t.grad.dtype or t._zero and t._zero.grad_dtype or t.dtype
+end
 
 --- The gradient buffer of a leaf that is to be overwritten, for an op that knows its gradient in
 -- forward already. One op at a time has it; if another gradient comes first, the lent one
 -- moves out.
 -- @treturn Tensor|nil a handle on t.grad's memory
 function M.claim(t, dtype)
-  local g = t.grad
-  if t._rec or not g or not t._fresh or t._claim then return nil end
+  local g = not t._rec and gradient_of(t)
+  if not g or not t._fresh or t._claim then return nil end
   if g.dtype ~= dtype or g._c.dense ~= 1 then return nil end
   t._claim = tensor.view.alias(g)
   return t._claim
@@ -248,7 +265,7 @@ M.move_out = move_out
 -- @treturn number 1: add to it, 0: overwrite it
 function M.sink(t)
   if not t._rec then
-    local g = t.grad
+    local g = gradient_of(t)
     if not g then
       g = tensor.new(t.shape, t.dtype, t.device)
       scope.keep(g)
@@ -279,7 +296,7 @@ end
 --- Adds gradient g to what t has.
 local function accumulate(t, g)
   if not t._rec then
-    local have = t.grad
+    local have = gradient_of(t)
     if have == g then return end
     move_out(t)
     if not have then
@@ -318,12 +335,13 @@ local function accumulate(t, g)
 end
 
 --- The records that `roots` depend on, placed by seq. Returns the table, its lowest and highest
--- seq.
+-- seq, and whether some of them make further records when they run. Parameters with sharded
+-- gradients are told how often they are in one.
 local mark = 0
 local function collect(roots)
   mark = mark + 1
   local stack, n = {}, 0
-  local placed, low, high = {}, math.huge, 0
+  local placed, low, high, nested = {}, math.huge, 0, false
   for i = 1, #roots do
     local r = roots[i]._rec
     if r and r.mark ~= mark then
@@ -343,14 +361,19 @@ local function collect(roots)
     for i = 1, #inputs do
       local t = r[inputs[i]]
       local up = t and t._rec
-      if up and up.mark ~= mark then
-        up.mark = mark
-        n = n + 1
-        stack[n] = up
+      if up then
+        if up.mark ~= mark then
+          up.mark = mark
+          n = n + 1
+          stack[n] = up
+        end
+      elseif t and t._zero then
+        t._zero:expect(t)
       end
     end
+    if r.op.nested then nested = true end
   end
-  return placed, low, high
+  return placed, low, high, nested
 end
 
 --- Releases what lies in the temporary scope and is nobody's gradient.
@@ -449,6 +472,32 @@ local function step(r)
   if g5 and needs(t) then accumulate(t, g5) end
 end
 
+--- Makes what a record reads usable: parameters that are sharded.
+local function revive_inputs(r)
+  local op = r.op
+  for i = 1, #op.inputs do
+    local name = op.inputs[i]
+    local t = r[name]
+    if t and t._unit and not (op.unread and op.unread[name]) then
+      local all = {}
+      for k, other in ipairs(op.inputs) do
+        local unread = op.unread and op.unread[other]
+        all[k] = not unread and r[other] and r[other]._unit and r[other] or false
+      end
+      return tensor.revive_all("backward of " .. op.name, unpack(all, 1, #op.inputs))
+    end
+  end
+end
+
+--- Tells parameters with sharded gradients that this record adds nothing more.
+local function tell_done(r)
+  local inputs = r.op.inputs
+  for i = 1, #inputs do
+    local t = r[inputs[i]]
+    if t and t._zero and not t._rec then t._zero:done(t) end
+  end
+end
+
 local function walk(placed, low, high, temporary, retain)
   local dense = high - low < 1e6
   local keys
@@ -462,8 +511,10 @@ local function walk(placed, low, high, temporary, retain)
     local r = placed[dense and i or keys[i]]
     if r then
       state.now = r
+      revive_inputs(r)
       step(r)
       sweep(temporary)
+      tell_done(r)
       finish(r, retain)
     end
   end
@@ -476,9 +527,12 @@ end
 -- @tparam[opt] boolean retain keep the records and activations for another backward
 function M.run(roots, seeds, retain)
   local temporary, grad = scope.new(), scope.grad
-  local placed, low, high = collect(roots)
+  local placed, low, high, nested = collect(roots)
   local outer = scope.enter(temporary)
   scope.grad = false
+  if nested and M.owner then
+    for engine in pairs(M.owner) do engine.zero.nested = true end
+  end
   for i = 1, #roots do accumulate(roots[i], seeds[i]) end
   local ok, message = xpcall(walk, border.note, placed, low, high, temporary, retain)
   scope.enter(outer)
@@ -501,6 +555,9 @@ function M.run(roots, seeds, retain)
   end
   scope.close(temporary, "by backward()")
 end
+
+--- Whether a record runs backwards now.
+function M.is_running() return state.now ~= nil end
 
 --- Gradients of all that this tensor was made of, added to their `.grad`.
 -- Frees every activation it passes; what you want to look at afterwards, `keep()` before.

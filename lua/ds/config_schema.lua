@@ -4,7 +4,6 @@
 -- `dsrun --config-help` and CONFIG.md are all made from this table. Names and defaults are
 -- DeepSpeed's; where its documentation and its code disagree, the documented default stands.
 
-local STAGE = "stage 1 shares out the optimizer's state, most of what there is"
 local GPUS = "it comes with GPUs"
 
 -- Keys of sections that exist in full but can't be switched on yet.
@@ -170,8 +169,14 @@ end
 
 -- stage3_x, also written x
 local function stage3(name, kind, default, help, more)
-  local field = idle("stage3_" .. name, kind, default, help .. " (stage 3)", more)
-  field.alias = { name }
+  local field = { "stage3_" .. name, kind, default, help .. " (stage 3)", alias = { name } }
+  for key, value in pairs(more or {}) do field[key] = value end
+  return field
+end
+
+local function idle3(name, kind, default, help, more)
+  local field = stage3(name, kind, default, help, more)
+  field.status = "idle"
   return field
 end
 
@@ -180,16 +185,19 @@ local count = { min = 0 }
 
 local zero_fields = {
   { "stage", "integer", 0, "what is split over the ranks: 0 nothing, 1 the optimizer's state, 2 " ..
-    "also the gradients, 3 also the weights. On one rank all are the same.", min = 0, max = 3,
-    later = { [2] = STAGE, [3] = STAGE } },
-  idle("contiguous_gradients", "boolean", true, "gradients lie in one buffer; here they always do"),
-  idle("reduce_scatter", "boolean", true, "reduce-scatter instead of all-reduce"),
-  { "reduce_bucket_size", "integer", 5e8, "most elements reduced at a time; an eighth of the " ..
-    "model if that is less, but a million at least", min = 1 },
+    "also the gradients, 3 also the weights. On one rank all are the same.", min = 0, max = 3 },
+  { "contiguous_gradients", "boolean", true, "reduce the gradients of several parameters at " ..
+    "once; false: each by itself" },
+  { "reduce_scatter", "boolean", true, "stages 1 to 3: reduce a gradient at its owner " ..
+    "only; false: everywhere, with twice the bytes" },
+  { "reduce_bucket_size", "integer", 5e8, "most elements reduced at a time; never more than a " ..
+    "million, or one parameter", min = 1 },
   idle("use_multi_rank_bucket_allreduce", "boolean", true, "one bucket for several owners"),
   idle("allgather_partitions", "boolean", true, "all-gather instead of broadcasts"),
-  idle("allgather_bucket_size", "integer", 5e8, "most elements gathered at a time", positive),
-  idle("overlap_comm", "boolean", nil, "reduce while backward still runs"),
+  { "allgather_bucket_size", "integer", 5e8, "most elements of updated weights gathered at a " ..
+    "time; never more than a bucket", min = 1 },
+  idle("overlap_comm", "boolean", nil, "reduce while kernels run; on CPUs both want the same " ..
+    "cores"),
   idle("compute_grad_norm", "boolean", true, "the norm is always known here"),
   idle("load_from_fp32_weights", "boolean", true, "resume from the fp32 weights; always so here"),
   idle("elastic_checkpoint", "boolean", false, "resume on another number of ranks; always " ..
@@ -209,25 +217,27 @@ local zero_fields = {
     idle("cpuadam_cores_perc", "number", 0.8, "share of the cores", { above = 0, max = 1 }),
   }),
   { "zenflow", "object", nil, "ZenFlow", status = "later", strict = true },
-  idle("sub_group_size", "integer", 1e9, "elements updated at a time (stage 3)", positive),
-  stage3("prefetch_bucket_size", "integer", 5e8, "most elements fetched ahead", count),
+  { "sub_group_size", "integer", 1e9, "most elements updated at a time (stage 3)", min = 1 },
+  stage3("prefetch_bucket_size", "integer", nil, "elements gathered ahead of their use. " ..
+    "Default: none on CPUs, where nothing runs beside it", count),
   stage3("param_persistence_threshold", "integer", 1e5, "parameters with fewer elements are " ..
     "never split", count),
   stage3("model_persistence_threshold", "number", nil, "most elements that are never split", count),
-  stage3("max_live_parameters", "number", 1e9, "most elements gathered at once", count),
-  stage3("max_reuse_distance", "number", 1e9, "keep a parameter that is used again within so " ..
-    "many elements", count),
+  stage3("max_live_parameters", "number", 1e9, "most elements that are kept, or gathered " ..
+    "ahead", count),
+  stage3("max_reuse_distance", "number", nil, "keep a parameter that is used again before " ..
+    "so many elements of others. Default: none on CPUs, where gathering is cheap", count),
   { "stage3_gather_16bit_weights_on_model_save", "boolean", false, "save whole weights at stage " ..
     "3; checkpoints hold whole weights here anyway", status = "idle",
     alias = { "gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save" } },
-  stage3("module_granularity_threshold", "integer", 0, "modules below it are fetched whole", count),
-  stage3("use_all_reduce_for_fetch_params", "boolean", false, "fetch by all-reduce"),
-  stage3("allgather_sequential", "boolean", false, "fetch one parameter after another"),
-  { "ignore_unused_parameters", "boolean", true, "a parameter without a gradient is no error",
-    status = "later" },
+  idle3("module_granularity_threshold", "integer", 0, "modules below it are fetched whole", count),
+  idle3("use_all_reduce_for_fetch_params", "boolean", false, "fetch by all-reduce"),
+  idle3("allgather_sequential", "boolean", false, "fetch one parameter after another"),
+  { "ignore_unused_parameters", "boolean", true, "a parameter without a gradient is no error" },
   { "legacy_stage1", "boolean", false, "an old stage 1", status = "never",
     why = "DeepSpeed has removed it" },
-  idle("round_robin_gradients", "boolean", false, "spread gradients over the ranks in turn"),
+  { "round_robin_gradients", "boolean", false, "optimizers that need whole tensors: give " ..
+    "buckets to the ranks in turn, instead of an even share of neighbours to each" },
   idle("parameter_alignment", "boolean", false, "align parameters; here they always are"),
   { "zero_hpz_partition_size", "integer", 1, "ranks of a host that share a second copy",
     status = "later", min = 1 },

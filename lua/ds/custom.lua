@@ -51,7 +51,7 @@ local function record_function(fn, r, inputs, n_out, ...)
     y._rec, y.requires_grad = r, true
   end
   r.op = { name = fn.name, inputs = up_to(#inputs), outputs = outputs, saved = {}, many = true,
-    args = {}, backward = fn.backward_many }
+    args = {}, backward = fn.backward_many, nested = fn.nested }
   autograd.place(r)
   local out = {}
   for i = 1, n_out do out[i] = r["y" .. i] end
@@ -127,6 +127,7 @@ function M.variadic(name, spec)
       tensor.need_tensor(t, name, i)
       wanted = wanted or t.requires_grad
     end
+    tensor.revive_all(name, unpack(tensors))
     local y = spec.forward(tensors, argument)
     if not (scope.grad and wanted) then return y end
     local n = #tensors
@@ -192,8 +193,8 @@ function M.checkpoint(f, ...)
     end
     return grads
   end
-  return record_function({ name = "checkpoint", backward_many = backward }, r, inputs, results.n,
-    unpack(results, 1, results.n))
+  return record_function({ name = "checkpoint", backward_many = backward, nested = true }, r,
+    inputs, results.n, unpack(results, 1, results.n))
 end
 
 return M

@@ -98,13 +98,16 @@ local short = { fp32 = "f32", fp16 = "f16", bf16 = "bf16" } -- DeepSpeed's names
 
 --- The partitioned optimizer: flat buffers, and what this rank updates of them.
 local function partition(self)
-  local zero_config = self.config.zero_optimization
+  local c = self.config.zero_optimization
   self.zero = zero.new(self.optimizer.param_groups, {
     dtype = self.dtype, grad_dtype = self.precision.grad_dtype,
-    device = self.device, stage = zero_config.stage,
-    op = self.config.gradient_allreduce_op,
-    reduce_bucket_size = zero_config.reduce_bucket_size,
-    wire = short[self.config.communication_data_type],
+    device = self.device, stage = c.stage, op = self.config.gradient_allreduce_op,
+    wire = short[self.config.communication_data_type], reduce_scatter = c.reduce_scatter,
+    contiguous = c.contiguous_gradients, round_robin = c.round_robin_gradients,
+    reduce_bucket_size = c.reduce_bucket_size, allgather_bucket_size = c.allgather_bucket_size,
+    sub_group_size = c.sub_group_size, small = c.stage3_param_persistence_threshold,
+    most_small = c.stage3_model_persistence_threshold, prefetch = c.stage3_prefetch_bucket_size,
+    max_live = c.stage3_max_live_parameters, max_reuse = c.stage3_max_reuse_distance,
   })
   self.params = self.zero.params
   for _, p in ipairs(self.params) do p._engine = self end
@@ -114,16 +117,17 @@ local function partition(self)
   self.optimizer:bind(self.zero.segments)
 end
 
---- Casts what does not train.
+--- Casts what does not train, and shards it where weights are.
 local function settle(self)
   for _, e in ipairs(self.named) do
     local p = e.parameter
-    if not p._engine and p.dtype ~= self.dtype then
+    if not p._engine and p.dtype ~= self.dtype and not p._unit then
       local grad = p.requires_grad
       p.requires_grad = false
       tensor.repoint(p, p:to(self.dtype))
       p.requires_grad = grad
     end
+    if not p._engine and self.zero then self.zero:shard_frozen(p) end
   end
 end
 
@@ -289,7 +293,23 @@ local function begin_step(self)
   self.new_step = false
 end
 
+--- Around what runs the model: sharded parameters are gathered in it.
+local function enter(self, training)
+  if self.zero and self.zero.sharded then self.zero.sharded:enter(training) end
+end
+
+local function exit(self)
+  if self.zero and self.zero.sharded then self.zero.sharded:leave() end
+end
+
+local function leave_evaluation(self, ok, ...)
+  exit(self)
+  if not ok then error((...), 0) end
+  return ...
+end
+
 local function leave(self, s, outer, seed, ok, ...)
+  exit(self)
   C.ds_breadcrumb("")
   scope.enter(outer)
   products.loss_seed = seed
@@ -308,7 +328,8 @@ end
 function Engine:forward(...)
   nn.reset_place()
   if not self.training then
-    return scope.no_grad(self.module, lower(self, ...))
+    enter(self, false)
+    return leave_evaluation(self, pcall(scope.no_grad, self.module, lower(self, ...)))
   end
   if self.new_step then begin_step(self) end
   if not self.optimizer then
@@ -318,6 +339,7 @@ function Engine:forward(...)
   local outer = scope.enter(s)
   products.loss_seed = self:loss_scale() / self.gas
   C.ds_breadcrumb("engine:forward()")
+  enter(self, true)
   return leave(self, s, outer, seed, xpcall(self.module, border.note, lower(self, ...)))
 end
 Engine.__call = Engine.forward
@@ -360,6 +382,20 @@ local function count_backward(self, value)
   end
 end
 
+--- backward over the graph, for the engines whose parameters get gradients.
+local function run_backward(engines, loss, seed, retain)
+  for _, e in ipairs(engines) do
+    enter(e, true)
+    e.zero:begin_backward()
+  end
+  local ok, message = pcall(autograd.run, { loss }, { seed }, retain)
+  for _, e in ipairs(engines) do
+    exit(e)
+    if ok then e.zero:end_backward() else e.zero:drop_gradients() end
+  end
+  if not ok then error(message, 0) end
+end
+
 --- Adds the gradients of loss / (accumulation steps) to the parameters' gradients.
 -- Frees what was reachable from the loss. Several forwards before one backward, and several
 -- backwards a step, are fine.
@@ -383,7 +419,7 @@ function Engine:backward(loss, options)
   local kept = loss._keep
   loss._keep = true
   C.ds_breadcrumb("engine:backward()")
-  local ok, message = pcall(autograd.run, { loss }, { seed }, options.retain_graph)
+  local ok, message = pcall(run_backward, { self, options.also }, loss, seed, options.retain_graph)
   C.ds_breadcrumb("")
   autograd.owner = owner
   loss._keep = kept
@@ -446,6 +482,7 @@ end
 
 local function finish_step(self, applied, norm)
   for _, p in ipairs(self.params) do p._fresh, p._claim = true, nil end
+  self.zero:end_step()
   self.applied = applied
   self.global_steps = self.global_steps + 1
   self.global_samples = self.global_samples + self.config.train_batch_size
@@ -477,6 +514,10 @@ function Engine:step()
     raise("step: engine:scale(loss) was called, and not the :backward() of what it gave")
   end
   if self.unsynced then raise("step: not inside no_sync(); call it after that") end
+  if self.scaled then -- the script's own backward: nobody has reduced yet
+    self.zero:begin_backward()
+    self.zero:end_backward()
+  end
   local boundary = self:is_gradient_accumulation_boundary()
   self.micro_steps = self.micro_steps + 1
   if not boundary then
@@ -490,6 +531,13 @@ function Engine:step()
   C.ds_breadcrumb(place)
   host.here()
   together.meet(place)
+  if not self.config.zero_optimization.ignore_unused_parameters then
+    local names = self.zero:unreached()
+    if #names > 0 then
+      raise("step %d: no gradient has reached %s (zero_optimization.ignore_unused_parameters is "
+        .. "false)", self.global_steps + 1, table.concat(names, ", ", 1, math.min(#names, 8)))
+    end
+  end
   self.zero:complete()
   self.zero:reduce()
   local norm = agree(self)
@@ -527,6 +575,10 @@ end
 -- @return what f returns
 function Engine:no_sync(f, ...)
   if self.unsynced then raise("no_sync: it is already on; it can't be nested") end
+  if self.zero and self.zero.stage >= 2 then
+    raise("no_sync: at ZeRO stage %d every backward reduces its gradients, as no rank has room for "
+      .. "all of them; take stage 1", self.zero.stage)
+  end
   self.unsynced = true
   return (function(ok, ...)
     self.unsynced = false
@@ -551,6 +603,7 @@ end
 --- Forgets the gradients of the step so far.
 function Engine:zero_grad()
   for _, p in ipairs(self.params or {}) do p._fresh = true end
+  if self.zero then self.zero:drop_gradients() end
   self.backwards = 0
 end
 
@@ -588,6 +641,33 @@ function Engine:train_batch(loader)
   return self.last_loss
 end
 
+--- The loss that the model gives a batch, whose tensors are released.
+local function loss_of_batch(self, batch)
+  local loss = self:forward(unpack(batch, 1, batch.n))
+  if not tensor.is_tensor(loss) or loss:numel() ~= 1 then
+    raise("evaluate: the model must return the loss of a batch, one element")
+  end
+  for i = 1, batch.n do
+    if tensor.is_tensor(batch[i]) then
+      scope.release(batch[i], "when evaluate() was done with it")
+    end
+  end
+  return loss:item()
+end
+
+--- Where weights are gathered as the model runs, every rank runs it as often as the others: who has
+-- fewer batches repeats the first sample for the rest.
+local function run_along(self, dataset, options, batches)
+  if not (self.zero and self.zero.sharded) then return end
+  local most = batches
+  for _, n in ipairs(together.texts(("%d"):format(batches))) do most = math.max(most, n) end
+  local first = data.loader(dataset, { batch_size = 1, shuffle = false, drop_last = false,
+    collate_fn = options.collate_fn, rank = 0, world_size = 1 })
+  for _ = batches + 1, most do
+    loss_of_batch(self, first:batches()())
+  end
+end
+
 --- The mean loss over exactly all samples of a data set. The model returns the mean loss of a
 -- batch.
 -- @tparam table dataset size() and get(i)
@@ -601,22 +681,14 @@ function Engine:evaluate(dataset, options)
     rank = comm.rank(), world_size = comm.world_size(),
   })
   together.meet("engine:evaluate()")
-  local training, total, samples = self.training, 0, 0
+  local training, total, samples, batches = self.training, 0, 0, 0
   self:eval()
   local ok, message = pcall(function()
     for batch in loader:batches() do
-      local loss = self:forward(unpack(batch, 1, batch.n))
-      if not tensor.is_tensor(loss) or loss:numel() ~= 1 then
-        raise("evaluate: the model must return the loss of a batch, one element")
-      end
-      total = total + loss:item() * batch.samples
-      samples = samples + batch.samples
-      for i = 1, batch.n do
-        if tensor.is_tensor(batch[i]) then
-          scope.release(batch[i], "when evaluate() was done with it")
-        end
-      end
+      total = total + loss_of_batch(self, batch) * batch.samples
+      samples, batches = samples + batch.samples, batches + 1
     end
+    run_along(self, dataset, options, batches)
   end)
   self:train(training)
   if not ok then error(message, 0) end
@@ -639,6 +711,7 @@ function Engine:destroy()
   if self.destroyed then return end
   self.destroyed = true
   begin_step(self)
+  if self.zero then self.zero:let_go() end
   for _, p in ipairs(self.params or {}) do
     p.grad, p._engine, p._flat = nil, nil, nil
   end

@@ -180,6 +180,7 @@ define_norm("rms_norm", false)
 
 local embedding = define("embedding", {
   inputs = { "w", "index" }, kernel = "embedding", call = { "y", "w", "index" },
+  unread = { w = true },
   infer = function(w, index)
     if index.dtype ~= "i64" and index.dtype ~= "i32" and index.dtype ~= "u8" then
       raise("embedding: indices must be i64 or i32, not %s", index.dtype)

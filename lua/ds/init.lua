@@ -10,7 +10,7 @@ local M = {}
 
 -- Loaded with the first use of a name.
 local modules = {
-  nn = "ds.nn", F = "ds.functional", optim = "ds.optim", data = "ds.data",
+  nn = "ds.nn", F = "ds.functional", optim = "ds.optim", data = "ds.data", zero = "ds.zero_full",
   testing = "ds.testing", json = "ds.json", log = "ds.log", config = "ds.config",
 }
 local functions = {

@@ -38,8 +38,12 @@ function M.Parameter(t, options)
   t._keep = true
   t._parameter = created
   t.requires_grad = not (options and options.requires_grad == false)
+  if M.on_parameter then M.on_parameter(t) end
   return t
 end
+
+-- Called with every new parameter; ds.zero.init sets it.
+M.on_parameter = nil
 
 local function is_parameter(t) return t._parameter ~= nil end
 
@@ -334,6 +338,9 @@ function border.place()
   end
   return #parts > 0 and (" (in %s)"):format(table.concat(parts, ".")) or nil
 end
+
+--- Whether a module runs now.
+function M.is_running() return depth > 0 end
 
 --- Forgets which modules run; the engine calls it before a forward, the last one may have failed.
 function M.reset_place() depth = 0 end

@@ -251,7 +251,7 @@ M.loss_seed = 1
 -- overwritten lends it: for GPT-2 that is 154 MB and a pass over them.
 local linear_cross_entropy = define("linear_cross_entropy", {
   inputs = { "x", "w", "target" }, args = { "ignore", "seed" },
-  outputs = { "loss" }, saved = { "dx?", "dw?" },
+  outputs = { "loss" }, saved = { "dx?", "dw?" }, unread = { x = true, w = true },
   infer = function(x, w, target, ignore, seed)
     local n, v = x.shape[1], w.shape[1]
     local loss = new({}, fine(x), x.device)

@@ -162,10 +162,21 @@ M.new = new
 --- A message for a tensor that is used after its memory went; returns for one of the meta device.
 local function revive(t, what)
   if t.device == "meta" then return end
+  if t._unit then return M.gather(what, t) end
   raise("%s: tensor %s was released %s; t:keep() or t:detach() before that makes it survive", what,
     shape_string(t.shape), t._gone or "by backward()")
 end
 M.revive = revive
+
+--- The same for all tensors of an operation at once; false and nil are passed over. Where
+-- parameters are sharded, M.gather (zero_params.lua) makes them usable.
+function M.revive_all(what, ...)
+  for i = 1, select("#", ...) do
+    local t = select(i, ...)
+    if t and t._unit then return M.gather(what, ...) end
+    if t and t._c.data == nil then revive(t, what) end
+  end
+end
 
 --- Argument checks shared by everything that takes a tensor.
 local function need_tensor(x, what, position)
@@ -479,7 +490,9 @@ end
 -- ---- views without gradients, for ops.lua: new handles on x's storage
 
 local function view(c, shape, x)
-  return wrap(c, shape, x.dtype, x.device)
+  local t = wrap(c, shape, x.dtype, x.device)
+  if x._unit then M.note_view(t, x) end
+  return t
 end
 
 local function shape_of(c)

@@ -1,8 +1,13 @@
 --- The trained parameters as the optimizer sees them: flat buffers, of which each rank owns parts.
 --
--- Every parameter group is one buffer of weights and one of gradients, cut into buckets, each cut
--- into a part a rank (the map is C's, runner/zero.h). At stage 0 every rank updates everything, at
--- stage 1 its own parts: only for those it keeps an fp32 master and the optimizer's state.
+-- Every parameter group is laid out as one vector, cut into buckets, each cut into a part a rank
+-- (the map is C's, runner/zero.h, and the same at all stages). What a rank keeps whole, and what
+-- only of its own parts, is the stage:
+--
+--     0    everything whole; every rank updates everything
+--     1    fp32 master and optimizer state of its own parts, which it updates
+--     2    gradients, too: reduced bucket by bucket while backward runs (zero_grads.lua)
+--     3    weights, too: gathered where they are used (zero_params.lua)
 --
 --     reduce()   gradients of all ranks are combined: at a part's owner, or at stage 0 everywhere
 --     agree()    the global norm, and what must happen on all ranks at this step
@@ -18,34 +23,57 @@ local scope = require "ds.scope"
 local tensor = require "ds.tensor"
 local autograd = require "ds.autograd"
 local comm = require "ds.comm"
+local zero_grads = require "ds.zero_grads"
 
 local C, check, raise, run = border.C, border.check, border.raise, tensor.run
 local slice = tensor.view.slice_flat
-local min, max = math.min, math.max
+local min, max, floor = math.min, math.max, math.floor
 
 local M = {}
 
 local Zero = {}
 Zero.__index = Zero
+zero_grads.extend(Zero)
 
--- Buckets unless the config says how large: about eight, so that reducing one can overlap with what
--- makes the next, none so small that starting the exchange would take longer than the exchange.
-local BUCKETS, SMALLEST = 8, 2 ^ 20
+-- A bucket is at most so many elements, or one parameter: what is reduced, gathered and, at stage
+-- 3, whole at a time. Exchanging as much takes far longer than to start the exchange.
+local BUCKET = 2 ^ 20
 
-local function bucket_numel(total, ranks, wanted)
-  if ranks == 1 then return max(1, total) end
-  return max(1, min(wanted, max(SMALLEST, math.ceil(total / BUCKETS))))
+-- ---- the map
+
+--- The parameters of a group: small ones first, as backward ends there; each kind by creation.
+local function in_order(params, is_small)
+  table.sort(params, function(a, b)
+    if is_small[a] ~= is_small[b] then return is_small[a] end
+    return a._parameter < b._parameter
+  end)
 end
 
---- Parameters in the order of their creation, group by group, and the map over them.
-local function make_map(self, groups, wanted)
-  local numel, group_of, total = {}, {}, 0
+--- Those with few elements, which stage 3 leaves whole; at every stage, so that all have one map.
+local function small_ones(groups, options)
+  local found, is_small, left = {}, {}, options.most_small or math.huge
+  for _, group in ipairs(groups) do
+    for _, p in ipairs(group.params) do found[#found + 1] = p end
+  end
+  table.sort(found, function(a, b) return a._parameter < b._parameter end)
+  for _, p in ipairs(found) do
+    local n = p:numel()
+    is_small[p] = n < options.small and n <= left
+    if is_small[p] then left = left - n end
+  end
+  return is_small
+end
+
+local function make_map(self, groups, options)
+  local is_small = small_ones(groups, options)
+  local numel, group_of, small, total = {}, {}, {}, 0
   for g, group in ipairs(groups) do
-    table.sort(group.params, function(a, b) return a._parameter < b._parameter end)
+    in_order(group.params, is_small)
     for _, p in ipairs(group.params) do
       if p._engine then raise("initialize: a parameter belongs to another engine already") end
-      self.params[#self.params + 1] = p
-      numel[#self.params], group_of[#self.params] = p:numel(), g - 1
+      local i = #self.params + 1
+      self.params[i] = p
+      numel[i], group_of[i], small[i] = p:numel(), g - 1, is_small[p] and 1 or 0
       total = total + p:numel()
     end
   end
@@ -54,67 +82,123 @@ local function make_map(self, groups, wanted)
     self.whole[g] = group.rule.granularity ~= "flat"
     whole[g - 1] = self.whole[g] and 1 or 0
   end
+  local most = self.ranks == 1 and max(1, total)
+    or options.contiguous == false and 1 or min(options.reduce_bucket_size, BUCKET)
   local box = ffi.new("ds_zero *[1]")
   check(C.ds_zero_make(box, n, ffi.new("int64_t[?]", n, numel), ffi.new("int32_t[?]", n, group_of),
-    whole, #groups, self.ranks, bucket_numel(total, self.ranks, wanted)), "initialize")
+    ffi.new("int32_t[?]", n, small), whole, #groups, self.ranks, most,
+    options.round_robin and 1 or 0), "initialize")
   self.map = ffi.gc(box[0], C.ds_zero_free)
   for i, p in ipairs(self.params) do
     p._flat = { group = group_of[i] + 1, offset = tonumber(C.ds_zero_offset(self.map, i - 1)),
       numel = numel[i] }
   end
+  return is_small
 end
 
-local function make_buffers(self, count)
-  for g = 1, count do
-    local n = tonumber(C.ds_zero_group_numel(self.map, g - 1))
-    local function buffer(dtype)
-      return tensor.zeros(n, { dtype = dtype, device = self.device }):keep()
+--- The buckets, in the order in which backward completes them: that of their first parameters,
+-- backwards.
+local function make_buckets(self, is_small)
+  local box = ffi.new("const ds_zero_bucket *[1]")
+  local n = C.ds_zero_buckets(box, self.map)
+  for i = 0, n - 1 do
+    local c = box[0][i]
+    local start, numel = tonumber(c.start), tonumber(c.numel)
+    local b = { borders = c.borders, group = c.group + 1, start = start, numel = numel,
+      from = start + tonumber(c.borders[self.rank]),
+      to = start + tonumber(c.borders[self.rank + 1]),
+      params = {}, created = math.huge, small = is_small[self.params[c.first + 1]] }
+    for k = c.first, c.last do
+      local p = self.params[k + 1]
+      b.params[#b.params + 1] = p
+      b.created = min(b.created, p._parameter)
+      p._flat.bucket = b
     end
-    self.flat[g] = { weights = buffer(self.dtype), grad = buffer(self.grad_dtype) }
+    self.buckets[i + 1] = b
   end
+  table.sort(self.buckets, function(a, b) return a.created > b.created end)
+  for i, b in ipairs(self.buckets) do b.index = i end
 end
 
---- Moves the parameters into the buffers.
-local function move_in(self)
-  for _, p in ipairs(self.params) do
-    local flat, at = self.flat[p._flat.group], p._flat.offset
-    local weight = slice(flat.weights, at, p.shape)
-    run("copy", self.device, weight._c, p._c)
-    if self.dtype ~= "f32" then
-      local values = p:detach():contiguous():view(-1)
-      self:each_piece(p, function(piece, from)
-        run("copy", self.device, piece._c, slice(values, from, piece.shape)._c)
-      end)
-    end
-    p.requires_grad = false
-    tensor.repoint(p, weight)
-    p.requires_grad = true
-    p._fresh = true
+-- ---- buffers
+
+--- One buffer a group, with room for `size(b)` elements of each of its buckets.
+-- @treturn table the buffers by group
+-- @treturn table by bucket, its slice; nil where it has none
+local function buffers(self, dtype, size)
+  local length, at, by_group, by_bucket = {}, {}, {}, {}
+  for _, b in ipairs(self.buckets) do
+    at[b] = length[b.group] or 0
+    length[b.group] = at[b] + size(b)
+  end
+  for g, n in pairs(length) do
+    by_group[g] = tensor.zeros(n, { dtype = dtype, device = self.device }):keep()
+  end
+  for b, from in pairs(at) do
+    local n = size(b)
+    by_bucket[b] = n > 0 and slice(by_group[b.group], from, { n }):keep() or nil
+  end
+  return by_group, by_bucket
+end
+
+local function whole_size(b) return b.numel end
+local function own_size(b) return b.to - b.from end
+
+--- This rank's part of a whole bucket.
+local function own_part(b, t)
+  return b.to > b.from and slice(t, b.from - b.start, { b.to - b.from }):keep() or nil
+end
+
+--- Whether a bucket's weights are sharded.
+local function is_sharded(self, b) return self.stage == 3 and not b.small end
+
+local function lay_weights(self)
+  local shards, wholes
+  self.weights, wholes = buffers(self, self.dtype, function(b)
+    return is_sharded(self, b) and 0 or b.numel
+  end)
+  self.shards, shards = buffers(self, self.dtype, function(b)
+    return is_sharded(self, b) and own_size(b) or 0
+  end)
+  for _, b in ipairs(self.buckets) do
+    b.weights = wholes[b]
+    b.own_weights = shards[b] or b.weights and own_part(b, b.weights)
   end
 end
 
 --- Points everything that looks at gradients to the buffers of them.
 local function lay_gradients(self)
-  for _, p in ipairs(self.params) do
-    p.grad = slice(self.flat[p._flat.group].grad, p._flat.offset, p.shape):keep()
+  local by_bucket
+  if self.stage >= 2 then
+    self.grads, by_bucket = buffers(self, self.grad_dtype, own_size)
+    for _, b in ipairs(self.buckets) do b.own, b.fresh = by_bucket[b], true end
+  else
+    self.grads, by_bucket = buffers(self, self.grad_dtype, whole_size)
+    for _, b in ipairs(self.buckets) do
+      b.grad = by_bucket[b]
+      b.own = b.grad and own_part(b, b.grad)
+      for _, p in ipairs(b.params) do
+        p.grad = slice(b.grad, p._flat.offset - b.start, p.shape):keep()
+      end
+    end
   end
   for _, s in ipairs(self.segments) do
-    s.g = slice(self.flat[s.group].grad, s.from, s.shape):keep()
-  end
-  for _, b in ipairs(self.buckets) do
-    local grad = self.flat[b.group].grad
-    b.grad = slice(grad, b.start, { b.numel }):keep()
-    b.own = b.to > b.from and slice(grad, b.from, { b.to - b.from }):keep() or nil
+    local b = s.bucket
+    s.g = (self.stage == 0 and slice(b.grad, s.from - b.start, s.shape)
+      or slice(b.own, s.from - b.from, s.shape)):keep()
   end
 end
 
---- A segment over `n` elements from `from` on, of a group's buffers; `shape` and `name` of a whole
--- tensor.
-local function add_segment(self, g, from, n, shape, name)
-  local flat = self.flat[g]
+-- ---- segments
+
+--- A segment over `n` elements from `from` on, of a bucket that this rank updates; `shape` and
+-- `name` of a whole tensor.
+local function add_segment(self, b, from, n, shape, name)
   shape = shape or { n }
-  local weights = slice(flat.weights, from, shape):keep()
-  local s = { group = g, from = from, to = from + n, shape = shape, name = name, p = weights }
+  local weights = (self.stage == 0 and slice(b.weights, from - b.start, shape)
+    or slice(b.own_weights, from - b.from, shape)):keep()
+  local s = { group = b.group, bucket = b, from = from, to = from + n, shape = shape, name = name,
+    p = weights }
   if self.dtype ~= "f32" then
     s.low = weights
     s.p = tensor.zeros(shape, { dtype = "f32", device = self.device }):keep()
@@ -122,48 +206,112 @@ local function add_segment(self, g, from, n, shape, name)
   self.segments[#self.segments + 1] = s
 end
 
-local function cut(self)
-  local box = ffi.new("const ds_zero_bucket *[1]")
-  local n = C.ds_zero_buckets(box, self.map)
-  for i = 0, n - 1 do
-    local b = box[0][i]
-    local g, start, numel = b.group + 1, tonumber(b.start), tonumber(b.numel)
-    local from, to = tonumber(b.borders[self.rank]), tonumber(b.borders[self.rank + 1])
-    self.buckets[i + 1] = { borders = b.borders, group = g, start = start, numel = numel,
-      from = start + from, to = start + to, -- this rank's part
-      weights = slice(self.flat[g].weights, start, { numel }):keep() }
-    if self.stage == 0 then from, to = 0, numel end
-    if not self.whole[g] then
-      if to > from then add_segment(self, g, start + from, to - from) end
+local function cut(self, sub_group)
+  for _, b in ipairs(self.buckets) do
+    local from, to = b.from, b.to
+    if self.stage == 0 then from, to = b.start, b.start + b.numel end
+    if not self.whole[b.group] then
+      local most = self.stage == 3 and max(16, floor(sub_group / 16) * 16) or to - from
+      for at = from, to - 1, max(1, most) do add_segment(self, b, at, min(most, to - at)) end
     else
-      for k = b.first, b.last do
-        local p = self.params[k + 1]
-        local at = p._flat.offset - start
+      for _, p in ipairs(b.params) do
+        local at = p._flat.offset
         if at >= from and at < to then
-          add_segment(self, g, start + at, p:numel(), p.shape, p._name)
+          add_segment(self, b, at, p:numel(), p.shape, p._name)
         end
       end
     end
   end
 end
 
+-- ---- moving in
+
+--- The fp32 values of a parameter, as they are now, to its master copy.
+-- @tparam Tensor values of the parameter's shape
+local function copy_master(self, p, values)
+  values = values:contiguous():view(-1)
+  self:each_piece(p, function(piece, from)
+    run("copy", self.device, piece._c, slice(values, from, piece.shape)._c)
+  end)
+end
+
+--- Moves the parameters of a bucket to their place in `whole`, and the values to the masters.
+local function move_bucket(self, b, whole)
+  for _, p in ipairs(b.params) do
+    local place = slice(whole, p._flat.offset - b.start, p.shape)
+    local function move()
+      run("copy", self.device, place._c, p._c)
+      if self.dtype ~= "f32" then copy_master(self, p, p:detach()) end
+    end
+    if p._unit then
+      self.hold({ p }, nil, move)
+      p._unit.manager:release(p)
+    else
+      move()
+    end
+    p.requires_grad = false
+    tensor.repoint(p, place)
+    p.requires_grad = true
+    p._fresh = true
+  end
+end
+
+local function move_in(self)
+  for _, b in ipairs(self.buckets) do
+    if not is_sharded(self, b) then
+      if b.weights then move_bucket(self, b, b.weights) end
+    else
+      local unit = { numel = b.numel, borders = b.borders, from = b.from - b.start, offsets = {},
+        dtype = self.dtype, shard = b.own_weights }
+      for i, p in ipairs(b.params) do unit.offsets[i] = p._flat.offset - b.start end
+      local whole = tensor.zeros(b.numel, { dtype = self.dtype, device = self.device })
+      scope.no_grad(move_bucket, self, b, whole)
+      self.sharded:adopt(self.sharded:add(b.params, unit), whole)
+    end
+  end
+end
+
+--- Whether ds.zero.init has sharded some parameter already.
+local function any_unit(groups)
+  for _, group in ipairs(groups) do
+    for _, p in ipairs(group.params) do
+      if p._unit then return true end
+    end
+  end
+  return false
+end
+
 --- Lays the trained parameters into flat buffers and cuts them.
 -- @tparam table groups the optimizer's param_groups
--- @tparam table options dtype, grad_dtype, device, stage, reduce_bucket_size, op
---   ("mean" or "sum"), wire (dtype that gradients travel in, if another than their own)
+-- @tparam table options dtype, grad_dtype, device, stage; op ("mean" or "sum"), wire (dtype that
+--   gradients travel in, if another than their own), reduce_scatter, contiguous, round_robin
+--   (booleans); in elements reduce_bucket_size, allgather_bucket_size, sub_group_size, small (a
+--   parameter with fewer is never split), most_small (all of those together), prefetch, max_live,
+--   max_reuse
 function M.new(groups, options)
+  local ranks = comm.world_size()
   local self = setmetatable({
-    params = {}, flat = {}, buckets = {}, segments = {}, dtype = options.dtype,
-    grad_dtype = options.grad_dtype, device = options.device, stage = options.stage, whole = {},
+    params = {}, buckets = {}, segments = {}, dtype = options.dtype,
+    grad_dtype = options.grad_dtype, device = options.device,
+    stage = ranks == 1 and min(1, options.stage) or options.stage, whole = {},
     op = options.op == "sum" and C.DS_SUM or C.DS_MEAN, world = comm.world(),
     wire = options.wire and tensor.codes[options.wire] or -1,
-    rank = comm.rank(), ranks = comm.world_size(),
+    reduce_scatter = options.reduce_scatter ~= false, hold = function(_, _, f) return f() end,
+    allgather_bucket_size = max(16, floor(options.allgather_bucket_size / 16) * 16),
+    rank = comm.rank(), ranks = ranks,
   }, Zero)
-  make_map(self, groups, options.reduce_bucket_size)
-  make_buffers(self, #groups)
-  cut(self)
+  if self.stage == 3 or any_unit(groups) then
+    local zero_params = require "ds.zero_params"
+    self.sharded = zero_params.new { device = self.device, prefetch = options.prefetch,
+      max_live = options.max_live, max_reuse = options.max_reuse }
+    self.hold = zero_params.hold
+  end
+  make_buckets(self, make_map(self, groups, options))
+  lay_weights(self)
+  cut(self, options.sub_group_size)
   lay_gradients(self)
   scope.no_grad(move_in, self)
+  if self.stage >= 2 then self:shard_gradients() end
   return self
 end
 
@@ -173,8 +321,16 @@ function Zero:set_grad_dtype(dtype)
   self.grad_dtype = dtype
   scope.no_grad(function()
     for _, p in ipairs(self.params) do autograd.move_out(p) end
-    for _, flat in ipairs(self.flat) do flat.grad = flat.grad:to(dtype):keep() end
+    local before = {}
+    for i, b in ipairs(self.buckets) do before[i] = self.stage >= 2 and b.own or b.grad end
+    local fresh = {}
+    for i, b in ipairs(self.buckets) do fresh[i] = b.fresh end
     lay_gradients(self)
+    for i, b in ipairs(self.buckets) do
+      local now = self.stage >= 2 and b.own or b.grad
+      if now then run("copy", self.device, now._c, before[i]._c) end
+      b.fresh = fresh[i]
+    end
   end)
 end
 
@@ -210,6 +366,7 @@ end
 
 --- Gradients of parameters that nothing reached since the last update are zero.
 function Zero:complete()
+  if self.stage >= 2 then return end
   for _, p in ipairs(self.params) do
     if p._fresh then
       run("fill", self.device, p.grad._c, 0)
@@ -218,29 +375,106 @@ function Zero:complete()
   end
 end
 
---- Combines the gradients of all ranks, bucket by bucket.
-function Zero:reduce()
-  if self.ranks == 1 then return end
-  for _, b in ipairs(self.buckets) do
+--- Names of parameters without a gradient since the last update.
+function Zero:unreached()
+  local names = {}
+  for _, p in ipairs(self.params) do
+    local reached = not p._fresh
+    if self.stage >= 2 then reached = p._reached end
+    if not reached then names[#names + 1] = p._name or ("number %d"):format(p._parameter) end
+  end
+  return names
+end
+
+--- Combines the gradients of a whole bucket, in place; this rank's part is valid after it.
+function Zero:reduce_bucket(b)
+  C.ds_comm_about(self.world, -b.index)
+  if self.reduce_scatter or self.stage == 0 then
     check(C.ds_reduce_parts(b.grad._c, b.borders, self.op, 1, self.wire, self.world, nil), "step")
+  else
+    check(C.ds_all_reduce_scaled(b.grad._c, b.grad._c, self.op, 1, self.wire, self.world, nil),
+      "step")
+  end
+end
+
+--- Combines the gradients of all ranks, bucket by bucket; at stages 2 and 3 backward did.
+function Zero:reduce()
+  if self.ranks == 1 or self.stage >= 2 then return end
+  for _, b in ipairs(self.buckets) do
+    self:reduce_bucket(b)
     if self.stage == 0 then
       check(C.ds_gather_parts(b.grad._c, b.borders, self.world, nil), "step")
     end
   end
 end
 
---- The updated weights of all ranks to all.
+--- Stretches of a bucket of at most allgather_bucket_size, each { tensor, borders }.
+local function stretches(self, b)
+  if b.stretches then return b.stretches end
+  b.stretches = {}
+  for at = 0, b.numel - 1, self.allgather_bucket_size do
+    local n = min(self.allgather_bucket_size, b.numel - at)
+    local borders = ffi.new("int64_t[?]", self.ranks + 1)
+    for r = 0, self.ranks do borders[r] = max(0, min(n, tonumber(b.borders[r]) - at)) end
+    table.insert(b.stretches, { slice(b.weights, at, { n }):keep(), borders })
+  end
+  return b.stretches
+end
+
+--- The updated weights of all ranks to all, as far as they are kept whole.
 function Zero:gather()
   if self.ranks == 1 or self.stage == 0 then return end
   for _, b in ipairs(self.buckets) do
-    check(C.ds_gather_parts(b.weights._c, b.borders, self.world, nil), "step")
+    if b.weights then
+      for _, s in ipairs(stretches(self, b)) do
+        check(C.ds_gather_parts(s[1]._c, s[2], self.world, nil), "step")
+      end
+    end
+  end
+  if self.sharded then self.sharded:close_all() end
+end
+
+--- Runs f(…) while these parameters are whole; at stages below 3 they always are. Every rank calls
+-- it with the same parameters.
+-- @tparam table params
+function Zero:gathered(params, f, ...) return self.hold(params, nil, f, ...) end
+
+--- A parameter that does not train, at stage 3: each rank keeps a share of it.
+function Zero:shard_frozen(p)
+  if self.stage == 3 and not p._unit and p:numel() >= self.ranks then self.sharded:shard(p) end
+end
+
+--- Values that a script gave a parameter, to its master copy.
+function Zero:take_values(p)
+  if self.dtype ~= "f32" then scope.no_grad(copy_master, self, p, p:detach()) end
+end
+
+--- Gives the parameters memory of their own, whole.
+function Zero:let_go()
+  self:drop_gradients()
+  for _, p in ipairs(self.params) do
+    if p._unit then
+      local whole = self:gathered({ p }, function() return p:detach():clone() end)
+      p._unit.manager:release(p)
+      p.requires_grad = false
+      tensor.repoint(p, whole)
+      p.requires_grad = true
+    end
+    p._zero, p._pending, p._reached = nil, nil, nil
   end
 end
 
---- The flat weights of all groups.
+--- The step is over: gradients are stale.
+function Zero:end_step()
+  for _, b in ipairs(self.buckets) do b.fresh = true end
+  for _, p in ipairs(self.params) do p._reached = nil end
+  if self.sharded then self.sharded:end_step() end
+end
+
+--- The flat weights of all groups, as far as they are kept whole.
 function Zero:all_weights()
   local out = {}
-  for g, flat in ipairs(self.flat) do out[g] = flat.weights end
+  for g = 1, #self.whole do out[#out + 1] = self.weights[g] end
   return out
 end
 

@@ -17,7 +17,8 @@ static int64_t below(int64_t n)
 typedef struct layout {
     int n, world;
     int64_t numel[MAX_PARAMS], bucket;
-    int32_t group[MAX_PARAMS], whole[GROUPS];
+    int32_t group[MAX_PARAMS], small[MAX_PARAMS], whole[GROUPS];
+    int round_robin;
     ds_zero *z;
 } layout;
 
@@ -34,9 +35,13 @@ static layout random_layout(void)
         l.numel[i] = below(4) ? below(300) : below(4000);
         l.group[i] = (int32_t)(i * GROUPS / l.n);
     }
+    for (int i = 0; i < l.n; i++)
+        l.small[i] = l.numel[i] < 100;
     for (int g = 0; g < GROUPS; g++)
         l.whole[g] = (int32_t)below(2);
-    assert_int_equal(ds_zero_make(&l.z, l.n, l.numel, l.group, l.whole, GROUPS, l.world, l.bucket),
+    l.round_robin = (int)below(2);
+    assert_int_equal(ds_zero_make(&l.z, l.n, l.numel, l.group, l.small, l.whole, GROUPS, l.world,
+                                  l.bucket, l.round_robin),
                      0);
     return l;
 }
@@ -71,6 +76,8 @@ static void buckets_cover(const layout *l)
         start = b[i].start;
         assert_int_equal(start, ds_zero_offset(l->z, b[i].first));
         assert_true(b[i].numel <= l->bucket || b[i].first == b[i].last);
+        for (int k = b[i].first; k <= b[i].last; k++)
+            assert_int_equal(l->small[k], l->small[b[i].first]);
     }
     assert_int_equal(last, 0);
 }
@@ -111,9 +118,18 @@ static void parts_are_owned(const layout *l)
     assert_int_equal(ds_zero_owner(l->z, 0, -1), -1);
 }
 
-/* No rank has more than an even share and one parameter. */
+/* No rank has more than an even share and one parameter; in turn, no more than one bucket more than
+ * another. */
 static void whole_parts_are_balanced(const layout *l)
 {
+    const ds_zero_bucket *b;
+    int n = ds_zero_buckets(&b, l->z);
+
+    for (int i = 0; l->round_robin && i < n; i++)
+        for (int r = 0; l->whole[b[i].group] && r <= l->world; r++)
+            assert_int_equal(b[i].borders[r], r <= i % l->world ? 0 : b[i].numel);
+    if (l->round_robin)
+        return;
     for (int g = 0; g < GROUPS; g++) {
         int64_t share[8] = {0}, largest = 0;
 
@@ -148,9 +164,9 @@ static void senseless_layouts_are_refused(void **state)
     ds_zero *z;
 
     (void)state;
-    assert_int_equal(ds_zero_make(&z, 2, numel, descending, whole, 2, 1, 500), DS_EINVAL);
-    assert_int_equal(ds_zero_make(&z, 2, numel, whole, whole, 2, 0, 500), DS_EINVAL);
-    assert_int_equal(ds_zero_make(&z, 2, numel, whole, whole, 2, 1, 0), DS_EINVAL);
+    assert_int_equal(ds_zero_make(&z, 2, numel, descending, NULL, whole, 2, 1, 500, 0), DS_EINVAL);
+    assert_int_equal(ds_zero_make(&z, 2, numel, whole, NULL, whole, 2, 0, 500, 0), DS_EINVAL);
+    assert_int_equal(ds_zero_make(&z, 2, numel, whole, NULL, whole, 2, 1, 0, 0), DS_EINVAL);
 }
 
 int main(void)

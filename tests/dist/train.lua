@@ -4,7 +4,8 @@
 --
 -- Further: save=DIR (after the last step), load=DIR (before the first), batch=24 samples a step on
 -- all ranks together, stop_at=N: the last rank sends itself SIGTERM before that step, clip=1,
--- bucket=N elements.
+-- bucket=N elements, small=N: parameters with fewer are not split at stage 3, prefetch=N and
+-- reuse=N elements, init=1: built by ds.zero.init.
 --
 -- Rank 0 prints "step LOSS NORM" for each step, then "samples COUNTS" (how often each was handed to
 -- any rank in training), "eval LOSS", and "weights HASH HASH …", one a rank.
@@ -16,7 +17,7 @@ local together = require "ds.together"
 local nn, F = ds.nn, ds.F
 
 local opt = { stage = 0, dtype = "fp32", gas = 1, optimizer = "AdamW", model = "gpt", steps = 20,
-  batch = 24, clip = 1, bucket = 3000 }
+  batch = 24, clip = 1, bucket = 3000, small = 30 }
 for _, word in ipairs(arg) do
   local key, value = word:match "^([%w_]+)=(.*)$"
   opt[key] = tonumber(value) or value
@@ -69,8 +70,11 @@ ds.optimizer("LuaSGD", {
 local rates = { SGD = 1e-1, LuaSGD = 1e-2, Lamb = 1e-2, Muon = 1e-2 }
 
 ds.seed(7 + ds.rank()) -- rank 0's weights are sent to all
-local model = opt.model == "odd" and Odd()
-  or GPT { n_layer = 2, n_head = 2, n_embd = 16, block_size = 8, vocab_size = 32 }
+local function build()
+  return opt.model == "odd" and Odd()
+    or GPT { n_layer = 2, n_head = 2, n_embd = 16, block_size = 8, vocab_size = 32 }
+end
+local model = opt.init and ds.zero.init(build) or build()
 local groups = { { params = {}, weight_decay = 0.1 }, { params = {}, weight_decay = 0 } }
 for _, e in ipairs(model:named_parameters()) do
   table.insert(groups[e.parameter:dim() > 1 and 1 or 2].params, e.parameter)
@@ -86,7 +90,9 @@ local engine, _, loader = ds.initialize {
     gradient_clipping = opt.clip, steps_per_print = 0, seed = 11, replica_check_interval = 5,
     bf16 = { enabled = opt.dtype == "bf16" },
     fp16 = opt.dtype == "fp16" and { enabled = true, initial_scale_power = 8 } or nil,
-    zero_optimization = { stage = opt.stage, reduce_bucket_size = opt.bucket },
+    zero_optimization = { stage = opt.stage, reduce_bucket_size = opt.bucket,
+      stage3_param_persistence_threshold = opt.small, stage3_prefetch_bucket_size = opt.prefetch,
+      stage3_max_reuse_distance = opt.reuse },
     optimizer = { type = opt.optimizer, params = { lr = rates[opt.optimizer] or 1e-2 } },
     scheduler = { type = "WarmupDecayLR", params = { total_num_steps = 60, warmup_num_steps = 4,
       warmup_max_lr = rates[opt.optimizer] or 1e-2 } },
@@ -118,8 +124,10 @@ say("eval %.9g", engine:evaluate(data, { batch_size = 3 }))
 
 local hash, C, words = ffi.new("char[17]"), require("ds.ffi").C, {}
 for i, e in ipairs(model:named_parameters()) do
-  local t = e.parameter:detach():contiguous()
-  C.ds_hash(hash, t._c.data, t:numel() * t:element_size())
+  ds.zero.gathered(e.parameter, function()
+    local t = e.parameter:detach():contiguous()
+    C.ds_hash(hash, t._c.data, t:numel() * t:element_size())
+  end)
   words[i] = ffi.string(hash)
 end
 local all = table.concat(words)
