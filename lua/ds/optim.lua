@@ -250,7 +250,7 @@ local function groups_of(rule, params, settings)
     if not is_group(given) then raise("%s: entry %d has no params", rule.name, i) end
     local trained = {}
     for j, p in ipairs(given.params) do
-      tensor.need_tensor(p, rule.name, j)
+      if not tensor.is_tensor(p) then tensor.need_tensor(p, rule.name, j) end
       if seen[p] then raise("%s: parameter %d of group %d is in two groups", rule.name, j, i) end
       seen[p] = true
       if p.requires_grad then trained[#trained + 1] = p end

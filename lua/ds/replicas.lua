@@ -60,7 +60,9 @@ end
 function M.send_out(named, buffers)
   if comm.world_size() == 1 then return end
   scope.no_grad(function()
-    for _, e in ipairs(named) do send(e.parameter) end
+    for _, e in ipairs(named) do
+      if not e.parameter._unit then send(e.parameter) end -- else ds.zero.init has
+    end
     for _, e in ipairs(buffers) do send(e.buffer) end
   end)
 end

@@ -449,9 +449,21 @@ function Zero:take_values(p)
   if self.dtype ~= "f32" then scope.no_grad(copy_master, self, p, p:detach()) end
 end
 
---- Gives the parameters memory of their own, whole.
+--- Leaves the parameters whole, and nothing else.
 function Zero:let_go()
+  local why = "by engine:destroy()"
   self:drop_gradients()
+  for _, s in ipairs(self.segments) do
+    scope.release(s.g, why)
+    if s.low then scope.release(s.p, why) end
+    for _, t in pairs(s.state or {}) do scope.release(t, why) end
+  end
+  for _, b in ipairs(self.buckets) do
+    for _, t in ipairs { b.grad or false, b.own or false } do
+      if t then scope.release(t, why) end
+    end
+  end
+  for _, t in pairs(self.grads) do scope.release(t, why) end
   for _, p in ipairs(self.params) do
     if p._unit then
       local whole = self:gathered({ p }, function() return p:detach():clone() end)
@@ -461,7 +473,9 @@ function Zero:let_go()
       p.requires_grad = true
     end
     p._zero, p._pending, p._reached = nil, nil, nil
+    if p.grad then scope.release(p.grad, why) end
   end
+  for _, t in pairs(self.shards) do scope.release(t, why) end
 end
 
 --- The step is over: gradients are stale.

@@ -143,6 +143,7 @@ function methods:drop_gradients()
     if b.grad then close_gradients(b) end
     b.fresh = true
   end
+  for _, p in ipairs(self.params) do p._reached = nil end
 end
 
 --- Gives the class these methods.

@@ -97,7 +97,8 @@ local function point(unit)
     check(C.ds_revive(p._c, whole, unit.offsets[i] * unit.size))
   end
   for view in pairs(unit.views) do
-    if view._c.data == nil then check(C.ds_revive(view._c, whole, view._at)) end
+    if view._at and view._c.data == nil then check(C.ds_revive(view._c, whole, view._at)) end
+    view._at = nil
   end
   unit.is_open = true
 end
@@ -326,6 +327,7 @@ function Params:release(p)
       if other == unit then table.remove(self.open, i) end
     end
     if unit.whole then drop(self, unit) end
+    if unit.shard then scope.release(unit.shard) end
     unit.shard = nil
   end
 end
