@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """The PyTorch side of `make bench`: a process that trains on command, so that sides take turns.
 
-    bench_peer.py nano|char|gpt2 fp32|bf16 eager|compile|ddp|deepspeed0|deepspeed1
+    bench_peer.py nano|char|gpt2 fp32|bf16 eager|compile|ddp|fsdp2|deepspeed0|…|deepspeed3
                   [--optimizer fused|loop] [--batch N] [--ranks N]
 
-ddp is PyTorch's DistributedDataParallel, deepspeedN is DeepSpeed at that stage, both over gloo and with
-ranks of one thread each, which this process starts; rank 0 reads the lines.
+ddp is PyTorch's DistributedDataParallel, fsdp2 its fully_shard (a block at a time, whole after forward or
+not: the latter), deepspeedN is DeepSpeed at that stage; all over gloo and with ranks of one thread each,
+which this process starts; rank 0 reads the lines.
 
 Full steps: forward, backward, clipping, AdamW. For each line on standard input one on standard output:
 
@@ -70,9 +71,37 @@ def make_deepspeed_step(o):
     return step
 
 
+def make_fsdp2_step(o):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    torch.manual_seed(0)
+    c = peer_gpt.CONFIGS[o.config]
+    model = peer_gpt.GPT(c)
+    mesh = init_device_mesh("cpu", (o.ranks,))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if o.dtype == "bf16" else MixedPrecisionPolicy()
+    for block in model.h:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    optimizer = torch.optim.AdamW(peer_gpt.param_groups(model, 0.1), lr=1e-3, betas=(0.9, 0.95), fused=True)
+    x, y = data(o, c)
+
+    def step():
+        loss = model(x, y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    return step
+
+
 def make_step(o):
     if o.mode.startswith("deepspeed"):
         return make_deepspeed_step(o)
+    if o.mode == "fsdp2":
+        return make_fsdp2_step(o)
     torch.manual_seed(0)
     c = peer_gpt.CONFIGS[o.config]
     model = peer_gpt.GPT(c)
@@ -158,7 +187,8 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("config", choices=sorted(peer_gpt.CONFIGS))
     parser.add_argument("dtype", choices=["fp32", "bf16"])
-    parser.add_argument("mode", choices=["eager", "compile", "ddp", "deepspeed0", "deepspeed1"])
+    modes = ["eager", "compile", "ddp", "fsdp2"] + ["deepspeed%d" % stage for stage in range(4)]
+    parser.add_argument("mode", choices=modes)
     parser.add_argument("--optimizer", choices=["fused", "loop"], default="fused")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--ranks", type=int, default=1)
@@ -171,7 +201,7 @@ def main():
     for line in source:
         if line.startswith("q"):
             break
-        if o.ranks > 1:  # by time, ranks would make different numbers of steps
+        if o.ranks > 1 and line[0].isdigit():  # by time, ranks would make different numbers of steps
             text = train(step, steps=int(float(line)))
         else:
             text = answer(step, line)
