@@ -18,7 +18,7 @@ typedef struct ds_storage ds_storage;
 
 typedef struct ds_tensor {
     void *data;          /* first element; NULL: released, on the meta device, or sharded away */
-    ds_storage *storage; /* one reference is held; NULL on the meta device and when released */
+    ds_storage *storage; /* one reference is held; NULL when released */
     int64_t numel;
     int64_t shape[8];  /* DS_MAX_DIM */
     int64_t stride[8]; /* in elements; 0 for an expanded dimension */

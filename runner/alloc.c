@@ -44,10 +44,16 @@ struct pool {
     ds_memory memory;
 };
 
-static struct pool pools[2] = {
+static struct pool pools[] = {
     [DS_CPU] = {.lock = PTHREAD_MUTEX_INITIALIZER},
     [DS_CUDA] = {.lock = PTHREAD_MUTEX_INITIALIZER},
+    [DS_META] = {.lock = PTHREAD_MUTEX_INITIALIZER}, /* counters only: its storages have no data */
 };
+
+#define POOLS ((int)(sizeof pools / sizeof *pools))
+
+/* What an allocation is for: Lua says it there, whatever the device. */
+static const ds_memory *const asked = &pools[DS_CPU].memory;
 
 const ds_backend *ds_backend_of(int device)
 {
@@ -232,21 +238,13 @@ static void absorb(ds_storage *s, ds_storage *next)
 
 /* ---- storage */
 
-int ds_storage_take(ds_storage **out, int device, int64_t bytes)
+/* A piece of `bytes` that is on no list. */
+static int piece_take(ds_storage **out, int device, int64_t bytes)
 {
     struct pool *p = &pools[device];
-    const int64_t wanted = bytes;
-    ds_storage *s;
-    int rc = 0;
+    ds_storage *s = list_find(p, bytes);
+    int rc;
 
-    if (bytes < 0 || bytes > (int64_t)1 << 46)
-        return ds_fail(DS_ENOMEM, "a tensor of %lld bytes is more than any machine has",
-                       (long long)bytes);
-    bytes = (bytes + (bytes >= 4096 ? COLOUR : 0) + ALIGN - 1) / ALIGN * ALIGN;
-    if (bytes == 0)
-        bytes = ALIGN;
-    pthread_mutex_lock(&p->lock);
-    s = list_find(p, bytes);
     if (!s) {
         /* Segments that are free but too small would only wait beside the larger one. */
         if (bytes >= SEGMENT_MIN)
@@ -257,12 +255,46 @@ int ds_storage_take(ds_storage **out, int device, int64_t bytes)
             rc = segment_take(&s, device, bytes);
         }
         if (rc < 0)
-            goto out;
+            return rc;
     }
     split(p, s, bytes);
+    *out = s;
+    return 0;
+}
+
+/* On the meta device: as many bytes are counted as a piece would have, and none are taken. */
+static int count_take(ds_storage **out, int64_t bytes)
+{
+    ds_storage *s = calloc(1, sizeof *s);
+
+    if (!s)
+        return ds_fail(DS_ENOMEM, "out of host memory");
+    s->device = DS_META;
+    s->bytes = bytes;
+    *out = s;
+    return 0;
+}
+
+int ds_storage_take(ds_storage **out, int device, int64_t bytes)
+{
+    struct pool *p = &pools[device];
+    const int64_t wanted = bytes;
+    ds_storage *s;
+    int rc;
+
+    if (bytes < 0 || bytes > (int64_t)1 << 46)
+        return ds_fail(DS_ENOMEM, "a tensor of %lld bytes is more than any machine has",
+                       (long long)bytes);
+    bytes = (bytes + (bytes >= 4096 ? COLOUR : 0) + ALIGN - 1) / ALIGN * ALIGN;
+    if (bytes == 0)
+        bytes = ALIGN;
+    pthread_mutex_lock(&p->lock);
+    rc = device == DS_META ? count_take(&s, bytes) : piece_take(&s, device, bytes);
+    if (rc < 0)
+        goto out;
     forbid(s, wanted);
-    s->tag = p->memory.tag >= 0 && p->memory.tag < TAGS ? p->memory.tag : 0;
-    s->loose = !p->memory.scoped;
+    s->tag = asked->tag >= 0 && asked->tag < TAGS ? asked->tag : 0;
+    s->loose = !asked->scoped;
     atomic_init(&s->refs, 1);
     p->by_tag[s->tag] += s->bytes;
     p->memory.live += s->bytes;
@@ -292,6 +324,10 @@ void ds_storage_release(ds_storage *s)
     p->by_tag[s->tag] -= s->bytes;
     p->memory.live -= s->bytes;
     p->memory.loose -= s->loose ? s->bytes : 0;
+    if (s->device == DS_META) {
+        free(s);
+        goto out;
+    }
     other = s->after;
     if (other && atomic_load_explicit(&other->refs, memory_order_relaxed) == 0) {
         list_drop(p, other);
@@ -304,19 +340,25 @@ void ds_storage_release(ds_storage *s)
         s = other;
     }
     list_add(p, s);
+out:
     pthread_mutex_unlock(&p->lock);
 }
 
 /* ---- counters */
 
+static int is_device(int device)
+{
+    return device >= 0 && device < POOLS;
+}
+
 ds_memory *ds_memory_of(int device)
 {
-    return device == DS_CPU || device == DS_CUDA ? &pools[device].memory : NULL;
+    return is_device(device) ? &pools[device].memory : NULL;
 }
 
 int ds_memory_by_tag(int device, int64_t *bytes, int n)
 {
-    if (device != DS_CPU && device != DS_CUDA)
+    if (!is_device(device))
         return 0;
     memcpy(bytes, pools[device].by_tag, sizeof *bytes * (size_t)(n < TAGS ? n : TAGS));
     return TAGS;
@@ -325,7 +367,7 @@ int ds_memory_by_tag(int device, int64_t *bytes, int n)
 void ds_memory_flush(int device)
 {
     if (device != DS_CPU && device != DS_CUDA)
-        return;
+        return; /* nothing is cached */
     pthread_mutex_lock(&pools[device].lock);
     flush_locked(device);
     pthread_mutex_unlock(&pools[device].lock);
@@ -333,6 +375,6 @@ void ds_memory_flush(int device)
 
 void ds_memory_reset_peak(int device)
 {
-    if (device == DS_CPU || device == DS_CUDA)
+    if (is_device(device))
         pools[device].memory.peak = pools[device].memory.live;
 }

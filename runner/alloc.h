@@ -6,7 +6,8 @@
 
 #include "runner/ds.h"
 
-/* One piece of a segment; `data` is 64-byte aligned. Free pieces are storages as well, with refs 0. */
+/* One piece of a segment; `data` is 64-byte aligned. Free pieces are storages as well, with refs 0.
+ * On the meta device there are no segments, and `data` is NULL. */
 struct ds_storage {
     void *data;
     int64_t bytes; /* of the piece, at least what was asked for */

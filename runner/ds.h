@@ -24,7 +24,8 @@ const char *ds_error(void);
 /* ---- tensors and memory (tensor.c, alloc.c) */
 
 /* A new dense tensor, contents undefined. *out is overwritten, what it held is not released. On the
- * meta device there is a shape and no memory. ds_empty4: up to four dimensions without an array. */
+ * meta device there is a shape and a storage without data, whose bytes are counted as if there were.
+ * ds_empty4: up to four dimensions without an array. */
 int ds_empty(ds_tensor *out, int dtype, int device, int ndim, const int64_t *shape);
 int ds_empty4(ds_tensor *out, int dtype, int device, int ndim, int64_t s0, int64_t s1, int64_t s2,
               int64_t s3);
@@ -71,14 +72,14 @@ typedef struct ds_memory {
     int64_t calls;  /* allocations asked for */
     int32_t tag;    /* set by Lua before an allocation: the op it is for */
     int32_t scoped; /* set by Lua: 1 while a scope is open */
-} ds_memory;
+} ds_memory;        /* tag and scoped: the CPU's count for all devices */
 ds_memory *ds_memory_of(int device);
 /* Live bytes by tag: fills at most n, returns how many tags there are. */
 int ds_memory_by_tag(int device, int64_t *bytes, int n);
-void ds_memory_flush(int device); /* gives cached blocks back to the system */
-void ds_memory_reset_peak(int device);
-int64_t ds_memory_rss(void);  /* resident bytes of this process now; -1 unknown */
-int64_t ds_page_faults(void); /* minor + major faults of this process */
+void ds_memory_flush(int device);      /* gives cached blocks back to the system */
+void ds_memory_reset_peak(int device); /* to what is live */
+int64_t ds_memory_rss(void);           /* resident bytes of this process now; -1 unknown */
+int64_t ds_page_faults(void);          /* minor + major faults of this process */
 
 /* The kernels of a device; NULL if there is no such backend (ds_error() says why). */
 const struct ds_ops *ds_ops_of(int device);

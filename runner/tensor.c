@@ -79,7 +79,7 @@ int ds_empty(ds_tensor *out, int dtype, int device, int ndim, const int64_t *sha
     out->dtype = dtype;
     out->device = device;
     rc = shape_dense(out, ndim, shape);
-    if (rc < 0 || device == DS_META)
+    if (rc < 0)
         return rc;
     rc = ds_storage_take(&s, device, out->numel * dtypes[dtype].size);
     if (rc < 0)

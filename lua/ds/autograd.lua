@@ -39,6 +39,22 @@ local function bad_argument(op, position, name, value)
   tensor.need_tensor(value, op.name .. " (" .. name .. ")", position)
 end
 
+--- Raises if some of the inputs are on the meta device, for a kernel on another one.
+local function without_values(op, ...)
+  local other
+  for i = 1, select("#", ...) do
+    local t = select(i, ...)
+    if t and t.device ~= "meta" then other = t.device end
+  end
+  for i = 1, select("#", ...) do
+    local t = select(i, ...)
+    if t and t.device == "meta" then
+      raise("%s: tensors on %s and meta; one on the meta device has a shape and no values",
+        op.name, other)
+    end
+  end
+end
+
 --- The kernels of a device once it is known that this op has one there.
 local function first_use(op, device)
   local ops = tensor.kernels(device)
@@ -90,8 +106,9 @@ local function generate(op)
   local function put(...) lines[#lines + 1] = (...):format(select(2, ...)) end
   local produced = concat(op.outputs, op.saved)
   put("local op, infer, scope, state, memory, tables, first_use, revive_all, bad, check, "
-    .. "Record, setmetatable, refuse_nan = ...")
+    .. "Record, setmetatable, refuse_nan, without_values = ...")
   put("return function(%s)", table.concat(concat(op.inputs, op.args), ", "))
+  put("local meta = false")
   for i, name in ipairs(op.inputs) do
     if op.optional[name] then
       put("local c_%s if %s ~= nil then", name, name)
@@ -105,7 +122,7 @@ local function generate(op)
     if op.optional[name] then closed[i] = ("c_%s and %s"):format(name, closed[i]) end
   end
   if #closed > 0 then
-    put("if %s then revive_all('%s', %s) end", table.concat(closed, " or "), op.name,
+    put("if %s then revive_all('%s', %s) meta = true end", table.concat(closed, " or "), op.name,
       table.concat(op.inputs, ", "))
   end
   put("memory.tag = %d", op.id)
@@ -113,7 +130,9 @@ local function generate(op)
     table.concat(concat(op.inputs, op.args), ", "))
   local y = op.outputs[1]
   if op.kernel then
-    put("if %s.device ~= 'meta' then", y)
+    put("do")
+    put("  if meta and %s.device ~= 'meta' then without_values(op, %s) end", y,
+      table.concat(op.inputs, ", "))
     put("  local K = tables[%s.device] or first_use(op, %s.device)", y, y)
     local call = {}
     for _, name in ipairs(op.call or concat(produced, op.inputs, op.args)) do
@@ -185,7 +204,7 @@ function M.define(name, spec)
   function op.call_(...) -- the first call makes the function; most scripts use few operations
     local chunk = assert(loadstring(generate(op), "=op " .. name))
     op.call_ = chunk(op, spec.infer, scope, state, memory, op.tables, first_use,
-      tensor.revive_all, bad_argument, check, Record, setmetatable, refuse_nan)
+      tensor.revive_all, bad_argument, check, Record, setmetatable, refuse_nan, without_values)
     return op.call_(...)
   end
   return function(a, b, c, d, e, f, g, h, i, j, k)
@@ -250,7 +269,7 @@ local function move_out(t)
   local lent = t._claim
   if not lent then return end
   t._claim = nil
-  if lent._c.data == nil then return end
+  if lent._c.storage == nil then return end
   local copy = tensor.new(lent.shape, lent.dtype, lent.device)
   tensor.run("copy", lent.device, copy._c, lent._c)
   tensor.repoint(lent, copy)
@@ -289,7 +308,7 @@ local function add_into(a, b)
   if a.dtype ~= b.dtype then
     if a:element_size() < b:element_size() then sum = a:to(b.dtype) else b = b:to(a.dtype) end
   end
-  check(tensor.kernels(a.device).add_scaled(sum._c, sum._c, b._c, 1), "gradient")
+  tensor.run("add_scaled", a.device, sum._c, sum._c, b._c, 1)
   if sum ~= a then tensor.run("copy", a.device, a._c, sum._c) end
 end
 
@@ -308,12 +327,10 @@ local function accumulate(t, g)
       scope.keep(g)
       g._keep = true
       t.grad = g
-    elseif t.device ~= "meta" then
-      if t._fresh then
-        tensor.run("copy", t.device, have._c, g._c)
-      else
-        add_into(have, g)
-      end
+    elseif t._fresh then
+      tensor.run("copy", t.device, have._c, g._c)
+    else
+      add_into(have, g)
     end
     t._fresh = false
     return
@@ -322,7 +339,7 @@ local function accumulate(t, g)
   if not have then
     t._g = g
     g._uses = g._uses + 1
-  elseif have._uses == 1 and have._c.dense == 1 and t.device ~= "meta" and not tensor.shared(have)
+  elseif have._uses == 1 and have._c.dense == 1 and not tensor.shared(have)
     and have.dtype == g.dtype then
     add_into(have, g)
   else

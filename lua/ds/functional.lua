@@ -113,7 +113,6 @@ local function norm_gradients(r, x, dy, dsum)
   if needs(r.w) then dw, add_w = sink(r.w) end
   if needs(r.b) then db, add_b = sink(r.b) end
   local dx = new(x.shape, x.dtype, x.device)
-  if x.device == "meta" then return dx, dw, db end
   if dw and db and add_w ~= add_b then -- one fresh, one not: the kernel knows one mode
     local fresh = add_w == 0 and dw or db
     run("fill", fresh.device, fresh._c, 0)
@@ -166,7 +165,7 @@ local function define_norm(name, with_mean)
     tensor.need_tensor(x, name, 1)
     if not delta then return plain(x:contiguous(), w, b, eps) end
     tensor.need_tensor(delta, name, 5)
-    local into = options and options.inplace and delta.device ~= "meta" and autograd.spare(delta)
+    local into = options and options.inplace and autograd.spare(delta)
       and tensor.view.alias(delta) or nil
     local sum, y = fused(x:contiguous(), delta:contiguous(), w, b, eps, into)
     if into then scope.release(delta, why) end

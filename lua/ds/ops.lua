@@ -164,6 +164,7 @@ for _, name in ipairs(border.host.binary) do
       return x
     end
     tensor.need_tensor(y, name .. "_", 2)
+    shapes.same_device(name .. "_", x, y)
     if #y.shape > #x.shape or
       not equal_shapes(broadcast(x.shape, y.shape, name .. "_"), x.shape) then
       raise("%s_: shape %s does not broadcast to %s", name, shape_string(y.shape),
@@ -272,15 +273,16 @@ local cast = define("to", {
   infer = function(x, dtype, device) return new(x.shape, dtype, device) end,
   backward = function(r, dy) return dy:to(r.x.dtype) end,
 })
---- Another dtype or device: `x:to("bf16")`, `x:to("meta")`; x itself if it is so already.
+--- Another dtype or device: `x:to("bf16")`, `x:to("meta")`; x itself if it is so already. What is
+-- on the meta device stays there: it has no values to take elsewhere.
 function methods:to(target, device)
   if tensor.codes[target] == nil and (target == "cpu" or target == "cuda" or target == "meta") then
     target, device = self.dtype, target
   end
   local dtype = tensor.dtype_of(target, "to")
-  device = device or self.device
+  if self.device == "meta" or not device then device = self.device end
   if dtype == self.dtype and device == self.device then return self end
-  if device == "meta" or self.device == "meta" then return new(self.shape, dtype, "meta") end
+  if device ~= self.device and device == "meta" then return new(self.shape, dtype, "meta") end
   return cast(self, dtype, device)
 end
 for method, dtype in pairs { float = "f32", double = "f64", bfloat16 = "bf16", half = "f16",

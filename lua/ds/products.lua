@@ -121,7 +121,6 @@ local function linear_shape(what, x, w, b)
 end
 
 local function linear_run(y, slope, x, w, b, activation)
-  if x.device == "meta" then return end
   run("linear", x.device, rows(1, y), slope and rows(2, slope) or nil, rows(3, x), w._c,
     b and b._c or nil, activation)
 end
@@ -129,16 +128,15 @@ end
 --- dw and db of y = act(x wᵀ + b), and dh = dy ∘ slope, which goes to `into` (may be dy) or, if
 -- slope is nil, is dy.
 local function weight_gradients(x, w, b, dy, slope, into)
-  local meta = dy.device == "meta"
   local dh, dw, db, add = slope and into or dy, nil, nil, 0
   if needs(b) then db, add = sink(b) end
-  if (slope or db) and not meta then
+  if slope or db then
     run("linear_backward_bias", dy.device, slope and rows(1, dh) or nil, db and db._c or nil,
       rows(2, dy), slope and rows(3, slope) or nil, add)
   end
   if needs(w) then
     dw, add = sink(w)
-    if not meta then run("matmul", dy.device, dw._c, columns(1, dh), rows(2, x), 1, add) end
+    run("matmul", dy.device, dw._c, columns(1, dh), rows(2, x), 1, add)
   end
   return dw, db, dh
 end
@@ -146,7 +144,7 @@ end
 --- dx = dh w, of x's shape.
 local function input_gradient(shape, w, dh)
   local dx = new(shape, dh.dtype, dh.device)
-  if dh.device ~= "meta" then run("matmul", dh.device, rows(1, dx), rows(2, dh), w._c, 1, 0) end
+  run("matmul", dh.device, rows(1, dx), rows(2, dh), w._c, 1, 0)
   return dx
 end
 
@@ -185,9 +183,7 @@ end
 local function activate(h, activation, with_slope)
   local y = new(h.shape, h.dtype, h.device)
   local slope = with_slope and new(h.shape, h.dtype, h.device) or nil
-  if h.device ~= "meta" then
-    run("activate", h.device, y._c, slope and slope._c or nil, h._c, activation)
-  end
+  run("activate", h.device, y._c, slope and slope._c or nil, h._c, activation)
   return y, slope
 end
 
@@ -259,7 +255,6 @@ local linear_cross_entropy = define("linear_cross_entropy", {
     local dx = want_x and new(x.shape, x.dtype, x.device) or nil
     local dtype = autograd.grad_dtype(w)
     local dw = want_w and (autograd.claim(w, dtype) or new(w.shape, dtype, w.device)) or nil
-    if x.device == "meta" then return loss, dx, dw end
     local rows_ = chunk_rows(n, v, x:element_size())
     local scratch = new({ rows_, math.ceil(v / 16) * 16 }, x.dtype, x.device)
     local carry = dw and n > rows_ and dtype ~= fine(w) and new(w.shape, dtype, w.device) or nil

@@ -18,7 +18,12 @@ local M = {
 }
 
 local MB = 2 ^ 20
-local loose_limit = 256 * MB
+
+-- How much may be live outside scopes on a device before the collector is called.
+local loose = {}
+for code, device in ipairs { "cpu", "cuda", "meta" } do
+  loose[device] = { memory = C.ds_memory_of(code - 1), limit = 256 * MB }
+end
 
 --- A scope that is not open yet.
 function M.new()
@@ -46,9 +51,10 @@ function M.adopt(t, numel)
     return
   end
   ffi.gc(t._c, C.ds_release)
-  if memory.loose > loose_limit then
+  local l = loose[t.device]
+  if l.memory.loose > l.limit then
     collectgarbage()
-    loose_limit = tonumber(memory.loose) * 1.4 + 256 * MB
+    l.limit = tonumber(l.memory.loose) * 1.4 + 256 * MB
   end
 end
 
@@ -64,7 +70,7 @@ end
 --- Drops a tensor's memory now; touching it later is an error that says `why`.
 function M.release(t, why)
   local c = t._c
-  if c.data ~= nil then
+  if c.storage ~= nil then
     C.ds_release(c)
     t._gone = why
   end

@@ -159,9 +159,10 @@ local function new(shape, dtype, device)
 end
 M.new = new
 
---- A message for a tensor that is used after its memory went; returns for one of the meta device.
+--- A message for a tensor that is used after its memory went; returns for one of the meta device
+-- that has not been released.
 local function revive(t, what)
-  if t.device == "meta" then return end
+  if t.device == "meta" and t._c.storage ~= nil then return end
   if t._unit then return M.gather(what, t) end
   raise("%s: tensor %s was released %s; t:keep() or t:detach() before that makes it survive", what,
     shape_string(t.shape), t._gone or "by backward()")
@@ -245,8 +246,11 @@ local function ops_of(device)
   return ops
 end
 
-local tables = {}
---- The kernels of a device (the ds_ops struct).
+-- The meta device's kernels have nothing to do.
+local function nothing() return 0 end
+local tables = { meta = setmetatable({}, { __index = function() return nothing end }) }
+
+--- The kernels of a device: the ds_ops struct; of meta, a table of functions.
 function M.kernels(device)
   local ops = tables[device]
   if not ops then
@@ -257,9 +261,8 @@ function M.kernels(device)
 end
 local kernels = M.kernels
 
---- Calls a kernel on dst's device unless that is meta; raises with `what` before the message.
+--- Calls a kernel on dst's device; raises with `what` before the message.
 local function run(what, device, ...)
-  if device == "meta" then return end
   local kernel = kernels(device)[what]
   if kernel == nil then raise("%s has no %s kernel", what, device) end
   return check(kernel(...), what)
@@ -601,13 +604,19 @@ end
 
 --- Whether somebody else holds the same storage: then it must not be changed in place.
 function M.shared(t)
-  return t._c.storage ~= nil and C.ds_references(t._c) > 1
+  return C.ds_references(t._c) > 1
 end
 
 -- ---- reading
 
-local function host_copy(t, dtype)
-  if t.device == "meta" then raise("a tensor on the meta device has a shape and no values") end
+local function need_values(t, what)
+  if t.device == "meta" then
+    raise("%s: a tensor on the meta device has a shape and no values", what)
+  end
+end
+
+local function host_copy(t, dtype, what)
+  need_values(t, what)
   local wide = new(t.shape, dtype, "cpu")
   run("copy", t.device, wide._c, t._c)
   return wide
@@ -625,7 +634,7 @@ function methods:item()
     if self.dtype == "bool" then return v ~= 0 end
     return v
   end
-  local wide = host_copy(self, floating[self.dtype] and "f64" or "i64")
+  local wide = host_copy(self, floating[self.dtype] and "f64" or "i64", "item")
   local v = tonumber(ffi.cast(element[wide.dtype], wide._c.data)[0])
   if self.dtype == "bool" then return v ~= 0 end
   return v
@@ -635,7 +644,7 @@ end
 function methods:tolist()
   need_tensor(self, "tolist", 1)
   if #self.shape == 0 then return self:item() end
-  local wide = host_copy(self, floating[self.dtype] and "f64" or "i64")
+  local wide = host_copy(self, floating[self.dtype] and "f64" or "i64", "tolist")
   local p, shape, at = ffi.cast(element[wide.dtype], wide._c.data), self.shape, 0
   local boolean = self.dtype == "bool"
   local function build(dim)
@@ -661,6 +670,7 @@ end
 -- @treturn cdata float *, int64_t * …; uint16_t * for bf16 and f16
 function methods:data_ptr()
   need_tensor(self, "data_ptr", 1)
+  need_values(self, "data_ptr")
   return ffi.cast(element[self.dtype] or "uint16_t *", self._c.data)
 end
 
@@ -693,6 +703,7 @@ end
 function methods:copy_(src)
   may_change(self, "copy_")
   need_tensor(src, "copy_", 2)
+  if self.device ~= "meta" then need_values(src, "copy_") end
   local a, b = self.shape, src.shape
   for i = 0, #b - 1 do
     local have = b[#b - i]

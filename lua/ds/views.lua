@@ -118,10 +118,8 @@ end
 --- A gradient of x's shape that is dy in one part and zero elsewhere.
 local function padded(x, dy, part)
   local dx = tensor.zeros(x.shape, { dtype = x.dtype, device = x.device })
-  if x.device ~= "meta" then
-    local where_to = part(dx)
-    run("copy", x.device, where_to._c, dy._c)
-  end
+  local where_to = part(dx)
+  run("copy", x.device, where_to._c, dy._c)
   return dx
 end
 
@@ -277,7 +275,6 @@ local concatenate = custom.variadic("cat", {
       shape[dim] = shape[dim] + t.shape[dim]
     end
     local y = new(shape, first.dtype, first.device)
-    if y.device == "meta" then return y end
     local at = 1
     for i = 1, #list do
       local part = view.narrow(y, dim, at, list[i].shape[dim])
@@ -366,6 +363,7 @@ for _, name in ipairs { "scatter_add", "scatter" } do
     tensor.need_tensor(src, name .. "_", 3)
     need_index(index, name .. "_")
     same_dtype(name .. "_", self, src)
+    shapes.same_device(name .. "_", self, index)
     local d = dim_of(dim, #self.shape, name .. "_")
     same_but(name .. "_", src, index)
     same_but(name .. "_", self, index, d)
@@ -412,6 +410,7 @@ function methods:masked_select(mask)
   tensor.need_tensor(self, "masked_select", 1)
   tensor.need_tensor(mask, "masked_select", 2)
   need_bool(mask, "masked_select")
+  shapes.same_device("masked_select", self, mask)
   if self.device == "meta" then
     raise("masked_select: the size depends on values, which meta has not")
   end

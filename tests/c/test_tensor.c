@@ -135,6 +135,7 @@ static void refused_shapes(void **state)
     assert_int_equal(ds_empty(&x, 99, DS_CPU, 1, two), DS_EINVAL);
     assert_int_equal(ds_empty(&x, DS_F32, DS_META, 1, two), 0);
     assert_null(x.data);
+    ds_release(&x);
     assert_int_equal(ds_empty(&x, DS_F32, DS_CPU, 1, two), 0);
     assert_int_equal(ds_narrow(&y, &x, 0, 1, 2), DS_ERANGE);
     assert_int_equal(ds_transpose(&y, &x, 0, 1), DS_EINVAL);
@@ -201,6 +202,41 @@ static void steady_state_takes_nothing(void **state)
     assert_int_equal(ds_memory_of(DS_CPU)->takes, takes);
 }
 
+/* The meta device's storages have no data; what they would take is counted like a CPU's. */
+static void meta_counts(void **state)
+{
+    const int64_t shape[] = {1 << 12, 1 << 20};
+    ds_memory *meta = ds_memory_of(DS_META), *cpu = ds_memory_of(DS_CPU);
+    int64_t live = cpu->live, tags[4] = {0}, bytes;
+    ds_tensor t, view, small;
+
+    (void)state;
+    cpu->tag = 3;
+    assert_int_equal(ds_empty(&t, DS_F32, DS_META, 2, shape), 0);
+    cpu->tag = 0;
+    assert_null(t.data);
+    assert_non_null(t.storage);
+    bytes = meta->live;
+    assert_true(bytes >= (int64_t)1 << 34 && bytes < ((int64_t)1 << 34) + 4096);
+    assert_int_equal(ds_memory_by_tag(DS_META, tags, 4), 512);
+    assert_int_equal(tags[3], bytes);
+    assert_int_equal(ds_transpose(&view, &t, 0, 1), 0);
+    assert_int_equal(ds_references(&t), 2);
+    ds_release(&t);
+    assert_int_equal(meta->live, bytes);
+    ds_release(&view);
+    assert_int_equal(meta->live, 0);
+    assert_int_equal(meta->peak, bytes);
+    ds_memory_reset_peak(DS_META);
+    assert_int_equal(ds_empty(&small, DS_BOOL, DS_META, 0, shape), 0);
+    assert_int_equal(meta->peak, 64);
+    ds_release(&small);
+    assert_int_equal(meta->takes, 0);
+    assert_int_equal(cpu->live, live);
+    assert_null(ds_memory_of(3));
+    assert_null(ds_memory_of(-1));
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -209,6 +245,7 @@ int main(void)
         cmocka_unit_test(refused_shapes),
         cmocka_unit_test(allocator_under_load),
         cmocka_unit_test(steady_state_takes_nothing),
+        cmocka_unit_test(meta_counts),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);

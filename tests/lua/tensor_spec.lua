@@ -69,6 +69,56 @@ describe("creation", function()
   end)
 end)
 
+describe("the meta device", function()
+  local function live() return ds.memory("meta").live end
+  it("counts what tensors would take, and takes nothing", function()
+    local before, rss = live(), ds.memory().rss
+    local x = ds.empty(2 ^ 20, 2 ^ 10, { device = "meta" })
+    assert.equal(2 ^ 32 + 192, live() - before) -- the allocator's distance between large pieces
+    local view = x:narrow(1, 1, 10)
+    ds.scope(function() return (view:t() + 1) end)
+    assert.equal("meta", x:to("cpu").device)
+    x, view = nil, nil -- luacheck: ignore
+    collectgarbage()
+    collectgarbage()
+    assert.equal(before, live())
+    assert(ds.memory().rss - rss < 2 ^ 24)
+  end)
+  it("has the peak of the same work on the CPU, backward included", function()
+    local function work(device)
+      return ds.on(device, function()
+        local w = ds.randn(64, 64, { requires_grad = true })
+        require("ds.ffi").C.ds_memory_reset_peak(device == "meta" and 2 or 0)
+        local before = ds.memory(device).live
+        ds.scope(function()
+          local x = ds.randn(512, 64)
+          for _ = 1, 4 do x = x:matmul(w):gelu() + x end
+          x:to("bf16"):float():square():mean():backward()
+        end)
+        return { ds.memory(device).live - before, ds.memory(device).peak - before }
+      end)
+    end
+    local real, counted = work "cpu", work "meta"
+    assert(real[2] > 2 ^ 20)
+    for i = 1, 2 do assert(math.abs(real[i] - counted[i]) < 4096, real[i] .. " " .. counted[i]) end
+  end)
+  it("says what was released, and that there are no values", function()
+    local kept
+    ds.scope(function() kept = { ds.empty(3, 2, { device = "meta" }) } end)
+    says("tensor [3 x 2] was released at the end of its scope", function() return kept[1] + 1 end)
+    local x, m = ds.zeros(2), ds.zeros(2, { device = "meta" })
+    says("item: a tensor on the meta device has a shape and no values",
+      function() return m:sum():item() end)
+    says("copy_: a tensor on the meta device", x.copy_, x, m)
+    says("data_ptr: a tensor on the meta device", m.data_ptr, m)
+    says("tensors on cpu and meta", x.add_, x, m)
+    says("where: tensors on cpu and meta", ds.where, m:gt(0), x, x)
+    says("tensors on cpu and meta", ds.F.embedding, ds.zeros(2, { device = "meta", dtype = "i64" }),
+      ds.zeros(2, 3))
+    m:copy_(x)
+  end)
+end)
+
 describe("views", function()
   local x = ds.arange(24):reshape(2, 3, 4)
   it("share memory", function()
