@@ -241,7 +241,8 @@ local function move_bucket(self, b, whole)
     local place = slice(whole, p._flat.offset - b.start, p.shape)
     local function move()
       run("copy", self.device, place._c, p._c)
-      if self.dtype ~= "f32" then copy_master(self, p, p:detach()) end
+      -- no p:detach(): until it was collected it would keep the memory that p is about to leave
+      if self.dtype ~= "f32" then copy_master(self, p, tensor.view.alias(p)) end
     end
     if p._unit then
       self.hold({ p }, nil, move)
