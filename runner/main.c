@@ -73,6 +73,10 @@ static int watch_signals(ds_host *host)
 
 static int refuse(const ds_options *options, const ds_rank *rank)
 {
+    if (options->command == DS_RUN_PLAN && rank->size > 1) {
+        fputs("dsrun: a plan is made by one process: start it without mpirun or srun\n", stderr);
+        return USAGE;
+    }
     if (!options->ranks || rank->launched != DS_BY_ANOTHER || rank->size == 1)
         return 0;
     fprintf(stderr,
@@ -119,6 +123,61 @@ static int show_env(ds_host *host, const ds_options *options)
     return code;
 }
 
+/* How many ranks, and on how many machines, a plan is for. */
+static int count_ranks(long long *ranks, int *machines, const ds_options *options)
+{
+    const int of_hosts = options->value[DS_OPT_hostfile] || options->value[DS_OPT_include] ||
+                         options->value[DS_OPT_exclude];
+    ds_plan plan;
+    int rc;
+
+    *machines = options->num_nodes ? options->num_nodes : 1;
+    *ranks = (long long)*machines * (options->num_slots ? options->num_slots : 1);
+    if (!of_hosts)
+        return 0;
+    rc = ds_plan_open(&plan, options);
+    if (rc == 0) {
+        *ranks = plan.ranks;
+        *machines = plan.hosts.count;
+    }
+    ds_plan_close(&plan);
+    return rc;
+}
+
+/* `dsrun plan`: the script, after lua/ds/plan.lua has taken the place of what would cost something. */
+static int make_plan(ds_host *host, const ds_options *options)
+{
+    static const enum ds_option_id sizes[] = {DS_OPT_memory, DS_OPT_flops, DS_OPT_bandwidth,
+                                              DS_OPT_disk};
+    static const char *const names[] = {"memory", "flops", "bandwidth", "disk"};
+    int code, exited, machines;
+    size_t bytes;
+    long long ranks;
+    char *text = NULL;
+    FILE *f;
+
+    code = count_ranks(&ranks, &machines, options);
+    if (code < 0)
+        return code;
+    f = open_memstream(&text, &bytes);
+    if (!f)
+        return ds_fail(DS_ENOMEM, "out of memory");
+    fprintf(f, "ranks=%lld\nmachines=%d\n", ranks, machines);
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+        if (options->value[sizes[i]])
+            fprintf(f, "%s=%s\n", names[i], options->value[sizes[i]]);
+    if (options->value[DS_OPT_json])
+        fputs("json=1\n", f);
+    fclose(f);
+    code = ds_host_call(host, "ds.plan", "begin", text, &exited);
+    if (code == 0 && !exited)
+        code = ds_host_script(host, &exited);
+    if (code == 0 && !exited)
+        code = ds_host_call(host, "ds.plan", "finish", NULL, &exited);
+    free(text);
+    return code;
+}
+
 static int run(ds_host *host, const ds_options *options)
 {
     const char *help = options->value[DS_OPT_config_help];
@@ -134,6 +193,8 @@ static int run(ds_host *host, const ds_options *options)
         return ds_host_call(host, "ds.repl", "run", NULL, &exited);
     if (options->command == DS_RUN_ENV)
         return show_env(host, options);
+    if (options->command == DS_RUN_PLAN)
+        return make_plan(host, options);
     return options->script ? ds_host_script(host, &exited) : 0;
 }
 
@@ -244,7 +305,7 @@ int main(int argc, char **argv)
     if (ds_options_parse(&options, argc, argv) < 0) {
         code = complain(USAGE);
     } else if (options.value[DS_OPT_help]) {
-        ds_options_help(stdout);
+        (options.command == DS_RUN_PLAN ? ds_options_plan_help : ds_options_help)(stdout);
         code = 0;
     } else if (options.value[DS_OPT_version]) {
         printf("dsrun %s (%s)\n", ds_version, ds_commit);

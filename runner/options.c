@@ -11,7 +11,7 @@
 #include "runner/log.h"
 #include "runner/suggest.h"
 
-enum action { DS_USE, DS_RANKS, DS_JOB, DS_NOTE, DS_REFUSE, GROUP };
+enum action { DS_USE, DS_RANKS, DS_JOB, DS_PLAN, DS_NOTE, DS_REFUSE, GROUP };
 
 typedef struct option {
     const char *name;
@@ -39,6 +39,7 @@ static const struct {
 } commands[] = {
     {"repl", DS_RUN_REPL, "read Lua line by line, print what it gives"},
     {"env", DS_RUN_ENV, "what this machine and this dsrun offer"},
+    {"plan", DS_RUN_PLAN, "what a script would take on so many ranks, without training"},
 };
 
 #define COMMANDS ((int)(sizeof commands / sizeof *commands))
@@ -100,6 +101,10 @@ static int keep(ds_options *options, const option *o, const char *value)
     case DS_JOB:
         if (!options->job)
             options->job = o->name;
+        break;
+    case DS_PLAN:
+        if (!options->plan)
+            options->plan = o->name;
         break;
     case DS_REFUSE:
         return ds_fail(DS_EINVAL, "--%s is not for dsrun: %s", o->name, o->help);
@@ -247,19 +252,35 @@ static int check_job(ds_options *options)
     options->elastic = options->value[DS_OPT_elastic] || options->value[DS_OPT_elastic_training];
     if (check_launcher(options) < 0)
         return DS_EINVAL;
-    if (options->job && !options->ranks)
+    if (options->job && !options->ranks && options->command != DS_RUN_PLAN)
         return ds_fail(DS_EINVAL,
                        "--%s is for a job of several ranks: add --num_gpus N, or --hostfile FILE",
                        options->job);
     if (options->elastic && !options->max_restarts)
         return ds_fail(DS_EINVAL, "--elastic is about starting again: add --max_restarts N");
+    if (options->command == DS_RUN_PLAN)
+        return 0; /* for as many ranks as it likes */
     if (options->value[DS_OPT_json] && !options->value[DS_OPT_dry_run])
-        return ds_fail(DS_EINVAL, "--json is for --dry-run");
+        return ds_fail(DS_EINVAL, "--json is for --dry-run, and for dsrun plan");
     if (options->command == DS_RUN_ENV && options->value[DS_OPT_hostfile])
         return 0; /* of all hosts */
     if (options->ranks && options->command != DS_RUN_SCRIPT)
         return ds_fail(DS_EINVAL, "repl and env are one process: leave out what asks for ranks "
                                   "(--hostfile FILE env asks all hosts)");
+    return 0;
+}
+
+static int check_plan(const ds_options *options)
+{
+    if (options->command != DS_RUN_PLAN)
+        return options->plan ? ds_fail(DS_EINVAL, "--%s is for a plan: dsrun plan --%s …",
+                                       options->plan, options->plan)
+                             : 0;
+    if (options->job)
+        return ds_fail(DS_EINVAL, "--%s is for a job that runs; leave it out of the plan",
+                       options->job);
+    if (!options->script && !options->value[DS_OPT_help])
+        return ds_fail(DS_EINVAL, "plan wants a script: dsrun plan --num_gpus 8 train.lua");
     return 0;
 }
 
@@ -297,7 +318,7 @@ static int check(ds_options *options)
     if (device && strcmp(device, "cpu") && strcmp(device, "cuda"))
         return ds_fail(DS_EINVAL, "--device wants cpu or cuda, not '%s'", device);
     take_hosts(options);
-    if (check_job(options) < 0)
+    if (check_job(options) < 0 || check_plan(options) < 0)
         return DS_EINVAL;
     if (!level && options->value[DS_OPT_quiet])
         level = "error";
@@ -309,34 +330,45 @@ static int check(ds_options *options)
     return 0;
 }
 
+/* Options up to the first word that is none, which is a script or a command. */
+static int read_options(ds_options *options, reader *in)
+{
+    int rc = 0;
+
+    while (rc == 0 && in->next < in->argc && in->argv[in->next][0] == '-' &&
+           in->argv[in->next][1]) {
+        const char *text = in->argv[in->next++];
+
+        if (!strcmp(text, "--"))
+            break;
+        rc = text[1] == '-' ? read_long(options, in, text) : read_letters(options, in, text);
+    }
+    if (rc < 0)
+        return rc;
+    options->script = in->next < in->argc ? in->argv[in->next++] : NULL;
+    options->arguments = in->argv + in->next;
+    options->count = in->argc - in->next;
+    return 0;
+}
+
 int ds_options_parse(ds_options *options, int argc, char **argv)
 {
     reader in = {argc, 1, argv};
-    int rc = 0;
+    int rc;
 
     memset(options, 0, sizeof *options);
     options->eval = calloc((size_t)argc + 1, sizeof *options->eval);
     if (!options->eval)
         return ds_fail(DS_ENOMEM, "out of memory");
-    while (rc == 0 && in.next < argc && argv[in.next][0] == '-' && argv[in.next][1]) {
-        const char *text = argv[in.next++];
-        if (!strcmp(text, "--"))
-            break;
-        rc = text[1] == '-' ? read_long(options, &in, text) : read_letters(options, &in, text);
-    }
-    if (rc < 0)
-        return rc;
-    if (in.next < argc) {
-        options->script = argv[in.next];
-        options->arguments = argv + in.next + 1;
-        options->count = argc - in.next - 1;
-        for (int i = 0; i < COMMANDS; i++)
-            if (!strcmp(options->script, commands[i].name))
-                options->command = commands[i].command;
-        if (options->command != DS_RUN_SCRIPT)
-            options->script = NULL;
-    }
-    return check(options);
+    rc = read_options(options, &in);
+    for (int i = 0; rc == 0 && options->script && i < COMMANDS; i++)
+        if (!strcmp(options->script, commands[i].name))
+            options->command = commands[i].command;
+    if (rc == 0 && options->command == DS_RUN_PLAN)
+        rc = read_options(options, &in); /* its own, and then its script */
+    else if (options->command != DS_RUN_SCRIPT)
+        options->script = NULL;
+    return rc < 0 ? rc : check(options);
 }
 
 /* ---- help */
@@ -350,6 +382,44 @@ void ds_options_usage(FILE *out)
         fprintf(out, "       dsrun %-6s %s\n", commands[i].name, commands[i].help);
 }
 
+static void show_option(FILE *out, const option *o)
+{
+    char left[64];
+
+    snprintf(left, sizeof left, "%c%c%s--%s%s%s", o->letter ? '-' : ' ',
+             o->letter ? o->letter : ' ', o->letter ? ", " : "  ", o->name, o->argument ? " " : "",
+             o->argument ? o->argument : "");
+    fprintf(out, "  %-30s  %s\n", left, o->help);
+}
+
+void ds_options_plan_help(FILE *out)
+{
+    static const enum ds_option_id ranks[] = {DS_OPT_num_gpus, DS_OPT_num_nodes, DS_OPT_hostfile,
+                                              DS_OPT_include,  DS_OPT_exclude,   DS_OPT_json};
+
+    fputs(
+        "usage: dsrun plan [options] train.lua [the script's options]\n\n"
+        "Says what each rank of a job would take, at every ZeRO stage: memory by what it is for,\n"
+        "what of that fits, bytes on the wire, and, given rates, the time of a step. Runs the\n"
+        "script's first steps on tensors that have shapes and no values, in this process alone;\n"
+        "loss:item() is 1, checkpoints are neither read nor written, and what the script prints\n"
+        "goes to standard error.\n\n",
+        out);
+    for (int i = 0; i < ROWS; i++)
+        for (size_t k = 0; k < sizeof ranks / sizeof *ranks; k++)
+            if (table[i].action != GROUP && table[i].id == (int)ranks[k])
+                show_option(out, &table[i]);
+    for (int i = 0; i < ROWS; i++)
+        if (table[i].action == DS_PLAN)
+            show_option(out, &table[i]);
+    fputs("\nexamples\n"
+          "  dsrun plan --num_gpus 8 --num_nodes 8 --memory 16GiB train.lua --deepspeed_config "
+          "ds.json\n"
+          "  dsrun plan -H hosts --flops 200G --bandwidth 10Gbit/s train.lua\n"
+          "  dsrun plan --num_gpus 64 --json train.lua\n",
+          out);
+}
+
 void ds_options_help(FILE *out)
 {
     ds_options_usage(out);
@@ -357,17 +427,10 @@ void ds_options_help(FILE *out)
           "In the names of options, - and _ are the same.\n",
           out);
     for (int i = 0; i < ROWS; i++) {
-        const option *o = &table[i];
-        char left[64];
-
-        if (o->action == GROUP) {
-            fprintf(out, "\n%s\n", o->name);
-            continue;
-        }
-        snprintf(left, sizeof left, "%c%c%s--%s%s%s", o->letter ? '-' : ' ',
-                 o->letter ? o->letter : ' ', o->letter ? ", " : "  ", o->name,
-                 o->argument ? " " : "", o->argument ? o->argument : "");
-        fprintf(out, "  %-30s  %s\n", left, o->help);
+        if (table[i].action == GROUP)
+            fprintf(out, "\n%s\n", table[i].name);
+        else
+            show_option(out, &table[i]);
     }
     fputs("\nexamples\n"
           "  dsrun models/gpt/train.lua --steps 500     train a character GPT\n"

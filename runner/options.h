@@ -11,7 +11,7 @@ enum ds_option_id {
     DS_OPTIONS
 };
 
-enum ds_command { DS_RUN_SCRIPT, DS_RUN_REPL, DS_RUN_ENV };
+enum ds_command { DS_RUN_SCRIPT, DS_RUN_REPL, DS_RUN_ENV, DS_RUN_PLAN };
 
 typedef struct ds_options {
     const char *value[DS_OPTIONS]; /* NULL: not given */
@@ -26,7 +26,8 @@ typedef struct ds_options {
     int srun;                 /* 1: srun starts the ranks; 0: mpirun */
     double timeout, grace;    /* seconds */
     int max_restarts, elastic, min_nodes, max_nodes; /* max_nodes 0: all */
-    const char *job; /* the first option that makes sense for a job of ranks only */
+    const char *job;  /* the first option that makes sense for a job of ranks only */
+    const char *plan; /* the first option that makes sense for a plan only */
 } ds_options;
 
 /* Options before the script are dsrun's, those after it the script's. DS_EINVAL: ds_error() says
@@ -35,5 +36,6 @@ int ds_options_parse(ds_options *options, int argc, char **argv);
 
 void ds_options_usage(FILE *out);
 void ds_options_help(FILE *out);
+void ds_options_plan_help(FILE *out); /* of `dsrun plan` */
 
 #endif

@@ -516,6 +516,7 @@ local function tell_done(r)
 end
 
 local function walk(placed, low, high, temporary, retain)
+  local outer = state.now -- one that makes its forward again, and runs that backwards
   local dense = high - low < 1e6
   local keys
   if not dense then
@@ -535,7 +536,7 @@ local function walk(placed, low, high, temporary, retain)
       finish(r, retain)
     end
   end
-  state.now = nil
+  state.now = outer
 end
 
 --- Runs backward from several tensors at once.
@@ -575,6 +576,9 @@ end
 
 --- Whether a record runs backwards now.
 function M.is_running() return state.now ~= nil end
+
+--- The record that does; nil outside backward.
+function M.running() return state.now end
 
 --- Gradients of all that this tensor was made of, added to their `.grad`.
 -- Frees every activation it passes; what you want to look at afterwards, `keep()` before.

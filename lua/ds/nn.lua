@@ -342,6 +342,9 @@ end
 --- Whether a module runs now.
 function M.is_running() return depth > 0 end
 
+--- The innermost one that does; nil: none.
+function M.running() return running[depth] end
+
 --- Forgets which modules run; the engine calls it before a forward, the last one may have failed.
 function M.reset_place() depth = 0 end
 

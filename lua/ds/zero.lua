@@ -38,6 +38,7 @@ zero_grads.extend(Zero)
 -- A bucket is at most so many elements, or one parameter: what is reduced, gathered and, at stage
 -- 3, whole at a time. Exchanging as much takes far longer than to start the exchange.
 local BUCKET = 2 ^ 20
+M.BUCKET = BUCKET
 
 -- ---- the map
 
