@@ -136,7 +136,7 @@ static ds_storage *list_find(struct pool *p, int64_t bytes)
     int i, j, tries = TRIES;
     uint32_t second;
     uint64_t first;
-    ds_storage *s;
+    ds_storage *s = NULL;
 
     class_of(bytes, &i, &j);
     for (s = p->lists[i][j]; s && tries--; s = s->next_free)
@@ -164,7 +164,7 @@ static int segment_take(ds_storage **out, int device, int64_t bytes)
     struct pool *p = &pools[device];
     const ds_backend *backend = ds_backend_of(device);
     int64_t total = bytes < SEGMENT_MIN ? SEGMENT_MIN : bytes;
-    ds_storage *s;
+    ds_storage *s = NULL;
     int rc;
 
     if (!backend)
@@ -279,7 +279,7 @@ int ds_storage_take(ds_storage **out, int device, int64_t bytes)
 {
     struct pool *p = &pools[device];
     const int64_t wanted = bytes;
-    ds_storage *s;
+    ds_storage *s = NULL;
     int rc;
 
     if (bytes < 0 || bytes > (int64_t)1 << 46)
