@@ -253,6 +253,45 @@ int ds_disk_free(int64_t *bytes, const char *path);
 int ds_temporary_name(char *out, int64_t bytes, const char *folder);
 int ds_temporary_dead(const char *name);
 
+/* ---- memory on a disk (offload.c) */
+
+/* How bytes move: DeepSpeed's `aio`. Without io_uring (or with DS_IO=plain or direct) there are
+ * threads * queue_depth threads, at most 16 unless `threads` is more, with one request each. */
+typedef struct ds_aio {
+    int64_t block_size;  /* bytes of a request, a multiple of 4096, at most 1 GiB */
+    int32_t queue_depth; /* requests that a thread has under way, at most 4096 */
+    int32_t threads;
+    int32_t single_submit;  /* 1: a call to the system for each request */
+    int32_t overlap_events; /* 0: new ones start when all that a thread has under way are over */
+} ds_aio;
+typedef struct ds_offload_counters {
+    int64_t reads, writes; /* requests */
+    int64_t bytes_read, bytes_written;
+    int64_t submits; /* calls that started requests */
+    int64_t refills; /* times that requests were started while others were under way */
+    int32_t most_under_way;
+    int32_t threads;
+    int32_t ringed; /* 1: io_uring */
+    int32_t direct; /* 1: past the page cache */
+} ds_offload_counters;
+
+/* A file of `bytes` in an existing folder, zeros at first; its room is taken at once (DS_EIO: the disk
+ * is full), its name goes at once where the file system allows it, else with close. close waits for
+ * what is under way. */
+typedef struct ds_offload ds_offload;
+int ds_offload_open(ds_offload **out, const char *folder, int64_t bytes, int slots,
+                    const ds_aio *aio);
+void ds_offload_close(ds_offload *f);
+const char *ds_offload_path(const ds_offload *f); /* as it was named; lives as long as f */
+void ds_offload_count(ds_offload_counters *out, ds_offload *f);
+/* Starts a transfer of all of t, dense on the CPU, from or to byte `at`; address, size and `at` are
+ * multiples of 4096. One at a time in each of the `slots`, in the order in which they are started, but
+ * several run at once. t's memory is kept alive; it must not be touched before the wait. */
+int ds_offload_read(ds_offload *f, int slot, ds_tensor *t, int64_t at);
+int ds_offload_write(ds_offload *f, int slot, const ds_tensor *t, int64_t at);
+/* Waits for the slot's transfer, and tells how it ended; 0 if there is none. */
+int ds_offload_wait(ds_offload *f, int slot);
+
 /* ---- data (tokens.c, data.c) */
 
 /* Characters and their ids: the distinct characters of a UTF-8 text by code point, from 0 on. text

@@ -167,7 +167,7 @@ static int open_for_writing(ds_file *f, int replace)
     }
     if (posix_memalign((void **)&f->blocks, DS_IO_ALIGN, (size_t)room))
         return ds_fail(DS_ENOMEM, "out of host memory");
-    if ((rc = ds_queue_open(&f->queue, mode)) < 0)
+    if ((rc = ds_queue_open(&f->queue, mode, DS_IO_DEPTH)) < 0)
         return rc;
     f->direct = mode != DS_IO_PLAIN;
     f->fd = ds_io_now()->open(replace ? name : f->path, flags | (f->direct ? O_DIRECT : 0), 0666);

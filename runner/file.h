@@ -21,15 +21,24 @@ enum ds_io_mode { DS_IO_PLAIN, DS_IO_DIRECT, DS_IO_URING };
 
 enum ds_io_mode ds_io_mode_wanted(void);
 
-/* A queue of writes to one file. In mode uring they run while the caller works; otherwise starting
- * one is doing it. Slots are the caller's: 0 to DS_IO_DEPTH - 1, one write each at a time, whose
- * data stays where it is until it is waited for. */
-int ds_queue_open(ds_queue **out, enum ds_io_mode mode);
+/* A queue of transfers between memory and files, for one thread. In mode uring they run while the
+ * caller works; otherwise starting one is doing it. Slots are the caller's: 0 to depth - 1, one
+ * transfer each at a time, whose memory stays where it is until it is waited for. */
+int ds_queue_open(ds_queue **out, enum ds_io_mode mode, int depth);
 void ds_queue_close(ds_queue *q);
-/* 0 or -errno; what is wrong with the transfer itself is told by ds_queue_wait. */
+int ds_queue_ringed(const ds_queue *q); /* 1: transfers run while the caller works */
+/* Starts a write. 0 or -errno; what is wrong with the transfer itself is told by ds_queue_wait. */
 int ds_queue_write(ds_queue *q, int slot, int fd, const void *data, int64_t bytes, int64_t at);
-/* Waits until the slot's last write is over: 0 when all of it was written, or -errno. */
+/* The same in two parts, so that several transfers start by one call to the system. */
+void ds_queue_prepare_write(ds_queue *q, int slot, int fd, const void *data, int64_t bytes,
+                            int64_t at);
+void ds_queue_prepare_read(ds_queue *q, int slot, int fd, void *data, int64_t bytes, int64_t at);
+int ds_queue_submit(ds_queue *q);
+/* Waits until the slot's last transfer is over: 0 when all of it was moved, or -errno; -ENODATA: the
+ * file ends before. next: until any is; *slot says which, -1 where waiting itself failed. There must
+ * be one. */
 int ds_queue_wait(ds_queue *q, int slot);
+int ds_queue_next(ds_queue *q, int *slot);
 
 /* ds_fail() with the reason in words for a file operation that gave -errno. */
 int ds_fail_io(int negative, const char *what, const char *path);

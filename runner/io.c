@@ -118,28 +118,31 @@ enum ds_io_mode ds_io_mode_wanted(void)
 
 /* ---- the queue */
 
+enum state { FREE, UNDER_WAY, OVER }; /* OVER: not yet waited for */
+
 struct transfer {
-    const char *data;
+    char *data;
     int64_t bytes, at;
-    int fd;
-    int busy;
+    int fd, writes;
+    enum state state;
     int result; /* once over: 0 or -errno */
 };
 
 struct ds_queue {
     struct io_uring ring;
-    struct transfer slots[DS_IO_DEPTH];
-    int ringed;
+    int ringed, depth;
+    struct transfer slots[]; /* [depth] */
 };
 
-int ds_queue_open(ds_queue **out, enum ds_io_mode mode)
+int ds_queue_open(ds_queue **out, enum ds_io_mode mode, int depth)
 {
-    ds_queue *q = calloc(1, sizeof *q);
+    ds_queue *q = calloc(1, sizeof *q + (size_t)depth * sizeof q->slots[0]);
 
     if (!q)
         return ds_fail(DS_ENOMEM, "out of host memory");
+    q->depth = depth;
     if (mode == DS_IO_URING)
-        q->ringed = io_uring_queue_init(DS_IO_DEPTH, &q->ring, 0) == 0;
+        q->ringed = io_uring_queue_init((unsigned)depth, &q->ring, 0) == 0;
     *out = q;
     return 0;
 }
@@ -148,11 +151,16 @@ void ds_queue_close(ds_queue *q)
 {
     if (!q)
         return;
-    for (int i = 0; i < DS_IO_DEPTH; i++)
-        ds_queue_wait(q, i); /* the kernel must not write to memory that is freed next */
+    for (int i = 0; i < q->depth; i++)
+        ds_queue_wait(q, i); /* the kernel must not touch memory that is freed next */
     if (q->ringed)
         io_uring_queue_exit(&q->ring);
     free(q);
+}
+
+int ds_queue_ringed(const ds_queue *q)
+{
+    return q->ringed;
 }
 
 /* O_DIRECT was accepted at open and is refused by the transfer: go on through the page cache. */
@@ -163,64 +171,129 @@ static int drop_direct(int fd)
     return flags >= 0 && (flags & O_DIRECT) && fcntl(fd, F_SETFL, flags & ~O_DIRECT) == 0;
 }
 
-/* Writes what is left after the first `done` bytes, here and now: all of it without a ring, else
+/* Moves what is left after the first `done` bytes, here and now: all of it without a ring, else
  * what the ring refused or cut short; a real error shows itself again. */
 static void finish(struct transfer *t, int64_t done)
 {
     t->result = 0;
+    t->state = OVER;
     while (done < t->bytes) {
-        ssize_t n = pwrite(t->fd, t->data + done, (size_t)(t->bytes - done), t->at + done);
+        char *data = t->data + done;
+        size_t left = (size_t)(t->bytes - done);
+        ssize_t n = t->writes ? pwrite(t->fd, data, left, t->at + done)
+                              : pread(t->fd, data, left, t->at + done);
 
         if (n > 0) {
             done += n;
         } else if (n == 0 || (errno != EINTR && !(errno == EINVAL && drop_direct(t->fd)))) {
-            t->result = n == 0 ? -EIO : -errno;
+            t->result = n < 0 ? -errno : t->writes ? -EIO : -ENODATA;
             return;
         }
     }
 }
 
-int ds_queue_write(ds_queue *q, int slot, int fd, const void *data, int64_t bytes, int64_t at)
+/* data is only read where it is to be written. */
+static void prepare(ds_queue *q, int slot, int fd, const void *data, int64_t bytes, int64_t at,
+                    int writes)
 {
     struct io_uring_sqe *sqe = q->ringed ? io_uring_get_sqe(&q->ring) : NULL;
     struct transfer *t = &q->slots[slot];
-    int rc;
 
-    *t = (struct transfer){.data = data, .bytes = bytes, .at = at, .fd = fd};
+    *t = (struct transfer){
+        .data = (char *)data, .bytes = bytes, .at = at, .fd = fd, .writes = writes};
     if (!sqe) {
         finish(t, 0);
-        return 0;
+        return;
     }
-    io_uring_prep_write(sqe, fd, data, (unsigned)bytes, (uint64_t)at);
+    t->state = UNDER_WAY;
+    if (writes)
+        io_uring_prep_write(sqe, fd, data, (unsigned)bytes, (uint64_t)at);
+    else
+        io_uring_prep_read(sqe, fd, t->data, (unsigned)bytes, (uint64_t)at);
     io_uring_sqe_set_data64(sqe, (uint64_t)slot);
+}
+
+void ds_queue_prepare_write(ds_queue *q, int slot, int fd, const void *data, int64_t bytes,
+                            int64_t at)
+{
+    prepare(q, slot, fd, data, bytes, at, 1);
+}
+
+void ds_queue_prepare_read(ds_queue *q, int slot, int fd, void *data, int64_t bytes, int64_t at)
+{
+    prepare(q, slot, fd, data, bytes, at, 0);
+}
+
+int ds_queue_submit(ds_queue *q)
+{
+    while (q->ringed && io_uring_sq_ready(&q->ring)) {
+        int rc = io_uring_submit(&q->ring);
+
+        if (rc < 0 && rc != -EINTR && rc != -EAGAIN && rc != -EBUSY)
+            return rc;
+    }
+    return 0;
+}
+
+int ds_queue_write(ds_queue *q, int slot, int fd, const void *data, int64_t bytes, int64_t at)
+{
+    int rc;
+
+    prepare(q, slot, fd, data, bytes, at, 1);
+    rc = ds_queue_submit(q);
+    if (rc < 0)
+        q->slots[slot].state = FREE;
+    return rc;
+}
+
+/* Waits until the ring has done one more transfer. */
+static int reap(ds_queue *q)
+{
+    struct io_uring_cqe *cqe;
+    struct transfer *t;
+    int moved, rc;
+
     do
-        rc = io_uring_submit(&q->ring);
-    while (rc == -EINTR || rc == -EAGAIN || rc == -EBUSY);
-    t->busy = rc >= 0;
-    return rc < 0 ? rc : 0;
+        rc = io_uring_wait_cqe(&q->ring, &cqe);
+    while (rc == -EINTR);
+    if (rc < 0)
+        return rc;
+    t = &q->slots[io_uring_cqe_get_data64(cqe)];
+    moved = cqe->res;
+    t->state = OVER;
+    io_uring_cqe_seen(&q->ring, cqe);
+    if (moved < t->bytes) {
+        drop_direct(t->fd); /* an odd rest is not aligned any more */
+        finish(t, moved > 0 ? moved : 0);
+    }
+    return 0;
 }
 
 int ds_queue_wait(ds_queue *q, int slot)
 {
-    while (q->slots[slot].busy) {
-        struct io_uring_cqe *cqe;
-        struct transfer *t;
-        int moved, rc = io_uring_wait_cqe(&q->ring, &cqe);
+    struct transfer *t = &q->slots[slot];
+    int rc = 0;
 
-        if (rc == -EINTR)
-            continue;
-        if (rc < 0)
-            return rc;
-        t = &q->slots[io_uring_cqe_get_data64(cqe)];
-        moved = cqe->res;
-        t->busy = 0;
-        io_uring_cqe_seen(&q->ring, cqe);
-        if (moved < t->bytes) {
-            drop_direct(t->fd); /* an odd rest is not aligned any more */
-            finish(t, moved > 0 ? moved : 0);
-        }
+    while (t->state == UNDER_WAY && rc >= 0)
+        rc = reap(q);
+    t->state = FREE;
+    return rc < 0 ? rc : t->result;
+}
+
+int ds_queue_next(ds_queue *q, int *slot)
+{
+    int rc = 0;
+
+    while (rc >= 0) {
+        for (int i = 0; i < q->depth; i++)
+            if (q->slots[i].state == OVER) {
+                *slot = i;
+                return ds_queue_wait(q, i);
+            }
+        rc = reap(q);
     }
-    return q->slots[slot].result;
+    *slot = -1;
+    return rc;
 }
 
 /* ---- reasons */

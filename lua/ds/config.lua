@@ -248,6 +248,16 @@ local function check_precision(context, config, source, root)
   end
 end
 
+-- Memory on a disk needs a folder.
+local function check_offload(context, config, source, root)
+  local wanted = (config.zero_optimization or {}).offload_optimizer
+  if not wanted or wanted.device ~= "nvme" or wanted.nvme_path then return end
+  local place = spec.inside(context, root, source, "zero_optimization")
+  local given = source.zero_optimization
+  spec.report(context, spec.inside(context, place, given, "offload_optimizer"),
+    'zero_optimization.offload_optimizer: device "nvme" needs nvme_path, a folder on the disk')
+end
+
 local function check(context, source, root, options)
   local config = spec.check(context, schema.fields, source, root)
   check_batch(context, config, source, root, options.world_size or 1)
@@ -258,6 +268,7 @@ local function check(context, source, root, options)
     check_scheduler(context, config.scheduler, source, root)
   end
   check_precision(context, config, source, root)
+  check_offload(context, config, source, root)
   return config
 end
 

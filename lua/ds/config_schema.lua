@@ -153,18 +153,9 @@ M.optimizers_later = {
 
 -- ZeRO --------------------------------------------------------------------------------------------
 
-local NVME = "use the memory of the GPU or CPU that trains"
-
-local function offload(name, what, more)
-  local fields = {
-    { "device", "string", "none", "where to keep the " .. what, enum = { "none", "cpu", "nvme" },
-      later = { cpu = GPUS, nvme = NVME } },
-    idle("nvme_path", "string", nil, "folder on the disk"),
-    idle("pin_memory", "boolean", true, "page-locked memory"),
-  }
-  for _, field in ipairs(more) do fields[#fields + 1] = field end
-  return { name, "object", nil, "keeps the " .. what .. " off the GPU", fields = fields,
-    optional = true }
+local function offload(name, help, fields)
+  table.insert(fields, idle("pin_memory", "boolean", true, "page-locked memory"))
+  return { name, "object", nil, help, fields = fields, optional = true }
 end
 
 -- stage3_x, also written x
@@ -202,22 +193,37 @@ local zero_fields = {
   idle("load_from_fp32_weights", "boolean", true, "resume from the fp32 weights; always so here"),
   idle("elastic_checkpoint", "boolean", false, "resume on another number of ranks; always " ..
     "possible here"),
-  offload("offload_param", "weights", {
+  offload("offload_param", "keeps the weights off the GPU", {
+    { "device", "string", "none", "where to keep the weights", enum = { "none", "cpu", "nvme" },
+      later = { cpu = GPUS, nvme = GPUS } },
+    idle("nvme_path", "string", nil, "folder on the disk"),
     idle("buffer_count", "integer", 5, "buffers", positive),
     idle("buffer_size", "integer", 1e8, "elements of a buffer", positive),
     idle("max_in_cpu", "integer", 1e9, "elements kept in memory", count),
   }),
-  offload("offload_optimizer", "optimizer's state", {
-    idle("buffer_count", "integer", 4, "buffers", positive),
-    idle("pipeline_read", "boolean", false, "read ahead"),
-    idle("pipeline_write", "boolean", false, "write behind"),
-    idle("fast_init", "boolean", false, "faster start"),
-    idle("ratio", "number", 1, "share that is kept off the GPU", { min = 0, max = 1 }),
+  offload("offload_optimizer", "keeps the optimizer's state, and fp32 master weights, elsewhere " ..
+    "than beside the weights; at any stage", {
+    { "device", "string", "none", "where to: \"nvme\" is a disk, from which state is streamed " ..
+      "through each update, with the same results; \"cpu\" is the memory in which it is without " ..
+      "a GPU, too", enum = { "none", "cpu", "nvme" } },
+    { "nvme_path", "string", nil, "folder on the disk, which must exist: each rank takes room " ..
+      "there for its state, in a file that has no name and goes with the process" },
+    { "buffer_count", "integer", 4, "blocks of state in memory at a time: of a million elements " ..
+      "or sub_group_size; of whole tensors for optimizers that need those, as Lamb and Muon. From " ..
+      "3 on reading, updating and writing go on at once.", min = 1, max = 1024 },
+    { "pipeline_read", "boolean", true, "read blocks ahead while others are updated (DeepSpeed's " ..
+      "default is false)" },
+    { "pipeline_write", "boolean", true, "go on while blocks are written (DeepSpeed's default is " ..
+      "false)" },
+    idle("fast_init", "boolean", false, "faster start; here it always is"),
+    { "ratio", "number", 1, "share of the blocks that is on the disk; the others stay in memory",
+      min = 0, max = 1 },
     idle("super_offload", "boolean", false, "SuperOffload"),
     idle("cpuadam_cores_perc", "number", 0.8, "share of the cores", { above = 0, max = 1 }),
   }),
   { "zenflow", "object", nil, "ZenFlow", status = "later", strict = true },
-  { "sub_group_size", "integer", 1e9, "most elements updated at a time (stage 3)", min = 1 },
+  { "sub_group_size", "integer", 1e9, "most elements updated at a time, at stage 3 and where " ..
+    "state is on a disk; there a million, if that is less", min = 1 },
   stage3("prefetch_bucket_size", "integer", nil, "elements gathered ahead of their use. " ..
     "Default: none on CPUs, where nothing runs beside it", count),
   stage3("param_persistence_threshold", "integer", 1e5, "parameters with fewer elements are " ..
@@ -256,8 +262,7 @@ local zero_fields = {
   idle("enable_sanity_checks", "boolean", false, "further checks"),
   idle("save_muon_momentum_buffer_in_memory", "boolean", false, "keep Muon's momentum in memory"),
   idle("leaf_module", "object", nil, "modules that are fetched whole (stage 3)"),
-  { "cpu_offload", "boolean", false, "old name of offload_optimizer", status = "later",
-    why = GPUS },
+  idle("cpu_offload", "boolean", false, "old name of offload_optimizer's device \"cpu\""),
   { "cpu_offload_param", "boolean", false, "old name of offload_param", status = "later",
     why = GPUS, alias = { "cpu_offload_params" } },
   idle("cpu_offload_use_pin_memory", "boolean", false, "old name of pin_memory"),
@@ -460,15 +465,21 @@ M.groups = {
         switch("profile", "time them"),
         idle("number_checkpoints", "integer", nil, "how many", count),
       } },
-    idle("aio", "object", nil, "reading and writing state on disks", { fields = {
-      idle("block_size", "integer", 1048576, "bytes of a request", positive),
-      idle("queue_depth", "integer", 8, "requests under way", positive),
-      idle("intra_op_parallelism", "integer", 1, "threads", { min = 1,
-        alias = { "thread_count" } }),
-      idle("single_submit", "boolean", false, "submit one by one"),
-      idle("overlap_events", "boolean", true, "submit and wait at once"),
-      idle("use_gds", "boolean", false, "GPUDirect storage"),
-    } }),
+    { "aio", "object", nil, "reading and writing state on disks (offload_optimizer)", fields = {
+      { "block_size", "integer", 1048576, "bytes of a request, a multiple of 4096", min = 4096,
+        max = 2 ^ 30, check = function(v)
+          if v % 4096 ~= 0 then return ("%d is no multiple of 4096"):format(v) end
+        end },
+      { "queue_depth", "integer", 8, "requests that a thread has under way", min = 1, max = 4096 },
+      { "intra_op_parallelism", "integer", 1, "threads that read and write. Where the system has " ..
+        "no io_uring, there is one for each request that would be under way, at most 16, unless " ..
+        "more are asked for.", min = 1, max = 1024, alias = { "thread_count" } },
+      { "single_submit", "boolean", false, "a call to the system for each request, instead of one " ..
+        "for all that may start" },
+      { "overlap_events", "boolean", true, "start requests as soon as others end; false: when all " ..
+        "that a thread has under way have ended" },
+      switch("use_gds", "read from disks straight into the GPU", GPUS),
+    } },
     idle("disable_python_gc", "boolean", false, "there is no Python here"),
   } },
   { "Parallelism", {

@@ -24,6 +24,7 @@ local nn = require "ds.nn"
 local optim = require "ds.optim"
 local schedule = require "ds.schedule"
 local zero = require "ds.zero"
+local offload = require "ds.offload"
 local replicas = require "ds.replicas"
 local together = require "ds.together"
 local config = require "ds.config"
@@ -99,6 +100,7 @@ local short = { fp32 = "f32", fp16 = "f16", bf16 = "bf16" } -- DeepSpeed's names
 --- The partitioned optimizer: flat buffers, and what this rank updates of them.
 local function partition(self)
   local c = self.config.zero_optimization
+  self.offload = offload.new(self.config)
   self.zero = zero.new(self.optimizer.param_groups, {
     dtype = self.dtype, grad_dtype = self.precision.grad_dtype,
     device = self.device, stage = c.stage, op = self.config.gradient_allreduce_op,
@@ -108,13 +110,14 @@ local function partition(self)
     sub_group_size = c.sub_group_size, small = c.stage3_param_persistence_threshold,
     most_small = c.stage3_model_persistence_threshold, prefetch = c.stage3_prefetch_bucket_size,
     max_live = c.stage3_max_live_parameters, max_reuse = c.stage3_max_reuse_distance,
+    store = self.offload,
   })
   self.params = self.zero.params
   for _, p in ipairs(self.params) do p._engine = self end
   -- where the parameters were before: the optimizer's vectors would take parts of it, and the rest
   -- could not be given back
   tensor.empty_cache(self.device)
-  self.optimizer:bind(self.zero.segments)
+  self.optimizer:bind(self.zero.segments, self.offload)
 end
 
 --- Casts what does not train, and shards it where weights are.
@@ -553,6 +556,7 @@ function Engine:step()
     end
     local clip = self.config.gradient_clipping
     local factor = clip > 0 and norm + 1e-6 > clip and clip / (norm + 1e-6) or 1
+    if self.offload then self.offload.place = ("step %d"):format(self.global_steps + 1) end
     self.optimizer:step(factor / self:loss_scale())
     self.zero:gather()
     finish_step(self, true, norm)

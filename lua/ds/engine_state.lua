@@ -14,6 +14,7 @@ local comm = require "ds.comm"
 local together = require "ds.together"
 local replicas = require "ds.replicas"
 local json = require "ds.json"
+local offload = require "ds.offload"
 local F = require "ds.functional"
 
 local raise, run, slice = border.raise, tensor.run, tensor.view.slice_flat
@@ -42,7 +43,8 @@ local function model_tensors(engine)
 end
 
 --- Calls f(name, tensor, key, parameter, from) for each stretch of the optimizer's vectors: the
--- fp32 master ("fp32/NAME", where weights are of lower precision) and its state ("exp_avg/NAME").
+-- fp32 master ("fp32/NAME", where weights are of lower precision) and its state ("exp_avg/NAME"). On
+-- a disk, perhaps: offload.each.
 -- @tparam string which "each_owned": what this rank saves; "each_piece": what it holds
 local function each_vector(engine, which, f)
   local zero = engine.zero
@@ -52,7 +54,7 @@ local function each_vector(engine, which, f)
       zero[which](zero, p, function(piece, from, segment, at)
         local shape = piece.shape
         local function give(key, flat)
-          f(key .. "/" .. e.name, slice(flat:view(-1), at, shape), p, from)
+          f(key .. "/" .. e.name, offload.slice(flat, at, shape), p, from)
         end
         if segment.low then give("fp32", segment.p) end
         for _, key in ipairs(engine.optimizer.param_groups[segment.group].rule.state) do
@@ -183,14 +185,18 @@ local function read_weight(engine, saved, w, fp32)
   if not p._flat or p.dtype == "f32" then return read_whole(engine, saved, w, fp32, p) end
   local master
   engine.zero:each_piece(p, function(piece)
-    if piece:numel() == p:numel() then master = piece:view(unpack(p.shape)) end
+    if piece:numel() == p:numel() and not offload.is_stored(piece) then
+      master = piece:view(unpack(p.shape))
+    end
   end)
   local values = master or tensor.new(p.shape, "f32", engine.device)
   read_whole(engine, saved, w, fp32, values)
   run("copy", p.device, p._c, values._c)
   if master then return end
   engine.zero:each_piece(p, function(piece, from)
-    run("copy", p.device, piece._c, slice(values:view(-1), from, piece.shape)._c)
+    offload.each(piece, function(t, first)
+      run("copy", p.device, t._c, slice(values:view(-1), from + first, t.shape)._c)
+    end, true)
   end)
   scope.release(values, "after it was loaded")
 end
@@ -282,7 +288,10 @@ function M.load_checkpoint(engine, dir, tag, options)
     end
     if with_optimizer then
       each_vector(engine, "each_piece", function(name, t, _, from)
-        if name:sub(1, 5) ~= "fp32/" then saved:read("optim", name, t, { from = from }) end
+        if name:sub(1, 5) == "fp32/" then return end
+        offload.each(t, function(part, first)
+          saved:read("optim", name, part, { from = from + first })
+        end, true)
       end)
     end
   end

@@ -295,11 +295,12 @@ end
 --- Takes the segments that the engine made: all that step() updates from now on.
 -- @tparam table segments { p, g, low, group = index }, …: dense p (fp32) and g; low is the copy in
 -- low precision or nil; in the parameter's shape where the group's rule needs whole tensors
-function Optimizer:bind(segments)
-  self.segments = segments
+-- @tparam[opt] table store where vectors of theirs lie that are not in memory (ds/offload.lua)
+function Optimizer:bind(segments, store)
+  self.segments, self.store = segments, store
   for _, s in ipairs(segments) do
     local group = self.param_groups[s.group]
-    s.state = new_state(group.rule, group, s.p)
+    s.state = s.state or new_state(group.rule, group, s.p)
   end
 end
 
@@ -334,7 +335,9 @@ function Optimizer:step(gscale)
       segments = {}
       for i, group in ipairs(self.param_groups) do own_segments(group, i, segments) end
     end
-    for _, s in ipairs(segments) do apply(s, self.param_groups[s.group], gscale) end
+    local function update(s) apply(s, self.param_groups[s.group], gscale) end
+    if self.store then return self.store:stream(update) end
+    for _, s in ipairs(segments) do update(s) end
   end)
 end
 

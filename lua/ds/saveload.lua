@@ -6,6 +6,7 @@
 local ffi = require "ffi"
 local border = require "ds.ffi"
 local json = require "ds.json"
+local offload = require "ds.offload"
 local scope = require "ds.scope"
 local tensor = require "ds.tensor"
 
@@ -50,7 +51,7 @@ local function describe(list, what)
   for i, item in ipairs(list) do
     local name, t = item[1], item[2]
     local e = entries[i - 1]
-    tensor.need_tensor(t, what, i)
+    if not offload.is_stored(t) then tensor.need_tensor(t, what, i) end
     if t.device == "meta" then
       raise("%s: '%s' is on the meta device and has no data", what, tostring(name))
     end
@@ -65,6 +66,13 @@ end
 
 --- Appends a tensor's elements in row-major order.
 local function append(f, t)
+  if offload.is_stored(t) then
+    local rc = 0
+    t:each(function(part)
+      rc = rc < 0 and rc or C.ds_file_append(f, part._c.data, bytes_of(part), 0)
+    end)
+    return rc
+  end
   if t.device == "cpu" and t._c.dense == 1 then
     return C.ds_file_append(f, t._c.data, bytes_of(t), 1)
   end
@@ -77,7 +85,7 @@ end
 
 --- Writes a safetensors file, durably.
 -- @tparam string path
--- @tparam table list of { name, tensor }
+-- @tparam table list of { name, tensor }; a tensor may be a vector on a disk (ds/offload.lua)
 -- @tparam table options `replace`: whether a file of that name is replaced, at once and only by a
 -- whole one (else it is an error, and the folder is the caller's to sync); `meta`: array of key,
 -- value, key, value…, strings; `what`: the caller, for messages

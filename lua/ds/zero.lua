@@ -23,6 +23,7 @@ local scope = require "ds.scope"
 local tensor = require "ds.tensor"
 local autograd = require "ds.autograd"
 local comm = require "ds.comm"
+local offload = require "ds.offload"
 local zero_grads = require "ds.zero_grads"
 
 local C, check, raise, run = border.C, border.check, border.raise, tensor.run
@@ -202,7 +203,7 @@ local function add_segment(self, b, from, n, shape, name)
     p = weights }
   if self.dtype ~= "f32" then
     s.low = weights
-    s.p = tensor.zeros(shape, { dtype = "f32", device = self.device }):keep()
+    s.p = not self.store and tensor.zeros(shape, { dtype = "f32", device = self.device }):keep()
   end
   self.segments[#self.segments + 1] = s
 end
@@ -232,7 +233,9 @@ end
 local function copy_master(self, p, values)
   values = values:contiguous():view(-1)
   self:each_piece(p, function(piece, from)
-    run("copy", self.device, piece._c, slice(values, from, piece.shape)._c)
+    offload.each(piece, function(t, first)
+      run("copy", self.device, t._c, slice(values, from + first, t.shape)._c)
+    end, true)
   end)
 end
 
@@ -289,7 +292,7 @@ end
 --   gradients travel in, if another than their own), reduce_scatter, contiguous, round_robin
 --   (booleans); in elements reduce_bucket_size, allgather_bucket_size, sub_group_size, small (a
 --   parameter with fewer is never split), most_small (all of those together), prefetch, max_live,
---   max_reuse
+--   max_reuse; store (where the segments' own vectors lie, if not in memory: ds/offload.lua)
 function M.new(groups, options)
   local ranks = comm.world_size()
   local self = setmetatable({
@@ -300,7 +303,7 @@ function M.new(groups, options)
     wire = options.wire and tensor.codes[options.wire] or -1,
     reduce_scatter = options.reduce_scatter ~= false, hold = function(_, _, f) return f() end,
     allgather_bucket_size = max(16, floor(options.allgather_bucket_size / 16) * 16),
-    rank = comm.rank(), ranks = ranks,
+    rank = comm.rank(), ranks = ranks, store = options.store,
   }, Zero)
   if self.stage == 3 or any_unit(groups) then
     local zero_params = require "ds.zero_params"
@@ -311,6 +314,7 @@ function M.new(groups, options)
   make_buckets(self, make_map(self, groups, options))
   lay_weights(self)
   cut(self, options.sub_group_size)
+  if self.store then self.store:lay(self.segments, groups) end
   lay_gradients(self)
   scope.no_grad(move_in, self)
   if self.stage >= 2 then self:shard_gradients() end
@@ -337,14 +341,15 @@ function Zero:set_grad_dtype(dtype)
 end
 
 --- Calls f(piece, from, segment, at) for each stretch of parameter p that this rank's fp32 weights
--- have: `piece` is a slice of them, `from` its first element in p, `at` in the segment.
+-- have: `piece` is a slice of them (on a disk, perhaps: offload.each), `from` its first element in p,
+-- `at` in the segment.
 function Zero:each_piece(p, f)
   local at = p._flat
   local first, last = at.offset, at.offset + at.numel
   for _, s in ipairs(self.segments) do
     local from, to = max(first, s.from), min(last, s.to)
     if s.group == at.group and from < to then
-      f(slice(s.p:view(-1), from - s.from, { to - from }), from - first, s, from - s.from)
+      f(offload.slice(s.p, from - s.from, { to - from }), from - first, s, from - s.from)
     end
   end
 end
@@ -360,7 +365,7 @@ function Zero:each_owned(p, f)
     for _, b in ipairs(self.buckets) do
       local lo, hi = max(first, b.from), min(first + piece:numel(), b.to)
       if b.group == at.group and lo < hi then
-        f(slice(piece, lo - first, { hi - lo }), lo - at.offset, s, offset + lo - first)
+        f(offload.slice(piece, lo - first, { hi - lo }), lo - at.offset, s, offset + lo - first)
       end
     end
   end)
@@ -457,9 +462,10 @@ function Zero:let_go()
   self:drop_gradients()
   for _, s in ipairs(self.segments) do
     scope.release(s.g, why)
-    if s.low then scope.release(s.p, why) end
-    for _, t in pairs(s.state or {}) do scope.release(t, why) end
+    if s.low then offload.release(s.p, why) end
+    for _, t in pairs(s.state or {}) do offload.release(t, why) end
   end
+  if self.store then self.store:close() end
   for _, b in ipairs(self.buckets) do
     for _, t in ipairs { b.grad or false, b.own or false } do
       if t then scope.release(t, why) end

@@ -13,6 +13,7 @@ local tensor = require "ds.tensor"
 local nn = require "ds.nn"
 local comm = require "ds.comm"
 local zero_params = require "ds.zero_params"
+local offload = require "ds.offload"
 local F = require "ds.functional"
 
 local C, check, raise, run = border.C, border.check, border.raise, tensor.run
@@ -110,7 +111,7 @@ local function engine_of(what, p)
   return p._engine
 end
 
---- Calls f(stretch, from) for what this rank holds of one vector of a parameter.
+--- Calls f(stretch, from) for what this rank has of one vector of a parameter.
 local function each_stretch(engine, p, name, what, f)
   local rule = engine.optimizer.param_groups[p._flat.group].rule
   local known = name == "fp32" or name == "grad"
@@ -122,7 +123,7 @@ local function each_stretch(engine, p, name, what, f)
   engine.zero:each_owned(p, function(piece, from, segment, at)
     local flat = name == "fp32" and segment.p or name == "grad" and segment.g
       or segment.state[name]
-    f(slice(flat:view(-1), at, piece.shape), from)
+    offload.each(offload.slice(flat, at, piece.shape), function(t, first) f(t, from + first) end)
   end)
 end
 
@@ -192,7 +193,9 @@ function M.set_full(p, values, name)
       local to = name == "fp32" and s.p or name == "grad" and s.g or s.state[name]
       if not to then each_stretch(engine, p, name, "zero.set_full") end
       local part = slice(flat, from, piece.shape)
-      run("copy", p.device, slice(to:view(-1), at, piece.shape)._c, part._c)
+      offload.each(offload.slice(to, at, piece.shape), function(t, first)
+        run("copy", p.device, t._c, slice(part, first, t.shape)._c)
+      end, true)
       if name == "fp32" and s.low then
         run("copy", p.device, slice(s.low:view(-1), at, piece.shape)._c, part._c)
       end

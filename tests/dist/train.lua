@@ -5,7 +5,8 @@
 -- Further: save=DIR (after the last step), load=DIR (before the first), batch=24 samples a step on
 -- all ranks together, stop_at=N: the last rank sends itself SIGTERM before that step, clip=1,
 -- bucket=N elements, small=N: parameters with fewer are not split at stage 3, prefetch=N and
--- reuse=N elements, init=1: built by ds.zero.init.
+-- reuse=N elements, init=1: built by ds.zero.init, offload=DIR: the optimizer's state on a disk,
+-- in blocks of 2048 elements.
 --
 -- Rank 0 prints "step LOSS NORM" for each step, then "samples COUNTS" (how often each was handed to
 -- any rank in training), "eval LOSS", and "weights HASH HASH …", one a rank.
@@ -92,7 +93,9 @@ local engine, _, loader = ds.initialize {
     fp16 = opt.dtype == "fp16" and { enabled = true, initial_scale_power = 8 } or nil,
     zero_optimization = { stage = opt.stage, reduce_bucket_size = opt.bucket,
       stage3_param_persistence_threshold = opt.small, stage3_prefetch_bucket_size = opt.prefetch,
-      stage3_max_reuse_distance = opt.reuse },
+      stage3_max_reuse_distance = opt.reuse,
+      sub_group_size = opt.offload and 2048 or nil,
+      offload_optimizer = opt.offload and { device = "nvme", nvme_path = opt.offload } or nil },
     optimizer = { type = opt.optimizer, params = { lr = rates[opt.optimizer] or 1e-2 } },
     scheduler = { type = "WarmupDecayLR", params = { total_num_steps = 60, warmup_num_steps = 4,
       warmup_max_lr = rates[opt.optimizer] or 1e-2 } },
