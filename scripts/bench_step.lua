@@ -1,10 +1,11 @@
 --- Our side of `make bench`: a process that trains on command, so that sides take turns.
 --
 --     dsrun scripts/bench_step.lua nano|char|gpt2 fp32|bf16 [folder=F] [batch=N] [stage=N]
---         [commands=F]
+--         [offload=F] [commands=F]
 --
--- Full steps through the engine: forward, backward, clipping, AdamW; batch: samples a rank. For
--- each line on standard input (rank 0's), or of the named pipe `commands`, one on standard output:
+-- Full steps through the engine: forward, backward, clipping, AdamW; batch: samples a rank;
+-- offload: the folder that keeps AdamW's state. For each line on standard input (rank 0's), or of
+-- the named pipe `commands`, one on standard output:
 --
 --     SECONDS   trains that long, at least one step; on several ranks, so many steps
 --               → median_ms min_ms steps loss
@@ -13,6 +14,8 @@
 --     count     gives cached memory back              → parameters, then for each rank
 --                                                       live_bytes now_kB import_kB
 --     reset     starts a new peak                     → ok
+--     stream    reads all state from the disk and writes it back: an update without arithmetic
+--                                                     → ms bytes
 --     save      writes a checkpoint                   → ms
 --     load      reads it                              → ms
 --     q         ends
@@ -45,7 +48,8 @@ for i = 3, #arg do
   options[key or ""] = value
 end
 if not config or (dtype ~= "fp32" and dtype ~= "bf16") or options[""] then
-  error("usage: bench_step.lua nano|char|gpt2 fp32|bf16 [folder=F] [batch=N] [stage=N]", 0)
+  error("usage: bench_step.lua nano|char|gpt2 fp32|bf16 [folder=F] [batch=N] [stage=N] [offload=F]",
+    0)
 end
 
 local folder, batch = options.folder, tonumber(options.batch) or config.batch
@@ -58,7 +62,8 @@ local engine = ds.initialize {
     train_micro_batch_size_per_gpu = batch,
     gradient_clipping = 1.0,
     bf16 = { enabled = dtype == "bf16" },
-    zero_optimization = { stage = tonumber(options.stage) or 0 },
+    zero_optimization = { stage = tonumber(options.stage) or 0,
+      offload_optimizer = options.offload and { device = "nvme", nvme_path = options.offload } },
     optimizer = { type = "AdamW", params = { lr = 1e-3, betas = { 0.9, 0.95 } } },
   },
 }
@@ -113,6 +118,13 @@ local answers = {
     file:write "5"
     file:close()
     return "ok"
+  end,
+  stream = function()
+    local before = engine.offload:counters()
+    local ms = timed(function() engine.offload:stream(function() end) end)
+    local after = engine.offload:counters()
+    return ("%s %d"):format(ms, after.bytes_read + after.bytes_written - before.bytes_read
+      - before.bytes_written)
   end,
   save = function()
     return timed(function() engine:save_checkpoint(folder, "bench") end)

@@ -208,13 +208,13 @@ local zero_fields = {
       "a GPU, too", enum = { "none", "cpu", "nvme" } },
     { "nvme_path", "string", nil, "folder on the disk, which must exist: each rank takes room " ..
       "there for its state, in a file that has no name and goes with the process" },
-    { "buffer_count", "integer", 4, "blocks of state in memory at a time: of a million elements " ..
-      "or sub_group_size; of whole tensors for optimizers that need those, as Lamb and Muon. From " ..
-      "3 on reading, updating and writing go on at once.", min = 1, max = 1024 },
-    { "pipeline_read", "boolean", true, "read blocks ahead while others are updated (DeepSpeed's " ..
-      "default is false)" },
-    { "pipeline_write", "boolean", true, "go on while blocks are written (DeepSpeed's default is " ..
-      "false)" },
+    { "buffer_count", "integer", 4, "blocks of state in memory at a time: of sub_group_size " ..
+      "elements, or whole tensors for optimizers that need those, as Lamb and Muon. From 3 on " ..
+      "reading, updating and writing go on at once.", min = 1, max = 1024 },
+    { "pipeline_read", "boolean", true, "read blocks ahead while others are updated " ..
+      "(DeepSpeed's default is false)" },
+    { "pipeline_write", "boolean", true, "go on while blocks are written (DeepSpeed's default " ..
+      "is false)" },
     idle("fast_init", "boolean", false, "faster start; here it always is"),
     { "ratio", "number", 1, "share of the blocks that is on the disk; the others stay in memory",
       min = 0, max = 1 },
@@ -471,13 +471,13 @@ M.groups = {
           if v % 4096 ~= 0 then return ("%d is no multiple of 4096"):format(v) end
         end },
       { "queue_depth", "integer", 8, "requests that a thread has under way", min = 1, max = 4096 },
-      { "intra_op_parallelism", "integer", 1, "threads that read and write. Where the system has " ..
-        "no io_uring, there is one for each request that would be under way, at most 16, unless " ..
-        "more are asked for.", min = 1, max = 1024, alias = { "thread_count" } },
-      { "single_submit", "boolean", false, "a call to the system for each request, instead of one " ..
-        "for all that may start" },
-      { "overlap_events", "boolean", true, "start requests as soon as others end; false: when all " ..
-        "that a thread has under way have ended" },
+      { "intra_op_parallelism", "integer", 1, "threads that read and write. Where the system " ..
+        "has no io_uring, there is one for each request that would be under way, at most 16, " ..
+        "unless more are asked for.", min = 1, max = 1024, alias = { "thread_count" } },
+      { "single_submit", "boolean", false, "a call to the system for each request, instead of " ..
+        "one for all that may start" },
+      { "overlap_events", "boolean", true, "start requests as soon as others end; false: when " ..
+        "all that a thread has under way have ended" },
       switch("use_gds", "read from disks straight into the GPU", GPUS),
     } },
     idle("disable_python_gc", "boolean", false, "there is no Python here"),

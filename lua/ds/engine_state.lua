@@ -43,8 +43,8 @@ local function model_tensors(engine)
 end
 
 --- Calls f(name, tensor, key, parameter, from) for each stretch of the optimizer's vectors: the
--- fp32 master ("fp32/NAME", where weights are of lower precision) and its state ("exp_avg/NAME"). On
--- a disk, perhaps: offload.each.
+-- fp32 master ("fp32/NAME", where weights are of lower precision) and its state ("exp_avg/NAME").
+-- They may be on a disk: offload.each.
 -- @tparam string which "each_owned": what this rank saves; "each_piece": what it holds
 local function each_vector(engine, which, f)
   local zero = engine.zero

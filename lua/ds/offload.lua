@@ -1,16 +1,16 @@
 --- The optimizer's vectors on a disk: the fp32 master, where weights are of lower precision, and
 -- the rule's state.
 --
--- Each rank has one file. A segment's vectors lie in it block by block, those of a block beside each
--- other: flat segments in blocks of at most sub_group_size elements (and a million), a segment that
--- is a whole tensor as one. An update streams all blocks through memory in order: while one is
+-- Each rank has one file. A segment's vectors lie in it block by block, those of a block beside
+-- each other: flat segments in blocks of at most sub_group_size elements (and a million), a segment
+-- that is a whole tensor as one. An update streams all blocks through memory in order: while one is
 -- updated, the next ones are read and those before are written.
 --
 --     [p₁ | exp_avg₁ | exp_avg_sq₁] [p₂ | exp_avg₂ | exp_avg_sq₂] …
 --
 -- What has no place in memory is a Stored vector: it stands where a tensor would in segment.p and
--- segment.state, knows dtype, shape and numel(), and gives its elements out in stretches. `slice` and
--- `each` take tensors as well, so that code need not ask which it has.
+-- segment.state, knows dtype, shape and numel(), and gives its elements out in stretches. `slice`
+-- and `each` take tensors as well, so that code need not ask which it has.
 
 local ffi = require "ffi"
 local border = require "ds.ffi"
@@ -27,6 +27,8 @@ local M = {}
 local PAGE = 4096 / 4   -- elements: what a disk moves without the page cache begins and ends there
 local BLOCK = 2 ^ 20    -- elements of each vector in a block of a flat segment, at most
 local STRETCH = 2 ^ 20  -- elements that `each` hands out at a time, at most
+
+local MASTER = {} -- stands for segment.p among the names of state
 
 local function pages(n) return ceil(n / PAGE) * PAGE end
 
@@ -75,6 +77,7 @@ end
 --- Calls f(t, first) for stretches of the vector, in order: t has its elements from `first` on
 -- (0-based), for the length of the call. `writes`: what f leaves in t is kept.
 function Stored:each(f, writes)
+  self.store:alive()
   local from, to = self.from, self.from + self:numel()
   for _, block in ipairs(self.blocks) do
     local a, stop = max(from, block.from) - block.from, min(to, block.to) - block.from
@@ -122,7 +125,7 @@ function M.new(config)
   local wanted = config.zero_optimization.offload_optimizer
   if not wanted or wanted.device == "none" then return nil end
   if wanted.device == "cpu" then
-    log.info("offload_optimizer.device \"cpu\": the optimizer's state is in the CPU's memory anyway")
+    log.info("offload_optimizer.device \"cpu\": that is where the optimizer's state is anyway")
     return nil
   end
   local count = wanted.buffer_count
@@ -136,7 +139,7 @@ function M.new(config)
     write_behind = wanted.pipeline_write,
     aio = ffi.new("ds_aio", aio.block_size, aio.queue_depth, aio.intra_op_parallelism,
       aio.single_submit and 1 or 0, aio.overlap_events and 1 or 0),
-    blocks = {}, bytes = 0, place = "initialize",
+    blocks = {}, elements = 0, bytes = 0, most_buffers = 0, place = "initialize",
   }, Store)
 end
 
@@ -148,6 +151,7 @@ function Store:check(code)
   error(message, 0)
 end
 
+--- Raises where there is nothing to be had any more.
 function Store:alive()
   if self.broken then
     raise("the optimizer's state was lost (%s); make a new engine, and load the last checkpoint",
@@ -157,7 +161,6 @@ end
 
 --- Moves a tensor and waits for it.
 function Store:move(verb, slot, t, at)
-  self:alive()
   self:check(C["ds_offload_" .. verb](self.file, slot, t._c, at))
   self:check(C.ds_offload_wait(self.file, slot))
 end
@@ -170,8 +173,7 @@ local function cut(self, s, vectors, whole)
     local to = min(n, from + most)
     local block = { segment = s, vectors = vectors, from = from, to = to,
       stride = pages(to - from), offset = self.bytes }
-    local before = self.elements or 0
-    self.elements = before + block.stride * #vectors
+    self.elements = self.elements + block.stride * #vectors
     blocks[#blocks + 1], self.blocks[#self.blocks + 1] = block, block
     if self.bytes / 4 < self.ratio * self.elements then
       self.bytes = self.bytes + block.stride * #vectors * 4
@@ -182,6 +184,22 @@ local function cut(self, s, vectors, whole)
   return blocks
 end
 
+--- Puts vector `name` of a segment, or of a part of one, in its place.
+local function put(s, name, vector)
+  if name == MASTER then s.p = vector else s.state[name] = vector end
+end
+
+--- Where state begins with another number than 0.
+local function fill(segments, groups)
+  for _, s in ipairs(segments) do
+    local group = groups[s.group]
+    for name, setting in pairs(group.rule.initial or {}) do
+      local value = group[setting]
+      if value ~= 0 then s.state[name]:each(function(t) t:fill_(value) end, true) end
+    end
+  end
+end
+
 --- Takes over the vectors of segments that have no p yet (where there is a copy in low precision)
 -- and no state: makes the file, and leaves Stored vectors in their place.
 -- @tparam table segments
@@ -190,37 +208,26 @@ function Store:lay(segments, groups)
   for _, s in ipairs(segments) do
     local rule = groups[s.group].rule
     local vectors = { unpack(rule.state) }
-    if s.low then table.insert(vectors, 1, "p") end
+    if s.low then table.insert(vectors, 1, MASTER) end
     local blocks = cut(self, s, vectors, rule.granularity ~= "flat")
     s.state = {}
-    for i, name in ipairs(vectors) do
-      (name == "p" and s or s.state)[name] = stored(self, blocks, i - 1, 0, s.shape)
-    end
+    for i, name in ipairs(vectors) do put(s, name, stored(self, blocks, i - 1, 0, s.shape)) end
   end
   self.file_blocks = {}
   for _, block in ipairs(self.blocks) do
     if not block.resident then self.file_blocks[#self.file_blocks + 1] = block end
   end
-  if self.bytes == 0 then return end
-  local slot = ffi.new("ds_offload *[1]")
-  check(C.ds_offload_open(slot, self.path, self.bytes, self.slots + 1, self.aio),
-    "offload_optimizer.nvme_path")
-  self.file = ffi.gc(slot[0], C.ds_offload_close)
-  self:fill(segments, groups)
-  local c = self:counters()
-  log.info("%s of the optimizer's state in '%s' (%s%s)", tensor.bytes_string(self.bytes),
-    self.path, c.ringed and "io_uring" or c.threads .. " threads", c.direct and ", O_DIRECT" or "")
-end
-
---- Where state begins with another number than 0.
-function Store:fill(segments, groups)
-  for _, s in ipairs(segments) do
-    local group = groups[s.group]
-    for name, setting in pairs(group.rule.initial or {}) do
-      local value = group[setting]
-      if value ~= 0 then s.state[name]:each(function(t) t:fill_(value) end, true) end
-    end
+  if self.bytes > 0 then
+    local slot = ffi.new("ds_offload *[1]")
+    check(C.ds_offload_open(slot, self.path, self.bytes, self.slots + 1, self.aio),
+      "offload_optimizer.nvme_path")
+    self.file = ffi.gc(slot[0], C.ds_offload_close)
+    local c = self:counters()
+    log.info("%s of the optimizer's state in '%s' (%s%s)", tensor.bytes_string(self.bytes),
+      self.path, c.ringed and "io_uring" or c.threads .. " threads",
+      c.direct and ", O_DIRECT" or "")
   end
+  fill(segments, groups)
 end
 
 -- ---- an update
@@ -233,7 +240,7 @@ local function part_of(block, buffer)
   part.g, part.low = slice_flat(s.g, from, shape), s.low and slice_flat(s.low, from, shape)
   if not s.low then part.p = slice_flat(s.p, from, shape) end
   for i, name in ipairs(block.vectors) do
-    (name == "p" and part or part.state)[name] = slice_flat(buffer, (i - 1) * block.stride, shape)
+    put(part, name, slice_flat(buffer, (i - 1) * block.stride, shape))
   end
   return part
 end
@@ -252,6 +259,9 @@ local function fetch(self, i)
   free(self, slot)
   local buffer = aligned(block.stride * #block.vectors)
   self.buffers[slot] = buffer
+  local n = 0
+  for _ in pairs(self.buffers) do n = n + 1 end
+  self.most_buffers = max(self.most_buffers, n)
   self:check(C.ds_offload_read(self.file, slot, buffer._c, block.offset))
 end
 
@@ -277,9 +287,9 @@ local function stream(self, update)
   for slot = 0, self.file and self.slots - 1 or -1 do free(self, slot) end
 end
 
---- Runs update(segment) for all segments, in parts that are in memory for the length of the call: of
--- flat segments their blocks, else whole ones. When it returns, all is in the file. After an error in
--- between the vectors are good for nothing, and every later use says so.
+--- Runs update(segment) for all segments, in parts that are in memory for the length of the call:
+-- of flat segments their blocks, else whole ones. When it returns, all is in the file. After an
+-- error in between the vectors are good for nothing, and every later use says so.
 function Store:stream(update)
   self:alive()
   self.buffers = {}
@@ -293,9 +303,10 @@ end
 --- What was moved so far.
 -- @treturn table requests `reads` and `writes`, `bytes_read`, `bytes_written`; `submits`: calls to
 -- the system that started requests; `refills`: times that requests were started while others were
--- under way; `most_under_way`, `threads`; `ringed`: by io_uring; `direct`: past the page cache
+-- under way; `most_under_way`, `threads`; `ringed`: by io_uring; `direct`: past the page cache;
+-- `most_buffers`: blocks in memory at a time
 function Store:counters()
-  local c, out = ffi.new "ds_offload_counters", {}
+  local c, out = ffi.new "ds_offload_counters", { most_buffers = self.most_buffers }
   if self.file then C.ds_offload_count(c, self.file) end
   for _, name in ipairs { "reads", "writes", "bytes_read", "bytes_written", "submits", "refills",
     "most_under_way", "threads" } do
@@ -303,6 +314,12 @@ function Store:counters()
   end
   out.ringed, out.direct = c.ringed == 1, c.direct == 1
   return out
+end
+
+--- Gives the disk back; the vectors are gone.
+function Store:close()
+  if self.file then C.ds_offload_close(ffi.gc(self.file, nil)) end
+  self.file, self.broken = nil, "the engine was destroyed"
 end
 
 return M

@@ -341,8 +341,8 @@ function Zero:set_grad_dtype(dtype)
 end
 
 --- Calls f(piece, from, segment, at) for each stretch of parameter p that this rank's fp32 weights
--- have: `piece` is a slice of them (on a disk, perhaps: offload.each), `from` its first element in p,
--- `at` in the segment.
+-- have: `piece` is a slice of them, `from` its first element in p, `at` in the segment. It may be
+-- on a disk: offload.each.
 function Zero:each_piece(p, f)
   local at = p._flat
   local first, last = at.offset, at.offset + at.numel

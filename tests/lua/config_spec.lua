@@ -337,8 +337,9 @@ describe("DeepSpeed's keys", function()
       ['"fp16": {"enabled": true, "fp16_master_weights_and_grads": true}'] =
         "fp16.fp16_master_weights_and_grads true: not supported: small updates would be lost",
       ['"wall_clock_breakdown": true'] = "wall_clock_breakdown true: not in this version yet",
-      ['"zero_optimization": {"offload_optimizer": {"device": "cpu"}}'] =
-        'zero_optimization.offload_optimizer.device "cpu": not in this version yet (it comes with',
+      ['"zero_optimization": {"offload_param": {"device": "nvme"}}'] =
+        'zero_optimization.offload_param.device "nvme": not in this version yet (it comes with',
+      ['"aio": {"use_gds": true}'] = "aio.use_gds true: not in this version yet (it comes with",
       ['"zero_optimization": {"zenflow": {}}'] = "zero_optimization.zenflow: not in this version",
       ['"amp": {"enabled": true}'] = "amp: not supported: use bf16",
       ['"curriculum_learning": {"enabled": true, "x": 1}'] = "curriculum_learning: not in this",
@@ -392,6 +393,7 @@ describe("DeepSpeed's keys", function()
       '"zero_allow_untested_optimizer": true', '"prescale_gradients": true',
       '"zero_optimization": {"stage": 1, "overlap_comm": true, "reduce_bucket_size": 5e8}',
       '"zero_optimization": {"offload_param": {"device": "none"}}', '"zero_optimization": true',
+      '"zero_optimization": {"offload_optimizer": {"device": "cpu"}, "cpu_offload": true}',
       '"elasticity": {"enabled": false, "max_train_batch_size": 2000}',
       '"sequence_parallel_size": 1', '"amp": {"enabled": false}',
       '"compression_training": {"layer_reduction": {"enabled": false}}',
