@@ -61,32 +61,68 @@ function Stored:view(...)
   return stored(self.store, self.blocks, self.k, self.from, shape)
 end
 
---- Elements a to b of the block, of vector k, in memory for the length of f.
-local function visit(store, block, k, a, b, f, first, writes)
-  if block.resident then
-    f(slice_flat(block.resident, k * block.stride + a, { b - a }), first)
-    return
+--- The vector in stretches { block, a, b, first }: elements a to b of what the block has of it,
+-- which are those from `first` on.
+local function stretches(self)
+  local from, to, list = self.from, self.from + self:numel(), {}
+  for _, block in ipairs(self.blocks) do
+    local a, stop = max(from, block.from) - block.from, min(to, block.to) - block.from
+    while a < stop do
+      local b = min(stop, (floor(a / STRETCH) + 1) * STRETCH)
+      list[#list + 1] = { block = block, a = a, b = b, first = block.from + a - from }
+      a = b
+    end
   end
-  local low, high = floor(a / PAGE) * PAGE, pages(b)
-  local buffer, at = aligned(high - low), block.offset + (k * block.stride + low) * 4
-  if not writes or low < a or b < high then store:move("read", store.slots, buffer, at) end
-  f(slice_flat(buffer, a - low, { b - a }), first)
-  if writes then store:move("write", store.slots, buffer, at) end
+  return list
+end
+
+--- Begins to bring a stretch into memory, in whole pages; not where f will overwrite all of them.
+local function open_stretch(store, s, k, slot, writes)
+  local low, high = floor(s.a / PAGE) * PAGE, pages(s.b)
+  s.buffer, s.low = aligned(high - low), low
+  s.at = s.block.offset + (k * s.block.stride + low) * 4
+  store:check(C.ds_offload_wait(store.file, slot))
+  if not writes or low < s.a or s.b < high then
+    store:check(C.ds_offload_read(store.file, slot, s.buffer._c, s.at))
+  end
+end
+
+--- While one stretch is with f, the next is read and the one before is written, by turns in two
+-- slots.
+local function visit(self, f, writes)
+  local store, list = self.store, stretches(self)
+  local function give(t, at, s) f(slice_flat(t, at, { s.b - s.a }), s.first) end
+  local function open(i)
+    if list[i] and not list[i].block.resident then
+      open_stretch(store, list[i], self.k, store.slots + i % 2, writes)
+    end
+  end
+  open(1)
+  for i, s in ipairs(list) do
+    open(i + 1)
+    if s.block.resident then
+      scope.no_grad(give, s.block.resident, self.k * s.block.stride + s.a, s)
+    else
+      local slot = store.slots + i % 2
+      store:check(C.ds_offload_wait(store.file, slot))
+      scope.no_grad(give, s.buffer, s.a - s.low, s)
+      if writes then store:check(C.ds_offload_write(store.file, slot, s.buffer._c, s.at)) end
+      scope.release(s.buffer, "when its stretch was done with") -- a write holds what it needs
+    end
+  end
 end
 
 --- Calls f(t, first) for stretches of the vector, in order: t has its elements from `first` on
 -- (0-based), for the length of the call. `writes`: what f leaves in t is kept.
 function Stored:each(f, writes)
-  self.store:alive()
-  local from, to = self.from, self.from + self:numel()
-  for _, block in ipairs(self.blocks) do
-    local a, stop = max(from, block.from) - block.from, min(to, block.to) - block.from
-    while a < stop do
-      local b = min(stop, (floor(a / STRETCH) + 1) * STRETCH)
-      scope.no_grad(visit, self.store, block, self.k, a, b, f, block.from + a - from, writes)
-      a = b
-    end
+  local store = self.store
+  store:alive()
+  local ok, message = xpcall(visit, border.note, self, f, writes)
+  for slot = store.slots, store.slots + 1 do
+    local code = store.file and C.ds_offload_wait(store.file, slot) or 0
+    if ok then store:check(code) end
   end
+  if not ok then error(message, 0) end
 end
 
 --- n elements from element `offset` (0-based) on, as `shape`: of a dense tensor, or a vector on the
@@ -159,12 +195,6 @@ function Store:alive()
   end
 end
 
---- Moves a tensor and waits for it.
-function Store:move(verb, slot, t, at)
-  self:check(C["ds_offload_" .. verb](self.file, slot, t._c, at))
-  self:check(C.ds_offload_wait(self.file, slot))
-end
-
 --- Cuts a segment's vectors into blocks, of which a share of `ratio` has its place in the file.
 local function cut(self, s, vectors, whole)
   local n, blocks = s.to - s.from, {}
@@ -219,7 +249,7 @@ function Store:lay(segments, groups)
   end
   if self.bytes > 0 then
     local slot = ffi.new("ds_offload *[1]")
-    check(C.ds_offload_open(slot, self.path, self.bytes, self.slots + 1, self.aio),
+    check(C.ds_offload_open(slot, self.path, self.bytes, self.slots + 2, self.aio),
       "offload_optimizer.nvme_path")
     self.file = ffi.gc(slot[0], C.ds_offload_close)
     local c = self:counters()

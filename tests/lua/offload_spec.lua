@@ -39,12 +39,14 @@ describe("training with state on a disk is the same to the last bit", function()
     { 2, 0, "gpt", "fp32", "Lamb", "DS_IO=direct" }, { 1, 1, "odd", "bf16", "Lamb", "" },
     { 1, 0, "gpt", "bf16", "Muon", "" }, { 2, 1, "odd", "fp32", "Muon", "" },
     { 2, 1, "gpt", "fp32", "LuaSGD", "" }, { 1, 0, "odd", "fp16", "LuaSGD", "DS_IO=plain" },
-    { 1, 0, "odd", "fp16", "Adagrad", "" },
+    { 1, 0, "odd", "fp16", "Adagrad", "" }, { 2, 2, "odd", "bf16", "AdamW", "" },
+    { 2, 3, "odd", "fp32", "AdamW", "" }, { 2, 3, "gpt", "bf16", "Muon", "" },
+    { 2, 2, "odd", "fp32", "Lamb", "" },
   } do
     local ranks, stage, model, dtype, optimizer, settings = unpack(case)
     it(("%d ranks, stage %d, %s, %s, %s %s"):format(unpack(case)), function()
-      local words = ("stage=%d model=%s dtype=%s optimizer=%s steps=6 gas=2"):format(stage, model,
-        dtype, optimizer)
+      local words = ("stage=%d model=%s dtype=%s optimizer=%s steps=6 gas=2 small=0"):format(stage,
+        model, dtype, optimizer)
       local out, err = train(ranks, words .. " offload=" .. disk, settings)
       assert.equal(train(ranks, words), out)
       has(err, ("of the optimizer's state in '%s' ("):format(disk))
@@ -69,9 +71,45 @@ describe("a checkpoint", function()
         local want = train(1, on .. "memory")
         assert.equal(want, (train(1, on .. "memory offload=" .. disk)))
         assert.equal(train(2, on .. "memory stage=1"),
-          (train(2, on .. "disk stage=1 offload=" .. disk)))
+          (train(2, on .. "disk stage=2 offload=" .. disk)))
       end)
   end
+
+  it("of a vector that is longer than what is in memory at a time", function()
+    local function run(path, offload)
+      ds.seed(4)
+      local engine = ds.initialize { model = nn.Embedding(3000, 1001), config = {
+        train_batch_size = 1, steps_per_print = 0, bf16 = { enabled = true },
+        optimizer = { type = "Lamb" }, -- whole tensors, of three stretches
+        zero_optimization = { offload_optimizer = offload } } }
+      local rows = ds.arange(3000)
+      local function step()
+        engine:backward((engine(rows):float() * engine(rows):float()):mean())
+        engine:step()
+      end
+      step()
+      engine:save_checkpoint(path, "a")
+      step()
+      local p = engine.module.weight
+      local after = { ds.zero.get_full(p), ds.zero.get_full(p, "exp_avg") }
+      assert(engine:load_checkpoint(path, "a")) -- over what has changed
+      step()
+      assert.is_true(after[1]:eq(ds.zero.get_full(p)):all():item())
+      assert.is_true(after[2]:eq(ds.zero.get_full(p, "exp_avg")):all():item())
+      ds.zero.set_full(p, ds.ones(3000, 1001):mul_(0.5), "exp_avg_sq")
+      assert.equal(0.5, ds.zero.get_full(p, "exp_avg_sq"):mean():item())
+      engine:destroy()
+      return after
+    end
+    local memory = run(place.folder .. "/long")
+    for _, ratio in ipairs { 1, 0 } do
+      local stored = run(place.folder .. "/long" .. ratio, { device = "nvme", nvme_path = disk,
+        ratio = ratio })
+      for i = 1, 2 do assert.is_true(memory[i]:eq(stored[i]):all():item()) end
+    end
+    assert.equal(0, (place:sh "diff -r long long1"))
+    place:sh "rm -rf long*"
+  end)
 end)
 
 -- ---- settings
