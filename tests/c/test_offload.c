@@ -4,6 +4,7 @@
 
 #include "tests/c/folder.h"
 
+#include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
@@ -298,6 +299,26 @@ static void test_a_failing_disk(void **state)
     }
 }
 
+static int refused(const char *path)
+{
+    (void)path;
+    return -EPERM;
+}
+
+/* Where a file that is open cannot lose its name, that goes in the end. */
+static void test_a_name_that_stays_goes_with_close(void **state)
+{
+    ds_io *io = ds_io_now(), before = *io;
+    ds_offload *f;
+
+    (void)state;
+    io->unlink = refused;
+    f = open_file(MB, &usual);
+    *io = before;
+    assert_int_equal(ds_path_kind(ds_offload_path(f)), DS_PATH_FILE);
+    ds_offload_close(f); /* the teardown finds an empty folder */
+}
+
 static void test_closed_while_transfers_run(void **state)
 {
     (void)state;
@@ -330,6 +351,7 @@ int main(void)
         TEST(test_nonsense_is_refused),
         TEST(test_a_folder_that_will_not_do),
         TEST(test_a_failing_disk),
+        TEST(test_a_name_that_stays_goes_with_close),
         TEST(test_closed_while_transfers_run),
     };
 
