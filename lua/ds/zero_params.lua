@@ -4,9 +4,8 @@
 -- *resident* while its whole values are in memory, and *open* while its parameters' handles point
 -- to them. A closed parameter's handle has a shape and no data: that is what the dispatch of an
 -- operation, or backward before it runs a record, stops at, and then use() opens what that
--- operation needs. It closes what neither this operation nor the one before it needs, so a touch of
--- any other parameter comes by here again, and the sequence of units is all there is to know of the
--- order.
+-- operation needs. It closes what that does not need, so a touch of any other parameter comes by
+-- here again, and the sequence of units is all there is to know of the order.
 --
 -- That sequence is recorded over a step. While the next one follows it, units are fetched ahead
 -- (prefetch_bucket_size) and a closed one stays resident if it is used again soon enough
@@ -203,10 +202,13 @@ end
 
 --- Opens what an operation needs.
 -- @tparam table units all of those that its inputs are in
-local function open_units(self, units)
+-- @tparam[opt] boolean more perhaps not all: a function that takes several tensors looks at one after
+--   the other
+local function open_units(self, units, more)
   self.clock = self.clock + 1
   for _, unit in ipairs(units) do unit.used = self.clock end
-  close_older(self, self.clock - 1)
+  close_older(self, self.more and self.clock - 1 or self.clock)
+  self.more = more
   for _, unit in ipairs(units) do
     if not unit.is_open then
       if self.recording then follow(self, unit) end
@@ -252,7 +254,7 @@ function tensor.gather(what, ...)
       raise("%s: the parameter is sharded (ZeRO stage 3) and whole only while the model runs; "
         .. "ds.zero.gathered(parameters, f), called on every rank, has it whole inside f", what)
     end
-    scope.no_grad(open_units, self, managers[self])
+    scope.no_grad(open_units, self, managers[self], select("#", ...) == 1)
   end
 end
 
@@ -265,7 +267,10 @@ end
 
 function Params:leave()
   self.inside = self.inside - 1
-  self.recording = false
+  if self.inside == 0 then
+    close_older(self, math.huge) -- what comes next may use none of it
+    self.recording = false
+  end
 end
 
 --- The weights are about to change, or did: all that is gathered is stale.
