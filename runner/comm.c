@@ -408,6 +408,12 @@ static int check_call(const ds_comm *c, const ds_call *call)
     return rc;
 }
 
+static void log_if_done(const ds_work *work)
+{
+    if (work->entry && work->done && work->code == 0)
+        ds_comm_log_end(work->entry, ds_seconds() - work->begun);
+}
+
 int ds_comm_start(ds_comm *c, const ds_call *call, ds_work *work)
 {
     const ds_tensor *t = call->in ? call->in : call->out;
@@ -430,7 +436,10 @@ int ds_comm_start(ds_comm *c, const ds_call *call, ds_work *work)
         work->code = rc = ds_comm_compare(c, call, work->number);
     if (rc == 0) {
         work->done = 0;
+        work->entry = ds_comm_log_begin(c, call);
+        work->begun = work->entry ? ds_seconds() : 0;
         rc = transport->start[call->kind](c, call, work);
+        log_if_done(work);
     }
     inside(c, DS_COLLECTIVES, work->number);
     return work == &own ? ds_wait(work) : rc;
@@ -445,6 +454,7 @@ static int go_on(ds_work *work, int block)
         return work->code;
     inside(c, work->kind, work->number);
     rc = c->transport[work->device]->progress(work, block);
+    log_if_done(work);
     inside(c, DS_COLLECTIVES, work->number);
     return rc;
 }

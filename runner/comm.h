@@ -118,6 +118,11 @@ void ds_comm_count_anew(ds_comm *c);
  * difference is an error that names it, on every rank, and not a hang. */
 int ds_comm_compare(ds_comm *c, const ds_call *call, int64_t number);
 
+/* The log (comm_log.c). begin: number of the entry that this call goes into; 0: it is not logged. end:
+ * it was done after so long. */
+int ds_comm_log_begin(const ds_comm *c, const ds_call *call);
+void ds_comm_log_end(int number, double seconds);
+
 /* Checks a call and starts it, as the public functions do; for C that keeps calls of its own. */
 int ds_comm_start(ds_comm *c, const ds_call *call, ds_work *work);
 

@@ -352,7 +352,9 @@ typedef struct ds_work {
     int32_t kind;
     int32_t device;
     int32_t done;
-    int32_t code; /* when done: 0 or why it failed */
+    int32_t code;  /* when done: 0 or why it failed */
+    int32_t entry; /* of the log of collectives; 0: not logged */
+    double begun;  /* then: ds_seconds() */
 } ds_work;
 
 /* All ranks of the job; made by the first call, the same ever after. Not the caller's to close. */
@@ -407,6 +409,31 @@ void ds_comm_stats(int64_t *collectives, int64_t *bytes, const ds_comm *c);
 
 int ds_wait(ds_work *work); /* what the collective returned; again is harmless */
 int ds_test(ds_work *work); /* 1 done, 0 not yet, negative: it failed */
+
+/* ---- a log of collectives (comm_log.c) */
+
+/* From now on logs the collectives named in `ops`, with blanks between, or "all"; NULL or "": none.
+ * verbose: a line each at the level of information; callers: what the program is doing (the
+ * breadcrumb) tells entries apart, too. What is logged already stays. DS_EINVAL: no such name. */
+int ds_comm_log(const char *ops, int verbose, int callers);
+
+/* All calls of one kind, size and size of group. A part of a larger buffer counts as its kind:
+ * reduce_parts is a reduce_scatter, gather_parts an all_gather. */
+typedef struct ds_comm_entry {
+    const char *name;   /* "all_reduce" */
+    const char *caller; /* "engine:step()"; "" where callers are not told apart */
+    int64_t bytes;      /* of what all ranks' shares come to; 0: a barrier */
+    double message;     /* bytes that a rank gives: of all_gather its share, on average; else all */
+    int64_t count;
+    const float *ms; /* [count]: from its begin until it was found done, on this rank, in order */
+    int32_t ranks;   /* of the group */
+} ds_comm_entry;
+/* How many entries there are; *out becomes number i (from 0) if there is one, valid until the next
+ * collective. */
+int ds_comm_logged(ds_comm_entry *out, int i);
+/* What a call of entry i that takes so long comes to, in 10^9 bits a second: by its bytes (those of an
+ * all_reduce twice), and by what a link between ranks must then carry at the least. */
+int ds_comm_bandwidth(double *tput, double *busbw, int i, double ms);
 
 /* ---- the partitioned optimizer's layout (zero.h, zero.c) */
 

@@ -120,6 +120,11 @@ void ds_breadcrumb(const char *text)
     note(breadcrumb, text);
 }
 
+const char *ds_site_doing(void)
+{
+    return breadcrumb;
+}
+
 void ds_site_loop(const char *where)
 {
     note(compiled_loop, where);

@@ -37,6 +37,9 @@ void ds_site_note(const char *where);
 void ds_site_sample(int thorough);
 void ds_site_describe(char *where, char *doing, size_t bytes);
 
+/* The breadcrumb, for the main thread. */
+const char *ds_site_doing(void);
+
 /* The loop that Lua compiled last: inside of one that calls nothing, Lua cannot answer. */
 void ds_site_loop(const char *where);
 

@@ -13,10 +13,11 @@
 --     g = ds.group(colour, key)       the ranks that name this colour, ordered by key, then rank;
 --     g:all_reduce(t)  g:rank() …     all of the above are its methods, with its ranks and size
 --     ds.comm_stats()  g:comm_stats() { collectives, bytes } that this rank began and sent so far
+--     ds.comm.configure { enabled = true }  ds.comm.log_summary()  how long they take
 --
 -- Every rank of a group calls the same collectives in the same order (DS_CHECK=comm tells who does
 -- not). In a job of one rank they cost nothing: the sum over all ranks of a tensor is the tensor.
--- `init.lua` puts these functions on `ds`.
+-- `init.lua` puts these functions on `ds`; all of them are in `ds.comm`, too.
 
 local ffi = require "ffi"
 local border = require "ds.ffi"
@@ -280,6 +281,14 @@ for name, method in pairs(Group) do
   if type(method) == "function" and not M[name] then
     M[name] = function(...) return method(everyone(), ...) end
   end
+end
+
+-- Under the names that they have in deepspeed.comm, too.
+M.get_rank, M.get_world_size, M.get_local_rank = M.rank, M.world_size, M.local_rank
+
+-- The log of collectives, loaded with its first use.
+for _, name in ipairs { "configure", "log_summary" } do
+  M[name] = function(...) return require("ds.comms_logger")[name](...) end
 end
 
 return M

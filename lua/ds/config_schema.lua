@@ -437,13 +437,17 @@ M.groups = {
         { "detailed", "boolean", true, "print every module" },
         { "output_file", "string", nil, "file to write to" },
       } },
-    { "comms_logger", "object", nil, "logs every collective. {\"enabled\": false} leaves it off " ..
-      "(DeepSpeed switches it on).", status = "later", fields = {
+    { "comms_logger", "object", nil, "measures every collective, for ds.comm.log_summary(). " ..
+      "{\"enabled\": false} leaves it off (DeepSpeed switches it on).", fields = {
         enabled "the logger",
         { "prof_all", "boolean", true, "all collectives" },
-        { "prof_ops", "array", {}, "only these", each = { "name", "string" } },
-        { "verbose", "boolean", false, "print each at once" },
-        { "debug", "boolean", false, "with the caller" },
+        { "prof_ops", "array", {}, "with prof_all false: only these, as \"all_reduce\"",
+          each = { "name", "string", check = function(name)
+            return require("ds.comms_logger").check_name(name)
+          end } },
+        { "verbose", "boolean", false, "print a line for each, on rank 0" },
+        { "debug", "boolean", false, "tell them apart by what the program is doing, as " ..
+          "engine:step()" },
       } },
     monitor("tensorboard", { enabled "it", text("output_path", ""),
       text("job_name", "DeepSpeedJobName") }),

@@ -193,6 +193,7 @@ function M.initialize(options)
       .. "pass config = { … }, config = \"ds.json\", or args with deepspeed_config")
   end
   local settings = config.load(source, { world_size = comm.world_size() })
+  if settings.comms_logger.enabled then comm.configure(settings.comms_logger) end
   local types = precision.new(settings)
   local self = setmetatable({
     module = model, config = settings, device = settings.device or "cpu",

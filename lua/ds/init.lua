@@ -12,6 +12,7 @@ local M = {}
 local modules = {
   nn = "ds.nn", F = "ds.functional", optim = "ds.optim", data = "ds.data", zero = "ds.zero_full",
   testing = "ds.testing", json = "ds.json", log = "ds.log", config = "ds.config",
+  comm = "ds.comm",
 }
 local functions = {
   initialize = { "ds.engine", "initialize" }, schedule = { "ds.schedule", "register" },

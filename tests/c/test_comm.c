@@ -313,6 +313,92 @@ static void handles_finish_later(void **state)
     assert_fails(ds_broadcast(&t, 0, &c, NULL), DS_ECOMM, "the job was ended");
 }
 
+/* ---- the log of collectives */
+
+static ds_comm_entry entry_of(int i)
+{
+    ds_comm_entry e = {.name = "none"};
+
+    ds_comm_logged(&e, i);
+    return e;
+}
+
+static void the_log_has_an_entry_a_kind_and_size(void **state)
+{
+    float a[12] = {0}, b[3];
+    ds_comm c = {.transport = {&four, &four}, .size = 4, .running = DS_COLLECTIVES};
+    ds_tensor whole = tensor_of(a, DS_F32, 4, 3), share = tensor_of(b, DS_F32, 1, 3);
+    ds_comm_entry e;
+    double tput, busbw;
+    ds_work work;
+
+    (void)state;
+    assert_int_equal(ds_all_reduce(&whole, &whole, DS_SUM, &c, NULL), 0);
+    assert_int_equal(ds_comm_logged(&e, 0), 0); /* it is off */
+    assert_fails(ds_comm_log("barrier gather", 0, 0), DS_EINVAL, "no collective 'gather' to log");
+    assert_int_equal(ds_comm_log(" all_gather all_reduce", 0, 1), 0);
+
+    ds_breadcrumb("engine:step() number 7");
+    assert_int_equal(ds_all_gather(&whole, &share, &c, NULL), 0);
+    ds_breadcrumb("engine:step() number 8");
+    assert_int_equal(ds_all_gather(&whole, &share, &c, NULL), 0);
+    ds_breadcrumb("");
+    assert_int_equal(ds_all_reduce_scaled(&whole, &whole, DS_SUM, 1, DS_BF16, &c, &work), 0);
+    assert_int_equal(entry_of(1).count, 0); /* it has begun */
+    assert_int_equal(ds_wait(&work), 0);
+    assert_int_equal(ds_wait(&work), 0);
+    assert_int_equal(ds_broadcast(&whole, 0, &c, NULL), 0); /* was not asked for */
+    assert_int_equal(
+        ds_all_gather(&whole, &share, &(ds_comm){.transport = {&four}, .size = 4}, NULL), 0);
+    assert_int_equal(ds_comm_logged(&e, -1), 3);
+
+    e = entry_of(0);
+    assert_string_equal(e.name, "all_gather");
+    assert_string_equal(e.caller, "engine:step()");
+    assert_int_equal(e.count, 2);
+    assert_int_equal(e.ranks, 4);
+    assert_int_equal(e.bytes, 48);
+    assert_int_equal(e.message, 12);
+    assert_true(e.ms[0] >= 0 && e.ms[1] < 1000);
+    e = entry_of(1);
+    assert_string_equal(e.name, "all_reduce");
+    assert_string_equal(e.caller, "script");
+    assert_int_equal(e.count, 1);
+    assert_int_equal(e.message, 24); /* as it travels */
+
+    assert_int_equal(ds_comm_bandwidth(&tput, &busbw, 0, 0.001), 0);
+    assert_float_equal(tput, 48 * 8 * 1e-3, 1e-9);
+    assert_float_equal(busbw, 48 * 8 * 1e-3 * 3 / 4, 1e-9);
+    assert_int_equal(ds_comm_bandwidth(&tput, &busbw, 1, 0.001), 0);
+    assert_float_equal(tput, 2 * 24 * 8 * 1e-3, 1e-9);
+    assert_float_equal(busbw, 2 * 24 * 8 * 1e-3 * 3 / 4, 1e-9);
+    assert_fails(ds_comm_bandwidth(&tput, &busbw, 3, 1), DS_ERANGE, "entry 3 of a log of 3");
+    assert_int_equal(ds_comm_log(NULL, 0, 0), 0);
+}
+
+static void the_log_leaves_out_what_failed_and_grows(void **state)
+{
+    float a[3] = {0};
+    ds_comm c = {.transport = {&four, &four}, .size = 4, .running = DS_COLLECTIVES};
+    ds_tensor t = tensor_of(a, DS_F32, 1, 3);
+    int before = ds_comm_logged(NULL, -1);
+
+    (void)state;
+    assert_int_equal(ds_comm_log("all", 0, 0), 0);
+    assert_fails(ds_broadcast(&t, 3, &c, NULL), DS_ECOMM, "rank 3 is lost");
+    assert_int_equal(entry_of(before).count, 0);
+    for (int i = 0; i < 200; i++)
+        assert_int_equal(ds_broadcast(&t, 0, &c, NULL), 0);
+    assert_int_equal(entry_of(before).count, 200);
+    for (int i = 1; i <= 100; i++) {
+        t.numel = t.shape[1] = i % 3 + 1;
+        c.size = i + 1;
+        assert_int_equal(ds_broadcast(&t, 0, &c, NULL), 0);
+    }
+    assert_int_equal(ds_comm_logged(NULL, -1), before + 101);
+    assert_int_equal(ds_comm_log("", 0, 0), 0);
+}
+
 static void names_are_those_of_lua(void **state)
 {
     (void)state;
@@ -332,6 +418,8 @@ int main(void)
         cmocka_unit_test(after_abort_nothing_starts),
         cmocka_unit_test(shares_are_checked_against_the_ranks),
         cmocka_unit_test(handles_finish_later),
+        cmocka_unit_test(the_log_has_an_entry_a_kind_and_size),
+        cmocka_unit_test(the_log_leaves_out_what_failed_and_grows),
         cmocka_unit_test(names_are_those_of_lua),
     };
 

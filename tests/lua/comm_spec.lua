@@ -90,9 +90,100 @@ describe("one rank", function()
     ds.no_grad(function() ds.broadcast(w) end)
   end)
 
+  it("has them in ds.comm as well", function()
+    assert.same({ 5 }, ds.comm.all_reduce(ds.tensor { 5 }):tolist())
+    assert.same({ 0, 1, 0 },
+      { ds.comm.get_rank(), ds.comm.get_world_size(), ds.comm.get_local_rank() })
+  end)
+
   it("names the user's line", function()
     local ok, message = pcall(function() ds.all_reduce(ds.ones(1), "x") end)
     assert.is_false(ok)
     assert.is_truthy(message:find("comm_spec.lua:%d+: all_reduce"))
+  end)
+end)
+
+describe("the log of collectives", function()
+  -- what one rank does takes no time to speak of, but is logged like that of many
+  local t = ds.zeros(256)
+  local function logged() return ds.comm.log_summary({ return_dict = true }).summary end
+  after_each(function()
+    ds.comm.configure { enabled = false, prof_all = true, prof_ops = {}, debug = false }
+  end)
+
+  it("is off until it is asked for", function()
+    ds.all_reduce(t)
+    fails("nothing was logged; switch the log on", ds.comm.log_summary)
+    ds.comm.configure { enabled = true }
+    assert.same({}, logged())
+  end)
+
+  it("counts by operation and message size", function()
+    ds.comm.configure { enabled = true }
+    for _ = 1, 20 do ds.all_reduce(t) end
+    ds.all_reduce(ds.zeros(2, 3))
+    ds.all_gather(t)
+    ds.comm.configure { enabled = false }
+    ds.all_reduce(t)
+    local all = logged()
+    local line = all.all_reduce[1024]
+    assert.equal(20, line.count)
+    assert.equal("1 KB", line.msg_size_str)
+    assert.equal(1, all.all_reduce[24].count)
+    assert.equal(1, all.all_gather[1024].count)
+    assert.is_true(line.total_latency_ms > 0 and line.avg_latency_ms <= line.total_latency_ms)
+    assert.is_true(line.tput_avg_gbps > 0)
+    assert.equal(0, line.busbw_avg_gbps) -- nothing travels
+  end)
+
+  it("takes some operations only, by DeepSpeed's names too", function()
+    ds.comm.configure { enabled = true, prof_all = false,
+      prof_ops = { "all_to_all_single", "barrier" } }
+    ds.broadcast(t)
+    ds.all_to_all(t)
+    ds.barrier()
+    ds.barrier()
+    local all = logged()
+    assert.is_nil(all.broadcast)
+    assert.equal(1, all.all_to_all[1024].count)
+    assert.equal(2, all.barrier[0].count)
+  end)
+
+  it("says who asked, with debug", function()
+    ds.comm.configure { enabled = true, debug = true }
+    ds.broadcast(t)
+    assert.equal(1, logged()["broadcast | [Caller Func: script]"][1024].count)
+  end)
+
+  it("prints DeepSpeed's columns, and with verbose a line for each", function()
+    local pipe = assert(io.popen(([['%s' -e '
+      ds.comm.configure { enabled = true, verbose = true }
+      for _ = 1, 3 do ds.all_reduce(ds.zeros(600)) end
+      ds.broadcast(ds.zeros(10, { dtype = "bf16" }))
+      ds.comm.log_summary()' 2>&1]]):format(require("ds.ffi").host.program)))
+    local text = pipe:read "*a"
+    pipe:close()
+    local lines = {}
+    for line in text:gmatch "[^\n]+" do
+      if not line:find "info" then lines[#lines + 1] = line:gsub("%s+", " "):gsub(" $", "") end
+    end
+    assert.equal("Comm. Op Message Size Count Total Latency(ms) Avg Latency(ms) tput_avg (Gbps) "
+      .. "busbw_avg (Gbps)", lines[1])
+    assert.equal("all_reduce", lines[2])
+    assert.truthy(lines[3]:find "^ 2%.34 KB 3 [%d.]+ [%d.]+ [%d.]+ 0%.00$")
+    assert.equal("broadcast", lines[4])
+    assert.truthy(lines[5]:find "^ 20 B 1 [%d.]+ ")
+    local _, count = text:gsub("info: comm op: all_reduce | time %(ms%): [%d.]+ | msg size: 2400 B "
+      .. "| algbw %(Gbps%): [%d.]+ | busbw %(Gbps%): 0%.00\n", "")
+    assert.equal(3, count)
+  end)
+
+  it("refuses what makes no sense", function()
+    fails('no collective "all_reduc" (did you mean "all_reduce"?)',
+      ds.comm.configure, { prof_ops = { "all_reduc" } })
+    fails("unknown option 'enable'", ds.comm.configure, { enable = true })
+    fails("verbose is a boolean, not 1", ds.comm.configure, { verbose = 1 })
+    fails("expects a table", ds.comm.configure, true)
+    fails("log_summary", ds.comm.log_summary, { stragglers = true })
   end)
 end)
