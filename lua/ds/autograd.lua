@@ -351,11 +351,16 @@ local function accumulate(t, g)
   end
 end
 
+local function outside(r)
+  raise("it reads a tensor with a history, the result of '%s', that is not among its arguments, "
+    .. "and so would get no gradient; pass it as one", r.op.name)
+end
+
 --- The records that `roots` depend on, placed by seq. Returns the table, its lowest and highest
 -- seq, and whether some of them make further records when they run. Parameters with sharded
--- gradients are told how often they are in one.
+-- gradients are told how often they are in one. All must be younger than `floor`.
 local mark = 0
-local function collect(roots)
+local function collect(roots, floor)
   mark = mark + 1
   local stack, n = {}, 0
   local placed, low, high, nested = {}, math.huge, 0, false
@@ -371,6 +376,7 @@ local function collect(roots)
     local r = stack[n]
     n = n - 1
     local seq = r.seq
+    if seq <= floor then outside(r) end
     placed[seq] = r
     if seq < low then low = seq end
     if seq > high then high = seq end
@@ -543,9 +549,10 @@ end
 -- @tparam table roots tensors with a history
 -- @tparam table seeds their gradients, tensors of the same shape
 -- @tparam[opt] boolean retain keep the records and activations for another backward
-function M.run(roots, seeds, retain)
-  local temporary, grad = scope.new(), scope.grad
-  local placed, low, high, nested = collect(roots)
+-- @tparam[opt] number floor what M.now() said: it is an error to reach a record made before
+function M.run(roots, seeds, retain, floor)
+  local temporary, grad, before = scope.new(), scope.grad, state.now
+  local placed, low, high, nested = collect(roots, floor or 0)
   local outer = scope.enter(temporary)
   scope.grad = false
   if nested and M.owner then
@@ -571,6 +578,7 @@ function M.run(roots, seeds, retain)
     end
     error(message, 0)
   end
+  state.now = before
   scope.close(temporary, "by backward()")
 end
 
@@ -609,6 +617,9 @@ function tensor.methods:backward(gradient, options)
   M.run({ self }, { gradient }, options.retain_graph)
   self._keep = kept
 end
+
+--- The last place on the tape so far.
+function M.now() return state.seq end
 
 --- Gives a record that was not made by `define` its place on the tape.
 -- @tparam table r { op, mark = 0, inputs and outputs under the names that op has for them }

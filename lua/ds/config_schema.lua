@@ -460,14 +460,22 @@ M.groups = {
       text "experiment_key", { "online", "boolean", nil, "send at once" }, text "mode" }),
   } },
   { "Memory", {
-    { "activation_checkpointing", "object", nil, "of Megatron's models; here ds.checkpoint(f, " ..
-      "…) recomputes f in backward", fields = {
-        switch("partition_activations", "split activations over the ranks"),
-        switch("cpu_checkpointing", "keep activations in the host's memory"),
-        switch("contiguous_memory_optimization", "keep activations in one buffer"),
-        switch("synchronize_checkpoint_boundary", "wait for the device at each"),
-        switch("profile", "time them"),
-        idle("number_checkpoints", "integer", nil, "how many", count),
+    { "activation_checkpointing", "object", nil, "recompute activations in backward instead of " ..
+      "keeping them. DeepSpeed's keys are settings of ds.checkpoint(f, …), which a model calls " ..
+      "itself; `enabled` needs nothing of the model.", fields = {
+        { "enabled", "boolean", false, "recompute the model's blocks: the modules of its lists " ..
+          "of two or more of one class, as nn.list makes" },
+        { "number_checkpoints", "integer", nil, "with `enabled`: so many blocks of each list, " ..
+          "the first. Not given: all", min = 1 },
+        switch("partition_activations", "split what is kept over the ranks", "it is for ranks " ..
+          "that compute on the same inputs, of one model in parts"),
+        idle("cpu_checkpointing", "boolean", false, "keep it in the host's memory, where it is " ..
+          "anyway on CPUs"),
+        idle("contiguous_memory_optimization", "boolean", false, "keep it in one buffer; freed " ..
+          "blocks are used again by size here, so nothing is scattered"),
+        idle("synchronize_checkpoint_boundary", "boolean", false, "wait for the device at each; " ..
+          "CPUs run nothing ahead"),
+        switch("profile", "print the time of each"),
       } },
     { "aio", "object", nil, "reading and writing state on disks (offload_optimizer)", fields = {
       { "block_size", "integer", 1048576, "bytes of a request, a multiple of 4096", min = 4096,

@@ -1,5 +1,5 @@
---- Operations made in Lua: a script's own gradients, operations on lists of tensors, and forwards
--- that are made again in backward. Their records hold inputs by position, in any number.
+--- Operations made in Lua: a script's own gradients, and operations on lists of tensors. Their
+-- records hold inputs by position, in any number.
 
 local border = require "ds.ffi"
 local scope = require "ds.scope"
@@ -51,7 +51,7 @@ local function record_function(fn, r, inputs, n_out, ...)
     y._rec, y.requires_grad = r, true
   end
   r.op = { name = fn.name, inputs = up_to(#inputs), outputs = outputs, saved = {}, many = true,
-    args = {}, backward = fn.backward_many, nested = fn.nested }
+    args = {}, backward = fn.backward_many }
   autograd.place(r)
   local out = {}
   for i = 1, n_out do out[i] = r["y" .. i] end
@@ -139,62 +139,6 @@ function M.variadic(name, spec)
     y._rec, y.requires_grad = r, true
     return y
   end
-end
-
---- Runs `f(…)` without keeping its activations; backward computes them again, with the same random
--- numbers. Saves memory for the price of a second forward (Chen et al. 2016).
--- @usage x = ds.checkpoint(function(x) return self.mlp(x) end, x)
-function M.checkpoint(f, ...)
-  if not scope.grad then return f(...) end
-  local generator = tensor.generator
-  local seed, offset = generator.seed, generator.offset
-  local args = pack_values(...)
-  local results = pack_values(scope.no_grad(f, ...))
-  local r = setmetatable({ mark = 0, count = args.n, arguments = args, position = {} }, Record)
-  local inputs = {}
-  for i = 1, args.n do
-    if tensor.is_tensor(args[i]) then
-      inputs[#inputs + 1] = args[i]
-      r[#inputs] = args[i]
-      r.position[i] = #inputs
-    end
-  end
-  local function backward(rec, dys)
-    local again, now_seed, now_offset = {}, generator.seed, generator.offset
-    for i = 1, args.n do
-      local t = args[i]
-      if tensor.is_tensor(t) then
-        again[i] = tensor.view.alias(t)
-        again[i].requires_grad = needs(t)
-        again[i]._keep = true
-      else
-        again[i] = t
-      end
-    end
-    generator.seed, generator.offset = seed, offset
-    scope.grad = true
-    local out = pack_values(f(unpack(again, 1, args.n)))
-    scope.grad = false
-    generator.seed, generator.offset = now_seed, now_offset
-    local roots, seeds = {}, {}
-    for i = 1, out.n do
-      if out[i]._rec and dys[i] then
-        roots[#roots + 1], seeds[#seeds + 1] = out[i], dys[i]
-      end
-    end
-    autograd.run(roots, seeds)
-    local grads = {}
-    for i = 1, args.n do
-      local g = rec.position[i] and again[i].grad
-      if g then
-        g._keep = false -- ours alone: goes as soon as it is used
-        grads[rec.position[i]] = g
-      end
-    end
-    return grads
-  end
-  return record_function({ name = "checkpoint", backward_many = backward, nested = true }, r,
-    inputs, results.n, unpack(results, 1, results.n))
 end
 
 return M

@@ -32,6 +32,7 @@ local precision = require "ds.precision"
 local engine_settings = require "ds.engine_settings"
 local data = require "ds.data"
 local comm = require "ds.comm"
+local checkpointing = require "ds.checkpointing"
 local log = require "ds.log"
 
 local C, raise = border.C, border.raise
@@ -219,6 +220,10 @@ function M.initialize(options)
   settle(self)
   tensor.empty_cache(self.device) -- where the parameters were before
   self.lr_scheduler = make_scheduler(options.lr_scheduler, self.optimizer, settings)
+  local recompute = settings.activation_checkpointing
+  if recompute.enabled then
+    self.blocks = checkpointing.wrap(model, recompute.number_checkpoints)
+  end
   if options.training_data then
     self.training_dataloader =
       self:deepspeed_io(options.training_data, { collate_fn = options.collate_fn })
@@ -717,6 +722,7 @@ function Engine:destroy()
   self.destroyed = true
   begin_step(self)
   if self.zero then self.zero:let_go() end
+  checkpointing.unwrap(self.blocks or {})
   for _, p in ipairs(self.params or {}) do
     p.grad, p._engine, p._flat = nil, nil, nil
   end

@@ -12,13 +12,13 @@ local M = {}
 local modules = {
   nn = "ds.nn", F = "ds.functional", optim = "ds.optim", data = "ds.data", zero = "ds.zero_full",
   testing = "ds.testing", json = "ds.json", log = "ds.log", config = "ds.config",
-  comm = "ds.comm",
+  comm = "ds.comm", checkpointing = "ds.checkpointing",
 }
 local functions = {
   initialize = { "ds.engine", "initialize" }, schedule = { "ds.schedule", "register" },
   scheduler = { "ds.schedule", "scheduler" }, optimizer = { "ds.optim", "register" },
   cli = { "ds.cli", "parse" }, add_config_arguments = { "ds.cli", "add_config_arguments" },
-  Function = { "ds.custom", "Function" }, checkpoint = { "ds.custom", "checkpoint" },
+  Function = { "ds.custom", "Function" }, checkpoint = { "ds.checkpointing", "checkpoint" },
   where = { "ds.ops", "where" }, cat = { "ds.views", "cat" }, stack = { "ds.views", "stack" },
   save = { "ds.saveload", "save" }, load = { "ds.saveload", "load" },
 }

@@ -17,7 +17,7 @@ local scope = require "ds.scope"
 local tensor = require "ds.tensor"
 local autograd = require "ds.autograd"
 local config = require "ds.config"
-local custom = require "ds.custom"
+local checkpointing = require "ds.checkpointing"
 local comm = require "ds.comm"
 local nn = require "ds.nn"
 local engine = require "ds.engine"
@@ -301,7 +301,7 @@ local function wrap_blocks(checkpoint)
       block.wrapped = true
       function module.forward(self, ...)
         if recompute and block.works then
-          return checkpoint(function(...) return forward(self, ...) end, ...)
+          return checkpoint(function(...) return forward(self, ...) end, nil, ...)
         end
         return note_results(block, forward(self, ...))
       end
@@ -406,11 +406,11 @@ function M.begin(text)
   job = show.read_job(text)
   tensor.default_device = "meta"
   log.info = function() end
-  local checkpoint = custom.checkpoint
-  function custom.checkpoint(f, ...)
+  local checkpoint = checkpointing.run
+  function checkpointing.run(f, module, ...)
     if #runs == 0 and scope.grad then checkpoints = checkpoints + 1 end
     if without then return f(...) end
-    return checkpoint(f, ...)
+    return checkpoint(f, module, ...)
   end
   redirect()
   watch_tensors()

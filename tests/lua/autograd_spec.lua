@@ -1,9 +1,8 @@
--- The tape as a script sees it: what backward computes, frees and refuses; Functions and
--- checkpoint.
+-- The tape as a script sees it: what backward computes, frees and refuses; Functions.
 
 local ds = require "ds"
 local says = require("tests.lua.helper").says
-local F, nn = ds.F, ds.nn
+local nn = ds.nn
 
 describe("backward", function()
   it("adds to .grad", function()
@@ -110,35 +109,6 @@ describe("Function", function()
     says("backward returned [] for argument 1 of shape [3]", function()
       f(ds.ones(3, { requires_grad = true })):sum():backward()
     end)
-  end)
-end)
-
-describe("checkpoint", function()
-  it("gives the same gradients and dropout masks", function()
-    local w = ds.randn(8, 8):requires_grad_()
-    local function f(x) return F.dropout(x:matmul(w):relu(), 0.5) end
-    local function run(wrapped)
-      ds.seed(3)
-      local x = ds.randn(4, 8):requires_grad_()
-      local y = wrapped and ds.checkpoint(f, x) or f(x)
-      local z = F.dropout(y, 0.5)
-      local loss = (z * z):sum()
-      w.grad = nil
-      loss:backward()
-      return loss:item(), w.grad:tolist(), x.grad:tolist()
-    end
-    local a, b = { run(false) }, { run(true) }
-    assert.same(a, b)
-  end)
-  it("works on modules and inside scopes", function()
-    local m = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 2))
-    local x = ds.randn(3, 4):requires_grad_()
-    local plain = m(x):sum()
-    plain:backward()
-    local want = m[1].weight.grad:tolist()
-    m:zero_grad()
-    ds.checkpoint(m, x):sum():backward()
-    assert.same(want, m[1].weight.grad:tolist())
   end)
 end)
 

@@ -122,6 +122,11 @@ describe("a plan agrees with what a run counts", function()
     for _, name in ipairs { "plain", "checkpointed" } do
       within(0.01, configured(without)[name].total, configured(p)[name].total, name)
     end
+    configure { zero_optimization = zero(1), activation_checkpointing = { enabled = true } }
+    counted, p = both(1)
+    assert.is_true(p.checkpointed_by_script)
+    within(0.01, configured(p).checkpointed.total, counted.peak, "peak, by the config")
+    within(0.01, configured(without).checkpointed.total, counted.peak, "and as was tried")
     assert(without.checkpointed.bytes < 0.7 * without.activations.bytes)
     assert(without.checkpointed.backward_flops > 1.3 * without.activations.backward_flops)
   end)

@@ -332,6 +332,36 @@ describe("stage 3 trains", function()
       return loss]])
   end)
 
+  it("with activation_checkpointing as without, and reduces buckets as their blocks are done",
+    function()
+      as_stage_0(2, [[
+        local Block = nn.module "Block"
+        function Block:init() self.a, self.b = nn.Linear(64, 96), nn.Linear(96, 64) end
+        function Block:forward(x, gate)
+          return x + F.dropout(self.b(self.a(x):gelu()), 0.2, { training = self.training }), gate
+        end
+        local Model = nn.module "Model"
+        function Model:init() self.h = nn.list(5, function() return Block() end) end
+        function Model:forward(x)
+          local gate
+          for _, block in ipairs(self.h) do x, gate = block(x, gate) end
+          return x:float():square():mean()
+        end
+        local last
+        for i, enabled in ipairs { false, true } do
+          ds.seed(1)
+          local engine = make({ stage = stage, stage3_param_persistence_threshold = 0,
+            reduce_bucket_size = 9000 }, { activation_checkpointing = { enabled = enabled },
+            bf16 = { enabled = true }, gradient_accumulation_steps = 2 }, Model())
+          local loss = train(engine, 6)
+          assert(not last or loss == last)
+          last = loss
+          for _, b in ipairs(engine.zero.buckets) do assert(not b.late) end
+          engine:destroy()
+        end
+        return last]])
+    end)
+
   it("two engines, several losses a step, and a script's own backward", function()
     as_stage_0(2, [[
       local a, b = make({ stage = stage }), make({ stage = stage }, nil, Deep(3))
