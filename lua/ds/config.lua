@@ -228,7 +228,7 @@ end
 -- alone is known already, and then it may be missing here.
 local function check_precision(context, config, source, root)
   local fp16 = config.fp16 or {}
-  local bf16, grads = config.bf16 or {}, (config.data_types or {}).grad_accum_dtype
+  local bf16, types = config.bf16 or {}, config.data_types or {}
   local place = spec.inside(context, root, source, "fp16")
   if fp16.enabled and bf16.enabled then
     return spec.report(context, place, "fp16.enabled and bf16.enabled are both true; choose one")
@@ -240,8 +240,14 @@ local function check_precision(context, config, source, root)
       spec.show(least))
   end
   local weights = fp16.enabled and "fp16" or bf16.enabled and "bf16" or "fp32"
+  local grads, params = types.grad_accum_dtype, types.param_dtype
+  place = spec.inside(context, root, source, "data_types")
+  if params and params ~= weights then
+    spec.report(context, spec.inside(context, place, source.data_types, "param_dtype"),
+      'data_types.param_dtype: "%s", but weights are %s; %s', params, weights,
+      params == "fp32" and ("drop %s.enabled"):format(weights) or ("set %s.enabled"):format(params))
+  end
   if grads and grads ~= "fp32" and grads ~= weights then
-    place = spec.inside(context, root, source, "data_types")
     spec.report(context, spec.inside(context, place, source.data_types, "grad_accum_dtype"),
       "data_types.grad_accum_dtype: gradients of %s weights can't be kept in %s; choose %s",
       weights, grads, weights == "fp32" and '"fp32"' or ('"%s" or "fp32"'):format(weights))

@@ -363,8 +363,8 @@ M.groups = {
         "step (two bytes a parameter less), fp32 where several are added up, also by boundaries " ..
         "set by hand. Several backwards in one micro-batch add up in the weights' type: then " ..
         "say fp32.", enum = dtype },
-      { "param_dtype", "string", nil, "type of the weights", enum = dtype, status = "later",
-        why = "use bf16.enabled or fp16.enabled" },
+      { "param_dtype", "string", nil, "type of the weights: the one that bf16.enabled and " ..
+        "fp16.enabled say, which decide; another is an error", enum = dtype },
       { "buffer_dtype", "string", nil, "type of buffers", enum = dtype, status = "later" },
     } },
     section("torch_autocast", "PyTorch's automatic casts"),

@@ -366,6 +366,10 @@ describe("DeepSpeed's keys", function()
         "of fp32 weights can't be kept in bf16; choose \"fp32\"",
       ['"fp16": {"enabled": true}, "data_types": {"grad_accum_dtype": "bf16"}'] =
         "of fp16 weights can't be kept in bf16; choose \"fp16\" or \"fp32\"",
+      ['"data_types": {"param_dtype": "bf16"}'] =
+        'data_types.param_dtype: "bf16", but weights are fp32; set bf16.enabled',
+      ['"fp16": {"enabled": true}, "data_types": {"param_dtype": "fp32"}'] =
+        'data_types.param_dtype: "fp32", but weights are fp16; drop fp16.enabled',
       ['"data_types": {"grad_accum_dtype": "fp8"}'] = 'expected one of "fp32", "fp16", "bf16"',
       ['"fp16": {"enabled": true, "loss_scale": true}'] = "fp16.loss_scale: expected a number",
       ['"fp16": {"enabled": true, "initial_scale_power": "x", "min_loss_scale": {}}'] =
@@ -379,6 +383,8 @@ describe("DeepSpeed's keys", function()
       '"fp16": {"enabled": true, "initial_scale_power": 1, "min_loss_scale": 4, "loss_scale": 1}',
       '"bf16": {"enabled": true}, "data_types": {"grad_accum_dtype": "bf16"}',
       '"fp16": {"enabled": true}, "data_types": {"grad_accum_dtype": "fp32"}',
+      '"data_types": {"param_dtype": "fp32"}',
+      '"bf16": {"enabled": true}, "data_types": {"param_dtype": "bf16"}',
       '"data_types": {"grad_accum_dtype": null}', '"data_types": {"grad_accum_dtype": "auto"}',
     } do
       assert.is_nil(problem_of(text), text)

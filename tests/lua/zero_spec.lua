@@ -122,6 +122,42 @@ describe("zero_optimization", function()
     assert.is_true(got.all_reduce.bytes > 1.45 * got.two.bytes)
   end)
 
+  it("data_types.grad_accum_dtype: every stage adds up in that type, and near what fp32 gives",
+    function()
+      local out = good(2, head .. [[
+        local codes = { fp32 = "f32", bf16 = "bf16", fp16 = "f16" }
+        for _, name in ipairs { "bf16", "fp16" } do
+          local fine
+          for _, accum in ipairs { "fp32", name } do
+            local first
+            for stage = 0, 3 do
+              ds.seed(1)
+              local engine = make({ stage = stage }, { gradient_accumulation_steps = 3,
+                bf16 = { enabled = name == "bf16" }, gradient_clipping = 0,
+                fp16 = { enabled = name == "fp16", loss_scale = 64 },
+                data_types = { grad_accum_dtype = accum, param_dtype = name } })
+              local weights, grads = engine:get_data_types()
+              assert(weights == codes[name] and grads == codes[accum])
+              for _, g in pairs(engine.zero.grads) do assert(g.dtype == codes[accum]) end
+              for i = 1, 3 do
+                engine:backward(engine((x * (i / 4) + ds.rank() / 8):keep()))
+                if i < 3 then engine:step() end
+              end
+              local got = ds.zero.get_full(engine.module.h[2].weight, "grad")
+              local function far(a, b) return (a - b):norm():item() / b:norm():item() end
+              fine, first = fine or got, first or got -- fp32, and stage 0's of this type
+              local bound = accum == "fp32" and 1e-5 or 0.02
+              assert(far(got, first) < bound and far(got, fine) < bound,
+                ("%s, %s, stage %d: %g %g"):format(name, accum, stage, far(got, first),
+                  far(got, fine)))
+              say(("%s %s %d"):format(name, accum, stage))
+              engine:destroy()
+            end
+          end
+        end]])
+      assert.equal(16, select(2, out:gsub("\n", "")))
+    end)
+
   it("round_robin_gradients gives buckets of whole tensors to the ranks in turn", function()
     assert.equal("01010101010\n", good(2, head .. [[
       local engine = make({ stage = 2, round_robin_gradients = true },
