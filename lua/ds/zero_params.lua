@@ -202,8 +202,8 @@ end
 
 --- Opens what an operation needs.
 -- @tparam table units all of those that its inputs are in
--- @tparam[opt] boolean more perhaps not all: a function that takes several tensors looks at one after
---   the other
+-- @tparam[opt] boolean more perhaps not all: a function that takes several tensors looks at one
+--   after the other
 local function open_units(self, units, more)
   self.clock = self.clock + 1
   for _, unit in ipairs(units) do unit.used = self.clock end
