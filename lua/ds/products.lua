@@ -255,9 +255,13 @@ local linear_cross_entropy = define("linear_cross_entropy", {
     local dx = want_x and new(x.shape, x.dtype, x.device) or nil
     local dtype = autograd.grad_dtype(w)
     local dw = want_w and (autograd.claim(w, dtype) or new(w.shape, dtype, w.device)) or nil
-    local rows_ = chunk_rows(n, v, x:element_size())
+    local rows_, size = chunk_rows(n, v, x:element_size()), x:element_size()
+    local carries = dw and n > rows_ and dtype ~= fine(w) -- what rounding leaves, for the next chunk
+    if carries and (n - rows_) * v * size <= w:numel() * dw:element_size() then
+      rows_, carries = n, false -- all logits take less than that
+    end
     local scratch = new({ rows_, math.ceil(v / 16) * 16 }, x.dtype, x.device)
-    local carry = dw and n > rows_ and dtype ~= fine(w) and new(w.shape, dtype, w.device) or nil
+    local carry = carries and new(w.shape, dtype, w.device) or nil
     run("linear_cross_entropy", x.device, loss._c, dx and dx._c or nil, dw and dw._c or nil,
       scratch._c, carry and carry._c or nil, x._c, w._c, target._c, ignore, seed, 0)
     scope.release(scratch)
