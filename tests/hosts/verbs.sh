@@ -1,6 +1,8 @@
 # What tests do to the hosts of a world: a library for sh, to be read on the head. N: a host's number.
 #
 #   on N COMMAND…          runs it there, in the shared folder, beside sshd
+#   at_launch COMMAND…     runs it on the head, in the folder where it is called, where it does not see
+#                          the processes of hosts (as it does on the head otherwise)
 #   unplug N · plug N      pulls the cable, and plugs it in
 #   lose N · keep N        loses every packet without a word, and no longer
 #   part A B · meet A B    the two do not reach each other; all else does
@@ -25,6 +27,12 @@ on() {
   read -r pid <"$state/pid-$1"
   shift
   nsenter -t "$pid" -m -n -u -i -p sh -c 'cd "$HOSTS/work" && exec "$@"' sh "$@"
+}
+
+# Instead of this shell; the command is a child of it, and its end that of both.
+at_launch() {
+  read -r pid <"$state/pid-launcher"
+  exec nsenter -t "$pid" -m -p sh -c 'cd "$1" && shift && exec "$@"' sh "$PWD" "$@"
 }
 
 # ---- the network
@@ -85,7 +93,10 @@ left() {
   spaces=
   for n in "$@"; do
     case $n in
-      head) spaces="$spaces head $(stat -L -c %i /proc/self/ns/pid)" ;;
+      head)
+        read -r pid <"$state/pid-launcher"
+        spaces="$spaces head $(stat -L -c %i /proc/self/ns/pid) head $(stat -L -c %i "/proc/$pid/ns/pid")"
+        ;;
       *) read -r pid <"$state/pid-$n" && spaces="$spaces $n $(stat -L -c %i "/proc/$pid/ns/pid")" ;;
     esac
   done
