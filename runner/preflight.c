@@ -12,6 +12,7 @@
 #include "kernels/error.h"
 
 #define MARK "dsrun-probe" /* what a shell's own files print comes before it */
+#define SSH_FAILED 255     /* also behind an answer: the host was cut off since */
 
 /* ---- the question */
 
@@ -226,7 +227,7 @@ static void judge_host(judge *j, ds_preflight_host *out)
 {
     char number[32];
 
-    if (!j->answer) {
+    if (!j->answer || j->host->code == SSH_FAILED) {
         fprintf(j->report, "%s: ", j->host->host);
         ds_remote_why(j->report, j->host);
         fputc('\n', j->report);

@@ -409,6 +409,7 @@ static const struct {
     {"Host key verification failed", "its key is not known, or has changed: compare it in ssh"},
     {"Could not resolve", "no such name: is it right in the hostfile? try ssh"},
     {"Connection refused", "does sshd run there, at this port (--ssh_port)? try ssh"},
+    {"not responding", "is it up, and can it be reached from here? try ssh"},
     {"timed out", "is it up, and can it be reached from here? try ssh"},
     {"No route to host", "is it up, and can it be reached from here? try ssh"},
     {"unreachable", "is it up, and can it be reached from here? try ssh"},

@@ -101,6 +101,18 @@ static void all_that_fail_are_named(void **state)
     assert_true(t.out[1].ready);
 }
 
+/* Its answer came, and then it was cut off. */
+static void an_answer_is_not_enough(void **state)
+{
+    (void)state;
+    fake_write("cut.sh", "\"$0\" -- a \"$command\"\n"
+                         "echo 'Timeout, server cut not responding.' >&2; exit 255\n");
+    assert_int_equal(check("cut"), DS_ECOMM);
+    assert_string_equal(t.report, "cut: ssh: Timeout, server cut not responding: is it up, and can "
+                                  "it be reached from here? try ssh cut\n");
+    assert_false(t.out[0].ready);
+}
+
 static void silence(void **state)
 {
     (void)state;
@@ -268,6 +280,7 @@ int main(void)
         cmocka_unit_test(hosts_that_are_ready),
         cmocka_unit_test(words_of_the_shell_are_passed_over),
         cmocka_unit_test(all_that_fail_are_named),
+        cmocka_unit_test(an_answer_is_not_enough),
         cmocka_unit_test(silence),
         cmocka_unit_test(the_working_directory),
         cmocka_unit_test(open_mpi),
