@@ -23,6 +23,7 @@
 
 #include "kernels/error.h"
 #include "runner/ds.h"
+#include "runner/watch.h"
 
 #define MOST_TEXT (4 << 20) /* bytes of a process that are read */
 #define PASSES 50           /* over all processes, as they may start others meanwhile */
@@ -195,20 +196,27 @@ static void end_all(int mark, const char *folder)
     free(text);
 }
 
-static void clean(int pipe, const char *its_folder, const char *its_file)
+void ds_child_end_job(const char *folder)
+{
+    end_all(OF_JOB, folder);
+}
+
+static void clean(int pipe, const char *its_folder, const char *its_file, const char *its_hub)
 {
     char *folder = strdup(its_folder), *file = its_file ? strdup(its_file) : NULL;
+    char *hub = its_hub ? strdup(its_hub) : NULL, told;
     const struct timespec moment = {.tv_nsec = 20000000};
     int in_order = 0;
-    char told;
 
     if (!folder)
         return;
     call_it("ds-cleaner"); /* what is asked for by argv is gone now */
-    while (read(pipe, &told, 1) == 1)
+    if (hub)
+        ds_watch(pipe, hub, folder);
+    while (!hub && read(pipe, &told, 1) == 1)
         in_order = 1;
     if (!in_order)
-        end_all(OF_JOB, folder);
+        ds_child_end_job(folder);
     end_all(CONNECTIONS, folder);
     if (file)
         unlink(file);
@@ -220,7 +228,7 @@ static void clean(int pipe, const char *its_folder, const char *its_file)
     }
 }
 
-int ds_child_cleaner(pid_t *pid, int *out, const char *folder, const char *file)
+int ds_child_cleaner(pid_t *pid, int *out, const char *folder, const char *file, const char *hub)
 {
     int ends[2];
 
@@ -238,7 +246,7 @@ int ds_child_cleaner(pid_t *pid, int *out, const char *folder, const char *file)
         signal(SIGTERM, SIG_IGN);
         signal(SIGHUP, SIG_IGN);
         close_all_but(ends[0]);
-        clean(ends[0], folder, file);
+        clean(ends[0], folder, file, hub);
         _exit(0);
     }
     close(ends[0]);

@@ -20,12 +20,17 @@ int ds_child_ask(char *line, size_t bytes, char *const *argv);
  * "dsrun" or "orted" in it does not kill the cleaner. */
 void ds_child_command_line(int argc, char **argv);
 
+/* Ends the processes of a job on this machine: those that were started with DSRUN_FOLDER=folder in
+ * their environment. */
+void ds_child_end_job(const char *folder);
+
 /* A process that outlives this one to remove `folder` and, if it is not NULL, `file`, and to end every
  * process of the job: those with DSRUN_FOLDER=folder in their environment, and connections that ssh
  * keeps open there (ds_ssh.control). It does so when *pipe is closed, which the kernel does
  * when this process is killed. A DS_IN_ORDER written before says that only connections are to be
- * ended. */
+ * ended. On another host than the launcher's, `hub` says where the launcher is (ds_watch()): then it
+ * does so as well when that one has ended or is cut off; NULL: it is on this host. */
 #define DS_IN_ORDER "."
-int ds_child_cleaner(pid_t *pid, int *pipe, const char *folder, const char *file);
+int ds_child_cleaner(pid_t *pid, int *pipe, const char *folder, const char *file, const char *hub);
 
 #endif

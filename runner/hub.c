@@ -24,7 +24,7 @@
 #define HELLO_SECONDS 10 /* a stranger's time to say who it is */
 #define STRANGERS 64     /* connections beyond one a rank that have not said so yet */
 
-enum channel { STRANGER, SIDE, OUTPUT };
+enum channel { STRANGER, SIDE, OUTPUT, WATCH };
 
 typedef struct ds_link {
     struct ds_link *next;
@@ -199,6 +199,16 @@ int ds_hub_fd(const ds_hub *h)
 
 /* ---- messages */
 
+/* "watch FOLDER". That is no secret, and so gives nothing but this connection. */
+static int greet_host(ds_hub *h, ds_link *k)
+{
+    if (!h->config.folder || strcmp(k->line + 6, h->config.folder) != 0)
+        return 0;
+    k->channel = WATCH;
+    tell(k->fd, "welcome\n");
+    return 1;
+}
+
 /* "hello TOKEN RANK CHANNEL PID GROUP". 0: this is no rank of this job. */
 static int greet(ds_hub *h, ds_link *k, double now)
 {
@@ -206,6 +216,8 @@ static int greet(ds_hub *h, ds_link *k, double now)
     int rank, pid, group;
     ds_seen *r;
 
+    if (!strncmp(k->line, "watch ", 6))
+        return greet_host(h, k);
     if (sscanf(k->line, "hello %63s %d %7s %d %d", token, &rank, channel, &pid, &group) != 5 ||
         strcmp(token, h->config.token) || rank < 0 || rank >= h->config.ranks)
         return 0;
@@ -356,6 +368,8 @@ static void take_failure(ds_hub *h, ds_link *k, double now)
 static int take_bytes(ds_hub *h, ds_link *k, const char *data, size_t bytes, double now)
 {
     while (bytes > 0) {
+        if (k->channel == WATCH)
+            return 0; /* it has no more to say */
         if (k->channel == OUTPUT) {
             h->config.output(h->config.data, k->rank, k->stream, data, bytes);
             return 1;

@@ -11,6 +11,8 @@
  *   failed BYTES\n text  the error that ends this rank; answered by "heard"
  *   end CODE             it is about to end; answered by "heard"
  * To a rank: welcome · heard · where · stop SIGNAL · die CODE · done (the hub ends, all is well).
+ * From a host that has ranks, "watch FOLDER", answered by "welcome": it sees by this connection whether
+ * the hub is still there (watch.h).
  */
 #ifndef DS_HUB_H
 #define DS_HUB_H
@@ -40,6 +42,7 @@ typedef struct ds_hub_config {
     int nodes;                /* machines; on one alone, others cannot reach the hub */
     const char *const *where; /* [ranks] "worker-2, slot 1", for messages (optional) */
     const char *token;        /* what a rank must say to be one */
+    const char *folder;       /* what a host must say that watches (optional: none does) */
     double timeout;           /* seconds without progress that end the job; 0: nothing does */
     void *data;               /* for the functions below */
     /* What a rank wrote; bytes 0: no more will come. (optional) */

@@ -177,6 +177,24 @@ static void look_at_hosts(job *j)
     j->looked = ds_seconds();
 }
 
+/* A rank whose host does not answer, or -1. Others may have gone because of it, and before. */
+static int cut_off(const job *j)
+{
+    for (int r = 0; r < j->plan->ranks; r++)
+        if (ds_hub_cut_off(j->hub, r))
+            return r;
+    return -1;
+}
+
+/* How long mpirun may take to end by itself, once its ranks are gone: it tells how the first one ended.
+ * Where a host is cut off there is nothing to wait for. */
+static double mpirun_time(const job *j)
+{
+    if (j->lost_host)
+        return 0;
+    return cut_off(j) >= 0 ? TERM_SECONDS : patience(j, TERM_SECONDS);
+}
+
 /* Whether the ranks must be ended by force now. */
 static int must_end(const job *j, double now)
 {
@@ -217,7 +235,7 @@ static void go_on(job *j, double now)
         ds_hub_kill(j->hub, 1, now);
         j->killed = now;
     }
-    if (!j->ended && j->killed && (j->lost_host || now - j->killed > patience(j, TERM_SECONDS))) {
+    if (!j->ended && j->killed && now - j->killed >= mpirun_time(j)) {
         if (!j->termed) {
             kill(j->mpirun, SIGTERM);
             j->termed = now;
@@ -271,15 +289,6 @@ static int mpirun_code(const job *j)
     return WIFEXITED(j->status) ? WEXITSTATUS(j->status) : 128 + SIGKILL;
 }
 
-/* A rank whose host does not answer, or -1. Others may have gone because of it, and before. */
-static int cut_off(const job *j)
-{
-    for (int r = 0; r < j->plan->ranks; r++)
-        if (ds_hub_cut_off(j->hub, r))
-            return r;
-    return -1;
-}
-
 /* A rank that was gone without a word. */
 static int explain_loss(job *j)
 {
@@ -329,11 +338,11 @@ static int conclude(job *j)
         say(j, rank, text);
         return code;
     }
+    if (j->lost_host) /* which was said; others' ranks were ended for it */
+        return GAVE_UP;
     if (trouble == DS_TROUBLE_LOST || cut_off(j) >= 0)
         return explain_loss(j);
     if (trouble == DS_TROUBLE_STUCK)
-        return GAVE_UP;
-    if (j->lost_host)
         return GAVE_UP;
     if (ds_hub_signal(j->hub))
         return 128 + ds_hub_signal(j->hub);
@@ -403,6 +412,7 @@ int ds_job_run(int *failed, ds_plan *plan, ds_start *start, ds_job_streams *stre
     j->looks = plan->network && !plan->slurm && !plan->options->value[DS_OPT_no_ssh_check];
     ds_side_token(j->token);
     config.token = j->token;
+    config.folder = start->folder;
     code = ds_hub_open(&j->hub, &config, ds_seconds());
     if (code == 0)
         code = ds_plan_finish(plan, ds_hub_port(j->hub), j->token, start->folder, restarts);
@@ -417,6 +427,8 @@ int ds_job_run(int *failed, ds_plan *plan, ds_start *start, ds_job_streams *stre
         code = conclude(j);
         if (ds_log_shows(DS_LOG_DEBUG))
             show_noise(j);
+        if (code != 0 && plan->network) /* ssh may still be waiting for a host, for mpirun */
+            ds_child_end_job(start->folder);
         *failed = code > 0 && (j->orphaned || (!j->stop && !ds_hub_signal(j->hub)));
         flush(j);
     }

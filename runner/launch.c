@@ -123,7 +123,7 @@ static int prepare(launch *l)
         rc = write_pid(l);
     if (rc == 0)
         rc = ds_child_cleaner(&l->cleaner, &l->cleaner_pipe, l->folder,
-                              *l->pid_file ? l->pid_file : NULL);
+                              *l->pid_file ? l->pid_file : NULL, NULL);
     if (rc == 0)
         rc = ds_lines_open(&l->streams.lines, l->plan.ranks, o->value[DS_OPT_tag_output] != NULL,
                            o->value[DS_OPT_enable_each_rank_log]);

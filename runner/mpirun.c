@@ -244,10 +244,10 @@ static void fill_words(char words[WORDS][WORD_BYTES], const ds_start *s)
     /* mpirun takes it apart at blanks */
     if (!strpbrk(s->plan->there->file, " \t") &&
         !(s->plan->there->libraries && strpbrk(s->plan->there->libraries, " \t")))
-        snprintf(words[AGENT], sizeof *words, "%s%s%s%s --agent %s %s",
+        snprintf(words[AGENT], sizeof *words, "%s%s%s%s --agent %s %s %s",
                  s->plan->there->libraries ? "env LD_LIBRARY_PATH=" : "",
                  s->plan->there->libraries ? s->plan->there->libraries : "",
-                 s->plan->there->libraries ? " " : "", s->plan->there->file, s->folder,
+                 s->plan->there->libraries ? " " : "", s->plan->there->file, s->folder, p->hub,
                  s->version < 5 ? "orted" : "prted");
     if (!is_given(p, "btl_tcp_if_include") && !is_given(p, "btl_tcp_if_exclude") &&
         !is_given(p, "oob_tcp_if_include") && !is_given(p, "oob_tcp_if_exclude"))
@@ -424,7 +424,7 @@ int ds_mpirun_hosts(const ds_start *start)
 
 int ds_agent(int argc, char **argv)
 {
-    const char *folder = argc > 3 ? argv[2] : "";
+    const char *folder = argc > 4 ? argv[2] : "";
     pid_t cleaner;
     int pipe;
 
@@ -432,7 +432,7 @@ int ds_agent(int argc, char **argv)
         return ds_fail(DS_EINVAL, "--agent is for dsrun's own use");
     /* A host may be this machine under another name: then the folder is there, and not ours. */
     if (mkdir(folder, 0700) == 0) {
-        int rc = ds_child_cleaner(&cleaner, &pipe, folder, NULL);
+        int rc = ds_child_cleaner(&cleaner, &pipe, folder, NULL, argv[3]);
 
         if (rc < 0)
             return rc;
@@ -443,9 +443,10 @@ int ds_agent(int argc, char **argv)
         return ds_fail(DS_EIO, "cannot make the folder %s on this machine: %s", folder,
                        strerror(errno));
     }
-    execvp(argv[3], argv + 3);
+    setenv("DSRUN_FOLDER", folder, 1); /* the daemon is one of what is ended */
+    execvp(argv[4], argv + 4);
     return ds_fail(DS_ENOENT,
                    "cannot start %s, Open MPI's daemon: install openmpi-bin here, and see that its "
                    "folder is on PATH for commands over ssh",
-                   argv[3]);
+                   argv[4]);
 }

@@ -24,9 +24,11 @@ void ds_mpirun_free(char **argv);
 /* Writes the file of hosts that the command names, into start->folder. */
 int ds_mpirun_hosts(const ds_start *start);
 
-/* On another host, in place of Open MPI's daemon: `argv` is "dsrun --agent FOLDER DAEMON …". Makes
- * the folder, leaves a process that removes it when the daemon has ended, and what the job's ranks
- * left with it; then becomes the daemon. Returns only with an error. */
+/* On another host, in place of Open MPI's daemon: `argv` is "dsrun --agent FOLDER HUB DAEMON …",
+ * with the job's folder, and where its hub is (ds_plan.hub). Makes the folder, leaves a process that
+ * removes it when the daemon has ended, and with it what is left of the job on this host; so it does,
+ * daemon included, when the hub has gone or is cut off. Then becomes the daemon. Returns only with an
+ * error. */
 int ds_agent(int argc, char **argv);
 
 /* In place of ssh, for hosts that mpirun knows by an alias: `argv` is "dsrun --ssh …", and becomes

@@ -14,6 +14,7 @@
 #include "runner/rank.h"
 #include "runner/remote.h"
 #include "runner/threads.h"
+#include "runner/watch.h"
 
 #define JOB_HOSTFILE "/job/hostfile" /* DeepSpeed's */
 #define DSRUN "dsrun"                /* where a variable comes from: this program */
@@ -337,6 +338,28 @@ static int list_addresses(text *out, const ds_plan *p, int port)
     return rc;
 }
 
+/* The same for who does not know its number: each address once, or none where there are too many. */
+static void list_for_watchers(ds_plan *p, int port)
+{
+    size_t used = (size_t)snprintf(p->hub, sizeof p->hub, "%d,", port), begin = used;
+    char piece[DS_ADDRESS_BYTES + 2];
+    int n = 0;
+
+    for (int h = 0; h < p->hosts.count; h++) {
+        if (p->places[h].here)
+            continue;
+        snprintf(piece, sizeof piece, ",%s,", p->places[h].launcher);
+        if (strstr(p->hub, piece))
+            continue;
+        if (++n > DS_WATCH_ADDRESSES || used + strlen(piece) > sizeof p->hub) {
+            used = begin;
+            break;
+        }
+        used += (size_t)sprintf(p->hub + used, "%s", piece + 1);
+    }
+    p->hub[used - 1] = 0; /* the last comma */
+}
+
 static int set(ds_plan *p, const char *name, const char *value)
 {
     return ds_variables_set(&p->env, name, value, DSRUN);
@@ -441,6 +464,7 @@ int ds_plan_finish(ds_plan *p, int port, const char *token, const char *folder, 
     if (rc < 0)
         return rc;
     find_interface(p);
+    list_for_watchers(p, port);
     ds_variables_free(&p->env);
     p->env = (ds_variables){0};
     rc = ds_variables_read(&p->env);

@@ -33,6 +33,7 @@ typedef struct ds_plan {
     char **where;       /* [ranks] "worker-2, slot 1", or NULL on this machine alone */
     ds_variables env;   /* of the ranks */
     char interface[64]; /* the network that reaches all hosts, as 10.0.0.0/24; "": unknown */
+    char hub[512];      /* where other hosts reach the hub, as ds_watch() reads it */
 } ds_plan;
 
 /* Hosts and slots from the options, and from what they leave open: /job/hostfile, an allocation of

@@ -8,14 +8,17 @@
 
 #include <arpa/inet.h>
 #include <poll.h>
+#include <signal.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "runner/comm.h"
 #include "runner/hub.h"
 #include "runner/lines.h"
+#include "runner/watch.h"
 
 #define RANKS 4
 #define NONE DS_COLLECTIVES
@@ -109,8 +112,12 @@ static void assert_said(const char *piece)
 
 static int open_hub(void **unused)
 {
-    const ds_hub_config config = {
-        .ranks = RANKS, .token = "secret", .timeout = 100, .output = output, .say = say};
+    const ds_hub_config config = {.ranks = RANKS,
+                                  .token = "secret",
+                                  .folder = "/dev/shm/job",
+                                  .timeout = 100,
+                                  .output = output,
+                                  .say = say};
 
     (void)unused;
     memset(&t, 0, sizeof t);
@@ -145,9 +152,9 @@ static const int all_work[RANKS] = {NONE, NONE, NONE, NONE};
 
 static void strangers_are_sent_away(void **unused)
 {
-    static const char *const lies[] = {"hello wrong 1 side 0 0\n", "hello secret 1 side 0 0\n",
+    static const char *const lies[] = {"hello wrong 1 side 0 0\n",  "hello secret 1 side 0 0\n",
                                        "hello secret 9 side 0 0\n", "GET / HTTP/1.1\r\n\r\n",
-                                       "hello secret -1 out 0 0\n"};
+                                       "hello secret -1 out 0 0\n", "watch /dev/shm/jo\n"};
     char junk[4096];
     int fd;
 
@@ -171,6 +178,80 @@ static void strangers_are_sent_away(void **unused)
     assert_string_equal(told(fd), "closed");
     close(fd);
     assert_int_equal(ds_hub_trouble(t.hub), DS_TROUBLE_NONE);
+}
+
+static void a_host_that_watches_is_no_rank(void **unused)
+{
+    int fd = connect_to_hub();
+
+    (void)unused;
+    tell(fd, "watch /dev/shm/job\n");
+    serve();
+    assert_string_equal(told(fd), "welcome\n");
+    pass(15, -1, all_work, 1);
+    assert_string_equal(told(fd), ""); /* it need not say who it is any more */
+    tell(fd, "end 1\n");
+    serve();
+    assert_string_equal(told(fd), "closed");
+    close(fd);
+    assert_int_equal(ds_hub_started(t.hub), RANKS);
+    assert_int_equal(ds_hub_trouble(t.hub), DS_TROUBLE_NONE);
+}
+
+/* A process that watches by the hub's address, behind one where nobody is. *pipe: what it watches
+ * beside it. */
+static pid_t start_watching(int *pipe_end)
+{
+    int ends[2];
+    char hub[64];
+    pid_t pid;
+
+    snprintf(hub, sizeof hub, "%d,127.0.0.2,127.0.0.1", ds_hub_port(t.hub));
+    assert_int_equal(pipe(ends), 0);
+    pid = fork();
+    if (pid == 0) {
+        close(ends[1]);
+        ds_watch(ends[0], hub, "/dev/shm/job");
+        _exit(0);
+    }
+    close(ends[0]);
+    *pipe_end = ends[1];
+    return pid;
+}
+
+/* Whether a process ends within some seconds. */
+static int ends_within(pid_t pid, int seconds)
+{
+    int status;
+
+    for (int i = 0; i < seconds * 100; i++) {
+        if (waitpid(pid, &status, WNOHANG) == pid)
+            return WIFEXITED(status) && WEXITSTATUS(status) == 0;
+        usleep(10000);
+    }
+    kill(pid, SIGKILL);
+    waitpid(pid, &status, 0);
+    return 0;
+}
+
+static void a_watch_ends_with_its_host_or_with_the_hub(void **unused)
+{
+    int first, second;
+    pid_t of_hub = start_watching(&first), of_pipe = start_watching(&second);
+
+    (void)unused;
+    for (int i = 0; i < 20; i++)
+        serve();
+    assert_int_equal(waitpid(-1, NULL, WNOHANG), 0); /* both go on */
+    close(second);
+    assert_true(ends_within(of_pipe, 5));
+    assert_int_equal(waitpid(of_hub, NULL, WNOHANG), 0);
+    close_hub(NULL);
+    t.hub = NULL;
+    for (int r = 0; r < RANKS; r++)
+        t.side[r] = -1;
+    assert_true(ends_within(of_hub, 5));
+    close(first);
 }
 
 static void output_comes_before_what_is_said_after_it(void **unused)
@@ -382,6 +463,8 @@ int main(void)
 #define TEST(f) cmocka_unit_test_setup_teardown(f, open_hub, close_hub)
     const struct CMUnitTest tests[] = {
         TEST(strangers_are_sent_away),
+        TEST(a_host_that_watches_is_no_rank),
+        TEST(a_watch_ends_with_its_host_or_with_the_hub),
         TEST(output_comes_before_what_is_said_after_it),
         TEST(a_lost_rank_is_trouble_at_once),
         TEST(an_end_in_order_is_none),
