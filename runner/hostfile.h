@@ -60,12 +60,13 @@ void ds_hosts_free(ds_hosts *hosts); /* NULL is fine */
  * host may be named again: slots add up, and where a host has been named with slots and without, the
  * slots count. [fe80::1] needs its brackets. user@ may be left out.
  * num_nodes: the first so many hosts; num_slots: of each host the first so many slots; 0: all.
+ * slots_option: the option that says num_slots, for messages ("num_procs"); NULL: num_gpus.
  * include, exclude, and counts exclude each other.
  *
  * DS_EINVAL: what is asked for does not exist, or nothing is left; the message lists what there is, and
  * hosts are as they were. */
 int ds_hosts_filter(ds_hosts *hosts, const char *include, const char *exclude, int num_nodes,
-                    int num_slots);
+                    int num_slots, const char *slots_option);
 
 int ds_hosts_ranks(const ds_hosts *hosts); /* the sum of slots */
 

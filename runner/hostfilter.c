@@ -359,7 +359,7 @@ static int choose(ds_hosts *hosts, const char *text, int excluding)
 /* ---- counts */
 
 /* The hosts among the first `nodes` with fewer slots, in a message. */
-static int too_few_slots(const ds_hosts *hosts, int nodes, int slots)
+static int too_few_slots(const ds_hosts *hosts, int nodes, int slots, const char *option)
 {
     char there[LIST_BYTES];
     ds_hosts fewer = {calloc((size_t)nodes, sizeof(ds_host)), 0};
@@ -371,24 +371,24 @@ static int too_few_slots(const ds_hosts *hosts, int nodes, int slots)
         if (hosts->host[i].slots < slots)
             fewer.host[fewer.count++] = hosts->host[i];
     rc = !fewer.count ? 0
-                      : ds_fail(DS_EINVAL, "--num_gpus wants %d slots of each host; there is %s",
+                      : ds_fail(DS_EINVAL, "--%s wants %d slots of each host; there is %s", option,
                                 slots, list(there, &fewer));
     free(fewer.host);
     return rc;
 }
 
-static int count(ds_hosts *hosts, int nodes, int slots)
+static int count(ds_hosts *hosts, int nodes, int slots, const char *option)
 {
     char there[LIST_BYTES];
     int rc;
 
     if (nodes < 0 || slots < 0)
-        return ds_fail(DS_EINVAL, "--num_nodes and --num_gpus are not negative");
+        return ds_fail(DS_EINVAL, "--num_nodes and --%s are not negative", option);
     if (nodes > hosts->count)
         return ds_fail(DS_EINVAL, "--num_nodes %d, but there %s only %d: %s", nodes,
                        hosts->count > 1 ? "are" : "is", hosts->count, list(there, hosts));
     nodes = nodes ? nodes : hosts->count;
-    rc = slots ? too_few_slots(hosts, nodes, slots) : 0;
+    rc = slots ? too_few_slots(hosts, nodes, slots, option) : 0;
     if (rc < 0)
         return rc;
     for (int i = 0; i < hosts->count; i++)
@@ -401,7 +401,7 @@ static int count(ds_hosts *hosts, int nodes, int slots)
 }
 
 int ds_hosts_filter(ds_hosts *hosts, const char *include, const char *exclude, int num_nodes,
-                    int num_slots)
+                    int num_slots, const char *slots_option)
 {
     int included = include && *include, excluded = exclude && *exclude;
 
@@ -411,5 +411,5 @@ int ds_hosts_filter(ds_hosts *hosts, const char *include, const char *exclude, i
         return ds_fail(DS_EINVAL, "cannot specify num_nodes/gpus with include/exclude");
     if (included || excluded)
         return choose(hosts, included ? include : exclude, excluded);
-    return count(hosts, num_nodes, num_slots);
+    return count(hosts, num_nodes, num_slots, slots_option ? slots_option : "num_gpus");
 }

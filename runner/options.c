@@ -218,6 +218,8 @@ static int read_number(ds_options *options, ds_options *given, size_t i)
         return ds_fail(DS_EINVAL, "--%s %s: another option says %d", numbers[i].name, text,
                        *before);
     *to = *before = (int)x;
+    if (to == &options->num_slots)
+        options->slots_option = numbers[i].name;
     return 0;
 }
 

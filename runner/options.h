@@ -23,6 +23,7 @@ typedef struct ds_options {
     int count;
     const char *ranks;        /* the first option that asks for several ranks; NULL: one process */
     int num_slots, num_nodes; /* --num_gpus and its like, --num_nodes; 0: all there are */
+    const char *slots_option; /* the one that says num_slots: "num_procs"; NULL: none */
     int srun;                 /* 1: srun starts the ranks; 0: mpirun */
     double timeout, grace;    /* seconds */
     int max_restarts, elastic, min_nodes, max_nodes; /* max_nodes 0: all */

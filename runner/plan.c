@@ -91,7 +91,7 @@ static int find_hosts(ds_plan *p)
     if (rc < 0)
         return rc;
     return ds_hosts_filter(p->all, o->value[DS_OPT_include], o->value[DS_OPT_exclude], o->num_nodes,
-                           o->num_slots);
+                           o->num_slots, o->slots_option);
 }
 
 /* ---- what the ranks are called */

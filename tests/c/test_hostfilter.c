@@ -21,12 +21,12 @@ static ds_hosts *hosts_of(const char *text)
 }
 
 /* The list that is left, or the message, and then the list is as it was. */
-static void filters(const char *text, const char *include, const char *exclude, int nodes,
-                    int slots, int code, const char *want)
+static void filters_by(const char *slots_option, const char *text, const char *include,
+                       const char *exclude, int nodes, int slots, int code, const char *want)
 {
     ds_hosts *hosts = hosts_of(text);
     char *before = strdup(show(hosts)), of[256];
-    int rc = ds_hosts_filter(hosts, include, exclude, nodes, slots);
+    int rc = ds_hosts_filter(hosts, include, exclude, nodes, slots, slots_option);
 
     snprintf(of, sizeof of, "include '%s' exclude '%s' %d %d", include ? include : "",
              exclude ? exclude : "", nodes, slots);
@@ -39,6 +39,12 @@ static void filters(const char *text, const char *include, const char *exclude, 
     assert_int_equal(rc, code);
     ds_hosts_free(hosts);
     free(before);
+}
+
+static void filters(const char *text, const char *include, const char *exclude, int nodes,
+                    int slots, int code, const char *want)
+{
+    filters_by(NULL, text, include, exclude, nodes, slots, code, want);
 }
 
 static void includes_and_excludes(void **state)
@@ -177,6 +183,8 @@ static void counts(void **state)
             "slots 0-1");
     filters(cluster, NULL, NULL, 1, 5, DS_EINVAL,
             "--num_gpus wants 5 slots of each host; there is worker-1 slots 0-3");
+    filters_by("num_procs", cluster, NULL, NULL, 1, 5, DS_EINVAL,
+               "--num_procs wants 5 slots of each host; there is worker-1 slots 0-3");
     filters(cluster, NULL, NULL, -1, 0, DS_EINVAL, "--num_nodes and --num_gpus are not negative");
     filters(cluster, NULL, NULL, 0, -1, DS_EINVAL, "--num_nodes and --num_gpus are not negative");
 }
@@ -198,16 +206,16 @@ static void a_filter_on_a_filter(void **state)
     ds_hosts *hosts = hosts_of("a slots=9\nb slots=2");
     (void)state;
 
-    assert_int_equal(ds_hosts_filter(hosts, NULL, "a:1,4-5@b", 0, 0), 0);
+    assert_int_equal(ds_hosts_filter(hosts, NULL, "a:1,4-5@b", 0, 0, NULL), 0);
     expect(show(hosts), "a:0,2,3,6,7,8", "exclude");
     assert_int_equal(ds_hosts_ranks(hosts), 6);
-    assert_int_equal(ds_hosts_filter(hosts, "a:2-6", NULL, 0, 0), DS_EINVAL);
+    assert_int_equal(ds_hosts_filter(hosts, "a:2-6", NULL, 0, 0, NULL), DS_EINVAL);
     expect(ds_error(),
            "--include: host a has no slot 4 (it has 0,2-3,6-8)\nthere is a slots 0,2-3,6-8",
            "a:2-6");
-    assert_int_equal(ds_hosts_filter(hosts, "a:2-3,7", NULL, 0, 0), 0);
+    assert_int_equal(ds_hosts_filter(hosts, "a:2-3,7", NULL, 0, 0, NULL), 0);
     expect(show(hosts), "a:2,3,7", "include");
-    assert_int_equal(ds_hosts_filter(hosts, NULL, NULL, 1, 2), 0);
+    assert_int_equal(ds_hosts_filter(hosts, NULL, NULL, 1, 2, NULL), 0);
     expect(show(hosts), "a:2,3", "count");
     ds_hosts_free(hosts);
 }
@@ -221,7 +229,7 @@ static void long_lists_are_cut(void **state)
     for (int i = 0; i < 300; i++)
         p += sprintf(p, "node-%03d slots=2\n", i);
     hosts = hosts_of(text);
-    assert_int_equal(ds_hosts_filter(hosts, "nodes-001", NULL, 0, 0), DS_EINVAL);
+    assert_int_equal(ds_hosts_filter(hosts, "nodes-001", NULL, 0, 0, NULL), DS_EINVAL);
     assert_non_null(strstr(ds_error(), "(did you mean node-001?)\nthere is node-000 slots 0-1; "));
     assert_true(strlen(ds_error()) < 1400);
     p = strrchr(ds_error(), ';');
@@ -233,7 +241,7 @@ static void long_lists_are_cut(void **state)
     for (int i = 0; i < 2048; i++)
         hosts->host[0].slot[i] = 2 * i;
     hosts->host[0].slots = 2048;
-    assert_int_equal(ds_hosts_filter(hosts, "a:1", NULL, 0, 0), DS_EINVAL);
+    assert_int_equal(ds_hosts_filter(hosts, "a:1", NULL, 0, 0, NULL), DS_EINVAL);
     assert_non_null(strstr(ds_error(), "host a has no slot 1 (it has 0,2,4,6,8,"));
     assert_true(strlen(ds_error()) < 600);
     ds_hosts_free(hosts);

@@ -86,7 +86,7 @@ static int filtered(const ds_hosts *all, const char *file, size_t bytes, const c
     int ranks = 0;
 
     require(ds_hosts_parse(&hosts, file, bytes, "fuzz") == 0);
-    if (ds_hosts_filter(hosts, include, exclude, nodes, slots) == 0) {
+    if (ds_hosts_filter(hosts, include, exclude, nodes, slots, NULL) == 0) {
         check(hosts);
         require_part(hosts, all);
         ranks = ds_hosts_ranks(hosts);

@@ -424,6 +424,7 @@ describe("a plan", function()
     for options, message in pairs {
       ["-i worker-3"] = "worker-3", ["-i worker-2:7"] = "7", ["-i worker-1 -e worker-2"] = "",
       ["-e worker-1@worker-2"] = "", ["--num_nodes 3"] = "3", ["--num_gpus 3"] = "worker-1",
+      ["--num_procs 3"] = "--num_procs wants 3 slots of each host; there is worker-1",
     } do
       local code, _, err = dry("-H hosts " .. options)
       assert.equal(2, code)
