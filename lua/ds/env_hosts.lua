@@ -73,7 +73,7 @@ end
 local function print_report(reports, failures)
   local names, differs = {}, {}
   for i, report in ipairs(reports) do names[i] = report.name end
-  print(("%d hosts: %s"):format(#names, table.concat(names, ", ")))
+  print(("%d host%s: %s"):format(#names, #names == 1 and "" or "s", table.concat(names, ", ")))
   for _, row in ipairs(env.rows) do
     local label, key = row[1], env.key(row[1])
     if row.own then

@@ -104,3 +104,22 @@ same_address() {
   done
 }
 it "an address that every host has" same_address
+
+# What most hosts have stands there once; who has something else, or gives no answer, is named.
+surveyed() {
+  runs 0 --hostfile hosts env
+  grep -q '^2 hosts: worker-1, worker-2$' out || wrong "not of two hosts"
+  counted 1 '^nothing differs$' out
+  counted 0 '^!' out
+  on 2 sh -c 'cp "$1" /tmp/other && echo >>/tmp/other && mount --bind /tmp/other "$1"' sh "$dsrun"
+  runs 0 --hostfile hosts env
+  on 2 umount "$dsrun"
+  counted 1 '^! ' out
+  counted 1 '^! worker-2:  *binary ' out
+  counted 1 '^differs: build$' out
+  sshd_off 2
+  runs 1 --hostfile hosts env
+  counted 1 '^worker-2: ssh: .*Connection refused' out
+  counted 1 '^worker-2' out
+}
+it "env of several hosts marks what differs" surveyed
