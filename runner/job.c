@@ -148,8 +148,25 @@ static double patience(const job *j, double seconds)
     return j->plan->network ? seconds + FAR_SECONDS : seconds;
 }
 
+static void say_host(job *j, const ds_remote *host)
+{
+    char *text = NULL;
+    size_t bytes;
+    FILE *f = open_memstream(&text, &bytes);
+
+    if (!f)
+        return;
+    fprintf(f, "dsrun: %s: ", host->host);
+    ds_remote_why(f, host);
+    fputs(" (its ranks have not started)", f);
+    if (fclose(f) == 0)
+        say(j, -1, text);
+    free(text);
+}
+
 /* While ranks are awaited, a host that has gone is noticed by nobody: mpirun waits for its daemon as
- * long as it takes. So hosts are asked again now and then. */
+ * long as it takes. So hosts are asked again now and then; and where mpirun gave up, which does not
+ * always say for which host it did. */
 static void look_at_hosts(job *j)
 {
     const ds_ssh ssh = {.port = j->ssh->port, .cancel = j->ssh->cancel}; /* connections anew */
@@ -160,14 +177,9 @@ static void look_at_hosts(job *j)
         each[h].host = hosts->host[h].name;
     if (each && ds_remote_run(each, hosts->count, &ssh, "true", ANSWER_SECONDS) == 0) {
         for (int h = 0; h < hosts->count; h++) {
-            char text[512];
-
             if (each[h].code == 0)
                 continue;
-            snprintf(text, sizeof text,
-                     "dsrun: %s does not answer any more, and its ranks have not started",
-                     each[h].host);
-            say(j, -1, text);
+            say_host(j, &each[h]);
             j->lost_host = 1;
         }
     }
@@ -294,7 +306,7 @@ static int explain_loss(job *j)
 {
     int far = cut_off(j), rank = far >= 0 ? far : ds_hub_culprit(j->hub);
     int code = mpirun_code(j), signal = code - 128;
-    const char *site = ds_hub_last_seen(j->hub, rank);
+    const char *site = ds_hub_last_seen(j->hub, rank), *why = "";
     char text[1024], how[160], name[DS_NAME_BYTES];
 
     if (far >= 0) {
@@ -306,12 +318,14 @@ static int explain_loss(job *j)
         snprintf(how, sizeof how, "has gone with Open MPI's daemon on its machine");
     } else if (signal > 0 && signal < 65) {
         snprintf(how, sizeof how, "was killed by signal %d (%s)", signal, strsignal(signal));
+        if (signal == SIGKILL)
+            why = "; the system does that when memory runs out, and then dmesg there says so";
     } else {
         code = code ? code : 1;
         snprintf(how, sizeof how, "ended with code %d", code);
     }
-    snprintf(text, sizeof text, "dsrun: %s %s%s%s", ds_hub_name(name, j->hub, rank), how,
-             *site ? ", " : "", site);
+    snprintf(text, sizeof text, "dsrun: %s %s%s%s%s", ds_hub_name(name, j->hub, rank), how,
+             *site ? ", " : "", site, why);
     say(j, rank, text);
     return code;
 }
@@ -351,6 +365,9 @@ static int conclude(job *j)
     if (j->stop)
         return 128 + j->stop;
     show_noise(j);
+    if (j->plan->network && !j->plan->slurm && !j->plan->options->srun &&
+        ds_hub_started(j->hub) < j->plan->ranks)
+        look_at_hosts(j);
     code = mpirun_code(j);
     snprintf(text, sizeof text, "dsrun: %s ended with code %d before all ranks had %s",
              j->plan->options->srun ? "srun" : "mpirun", code,

@@ -27,8 +27,10 @@ unchecked() {
   sshd_off 2
   echo worker-2 >wanted
   refused 10 --hostfile hosts --no_ssh_check
+  says '^dsrun: worker-2: ssh: .*Connection refused.*try ssh worker-2'
+  counted 0 '^dsrun: worker-1' err
 }
-it "--no_ssh_check: mpirun's failure is explained" unchecked
+it "--no_ssh_check: the host that mpirun fails at is named" unchecked
 
 port() {
   sshd_on 2 -p 2222
