@@ -24,7 +24,31 @@ raises() {
 it "a rank raises" raises
 it "a rank exits with 3" fails 3 exit 'code 3'
 it "a rank crashes" fails 139 crash 'signal 11' 'Segmentation fault'
-it "a rank is killed" fails 137 kill 'signal 9' 'Killed'
+it "a rank is killed" fails 137 kill 'signal 9' 'Killed' 'memory runs out'
+
+# Worker-2 has less memory than the others.
+memory_runs_out() {
+  sshd_off 2
+  on 2 sh -c 'ulimit -v 4000000 && exec "$0" -f "$1"' "$state/sshd" "$state/sshd_config"
+  cat >greedy.lua <<'END'
+local ds = require "ds"
+ds.all_reduce(ds.ones(1))
+local much = ds.rank() == 3 and ds.zeros(2 ^ 22, 2 ^ 10) -- 16 GiB
+ds.all_reduce(ds.ones(1))
+print(much)
+END
+  start --hostfile hosts greedy.lua
+  gone
+  ended 1
+  says 'rank 3 \(worker-2, slot 1\) ended with code 1'
+  grep -q 'rank 3 (worker-2, slot 1): .*greedy.lua:3: out of memory: wanted 16.0 GiB' err ||
+    wrong "the error does not say where, and how much"
+}
+if [ -z "${ASAN_OPTIONS-}" ]; then
+  it "a rank runs out of memory" memory_runs_out
+else
+  skip "a rank runs out of memory" "sanitizers reserve more than any limit"
+fi
 
 all_raise() {
   echo 'error "all of us"' >all.lua
@@ -130,5 +154,11 @@ logs_on_a_full_disk() {
   gone 10
   ended 2
   says /proc/logs
+  mount -t tmpfs -o nr_inodes=3 full full # room for two logs
+  start --hostfile hosts --enable_each_rank_log full "$here/job.lua" steps=3
+  gone 10
+  umount full
+  ended 2
+  says 'full/rank_2.log: No space left'
 }
 it "logs that cannot be written" logs_on_a_full_disk
