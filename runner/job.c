@@ -36,6 +36,7 @@
 #define START_SECONDS 4.0 /* for ranks to start, before hosts are looked at again */
 #define ANSWER_SECONDS 3.0
 #define FULL (1 << 20) /* bytes that wait to be written, before ranks have to */
+#define LOGS_FULL (16 << 20)
 
 typedef struct job {
     const ds_plan *plan;
@@ -275,7 +276,10 @@ static void turn(job *j, int wait_ms)
            err = ds_lines_waiting(j->streams->lines, DS_STDERR);
     struct pollfd fds[] = {
         {j->streams->signals, POLLIN, 0},
-        {out > FULL || err > FULL ? -1 : ds_hub_fd(j->hub), POLLIN, 0},
+        {out > FULL || err > FULL || ds_lines_unlogged(j->streams->lines) > LOGS_FULL
+             ? -1
+             : ds_hub_fd(j->hub),
+         POLLIN, 0},
         {j->noise, POLLIN, 0},
         {out ? STDOUT_FILENO : -1, POLLOUT, 0},
         {err ? STDERR_FILENO : -1, POLLOUT, 0},
@@ -381,12 +385,14 @@ static void flush(job *j)
     double end = ds_seconds() + (j->now ? 1 : 3600);
 
     for (;;) {
-        size_t out = ds_lines_waiting(j->streams->lines, DS_STDOUT);
-        size_t err = ds_lines_waiting(j->streams->lines, DS_STDERR);
+        size_t logs = ds_lines_unlogged(j->streams->lines), out, err;
 
-        if (!(out || err) || j->now || ds_seconds() > end)
+        ds_lines_write(j->streams->lines, DS_STDERR); /* with what is to be said of those */
+        out = ds_lines_waiting(j->streams->lines, DS_STDOUT);
+        err = ds_lines_waiting(j->streams->lines, DS_STDERR);
+        if (!(out || err || logs) || j->now || ds_seconds() > end)
             return;
-        turn(j, 100);
+        turn(j, out || err ? 100 : 5);
     }
 }
 

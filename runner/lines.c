@@ -2,7 +2,6 @@
 #include "runner/lines.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <limits.h>
 #include <poll.h>
 #include <stdio.h>
@@ -11,9 +10,10 @@
 #include <unistd.h>
 
 #include "kernels/error.h"
-#include "runner/ds.h"
+#include "runner/ranklogs.h"
 
 #define LONGEST 65536
+#define LOG_SECONDS 10 /* for a call to the file system with the logs */
 
 typedef struct text {
     char *data;
@@ -28,8 +28,8 @@ typedef struct source {
 
 struct ds_lines {
     int ranks, tags;
-    source *sources; /* [ranks][DS_STREAMS] */
-    int *logs;       /* [ranks]; -1: none */
+    source *sources;   /* [ranks][DS_STREAMS] */
+    ds_ranklogs *logs; /* NULL: none */
     text out[DS_STREAMS];
     int open[DS_STREAMS]; /* the last thing written had no end of line: whose; -1: it had one */
 };
@@ -57,18 +57,9 @@ static void drop(text *t, size_t bytes)
         memmove(t->data, t->data + bytes, t->used);
 }
 
-static int open_log(const char *folder, int rank)
-{
-    char path[PATH_MAX];
-
-    snprintf(path, sizeof path, "%s/rank_%d.log", folder, rank);
-    return open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
-}
-
 int ds_lines_open(ds_lines **out, int ranks, int tags, const char *folder)
 {
     ds_lines *l = calloc(1, sizeof *l);
-    int rc;
 
     *out = l;
     if (!l)
@@ -76,21 +67,10 @@ int ds_lines_open(ds_lines **out, int ranks, int tags, const char *folder)
     l->ranks = ranks;
     l->tags = tags;
     l->sources = calloc((size_t)ranks * DS_STREAMS, sizeof *l->sources);
-    l->logs = malloc((size_t)ranks * sizeof *l->logs);
     l->open[DS_STDOUT] = l->open[DS_STDERR] = -1;
-    if (!l->sources || !l->logs)
+    if (!l->sources)
         return ds_fail(DS_ENOMEM, "out of memory");
-    for (int r = 0; r < ranks; r++)
-        l->logs[r] = -1;
-    if (!folder)
-        return 0;
-    rc = ds_folder_make(folder);
-    for (int r = 0; rc == 0 && r < ranks; r++) {
-        l->logs[r] = open_log(folder, r);
-        if (l->logs[r] < 0)
-            rc = ds_fail(DS_EIO, "cannot write %s/rank_%d.log: %s", folder, r, strerror(errno));
-    }
-    return rc;
+    return folder ? ds_ranklogs_open(&l->logs, folder, ranks, LOG_SECONDS) : 0;
 }
 
 void ds_lines_close(ds_lines *l)
@@ -99,11 +79,8 @@ void ds_lines_close(ds_lines *l)
         return;
     for (int i = 0; l->sources && i < l->ranks * DS_STREAMS; i++)
         free(l->sources[i].line.data);
-    for (int r = 0; l->logs && r < l->ranks; r++)
-        if (l->logs[r] >= 0)
-            close(l->logs[r]);
+    ds_ranklogs_close(l->logs);
     free(l->sources);
-    free(l->logs);
     free(l->out[DS_STDOUT].data);
     free(l->out[DS_STDERR].data);
     free(l);
@@ -133,26 +110,19 @@ static void flush_line(ds_lines *l, int rank, enum ds_stream stream, size_t byte
     drop(&s->line, bytes);
 }
 
-/* A full disk must not end a training run: the file ends there, and that is said once. */
-static void write_log(ds_lines *l, int rank, const char *data, size_t bytes)
+static void log_it(ds_lines *l, int rank, const char *data, size_t bytes)
 {
-    char said[160];
+    if (l->logs)
+        ds_ranklogs_add(l->logs, rank, data, bytes);
+}
 
-    while (l->logs[rank] >= 0 && bytes > 0) {
-        ssize_t n = write(l->logs[rank], data, bytes);
+/* A full disk must not end a training run: the file ends there, and that is said once. */
+static void say_news(ds_lines *l)
+{
+    char text[PATH_MAX + 160];
 
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n < 0) {
-            snprintf(said, sizeof said, "dsrun: rank_%d.log ends here: %s", rank, strerror(errno));
-            close(l->logs[rank]);
-            l->logs[rank] = -1;
-            ds_lines_say(l, -1, said);
-            return;
-        }
-        data += n;
-        bytes -= (size_t)n;
-    }
+    while (l->logs && ds_ranklogs_news(l->logs, text, sizeof text))
+        ds_lines_say(l, -1, text);
 }
 
 void ds_lines_add(ds_lines *l, int rank, enum ds_stream stream, const char *data, size_t bytes)
@@ -166,7 +136,7 @@ void ds_lines_add(ds_lines *l, int rank, enum ds_stream stream, const char *data
         s->cut = 0;
         return;
     }
-    write_log(l, rank, data, bytes);
+    log_it(l, rank, data, bytes);
     if (append(&s->line, data, bytes) < 0)
         return;
     for (;;) { /* line by line where each gets a tag */
@@ -191,9 +161,14 @@ void ds_lines_say(ds_lines *l, int rank, const char *said)
         append(&l->out[DS_STDERR], "\n", 1);
     l->open[DS_STDERR] = -1;
     if (rank >= 0) {
-        write_log(l, rank, said, bytes);
-        write_log(l, rank, "\n", 1);
+        log_it(l, rank, said, bytes);
+        log_it(l, rank, "\n", 1);
     }
+}
+
+size_t ds_lines_unlogged(const ds_lines *l)
+{
+    return l->logs ? ds_ranklogs_waiting(l->logs) : 0;
 }
 
 size_t ds_lines_waiting(const ds_lines *l, enum ds_stream stream)
@@ -208,6 +183,7 @@ void ds_lines_write(ds_lines *l, enum ds_stream stream)
     text *out = &l->out[stream];
     size_t written = 0;
 
+    say_news(l);
     while (written < out->used && poll(&fd, 1, 0) == 1) {
         size_t left = out->used - written;
         ssize_t n = write(fd.fd, out->data + written, left < PIPE_BUF ? left : PIPE_BUF);

@@ -162,3 +162,39 @@ logs_on_a_full_disk() {
   says 'full/rank_2.log: No space left'
 }
 it "logs that cannot be written" logs_on_a_full_disk
+
+# A file system whose server has gone, as that of a network: who calls it waits until he is killed.
+dead_folder() {
+  cat >dead.lua <<'END'
+local ffi = require "ffi"
+ffi.cdef "int open(const char *, int); int mount(const char *, const char *, const char *, long, const char *);"
+local fd = ffi.C.open("/dev/fuse", 2)
+local how = ("fd=%d,rootmode=40000,user_id=0,group_id=0"):format(fd)
+assert(fd >= 0 and ffi.C.mount("dead", arg[1], "fuse", 0, how) == 0)
+print "mounted"
+io.stdout:flush()
+io.read()
+END
+  mkdir dead
+  mkfifo until
+  "$dsrun" dead.lua dead >dead.out 2>&1 <until &
+  exec 4>until
+  until_so 10 test -s dead.out
+  grep -q mounted dead.out
+}
+
+logs_on_a_dead_file_system() {
+  dead_folder || wrong "it cannot be made: $(cat dead.out)"
+  start --hostfile hosts --enable_each_rank_log dead/logs "$here/job.lua" steps=3
+  until_so 20 test -e code
+  umount -l dead
+  exec 4>&-
+  gone 12
+  ended 2
+  says 'dead/logs, the folder for logs, has not answered for 10 s'
+}
+if [ -w /dev/fuse ]; then
+  it "logs on a file system that does not answer" logs_on_a_dead_file_system
+else
+  skip "logs on a file system that does not answer" "no /dev/fuse here"
+fi
