@@ -256,7 +256,7 @@ local linear_cross_entropy = define("linear_cross_entropy", {
     local dtype = autograd.grad_dtype(w)
     local dw = want_w and (autograd.claim(w, dtype) or new(w.shape, dtype, w.device)) or nil
     local rows_, size = chunk_rows(n, v, x:element_size()), x:element_size()
-    local carries = dw and n > rows_ and dtype ~= fine(w) -- what rounding leaves, for the next chunk
+    local carries = dw and n > rows_ and dtype ~= fine(w)
     if carries and (n - rows_) * v * size <= w:numel() * dw:element_size() then
       rows_, carries = n, false -- all logits take less than that
     end
