@@ -2,7 +2,8 @@
  *
  * A training step makes and drops some hundreds of tensors of a few dozen sizes. Asking the system
  * each time costs page faults on a CPU (64 ms for 256 MB) and a device synchronisation on a GPU. So
- * memory comes in segments of at least 32 MB; a segment is a chain of pieces, used or free; free ones
+ * memory comes in segments of at least 32 MB, or of 8 MB for pieces below 1 MB, so that a loss which
+ * lives on does not keep the room of a large tensor; a segment is a chain of pieces, used or free; free ones
  * wait in lists by size class, two levels of them (Masmano et al. 2004, "TLSF": power of two, then
  * sixteenths), so that finding one that fits is a look at two bitmaps, and the smallest class that
  * fits is taken. A freed piece merges with its free neighbours at once, which keeps the peak near
@@ -24,6 +25,8 @@
 
 #define ALIGN 64
 #define SEGMENT_MIN ((int64_t)32 << 20)
+#define SMALL ((int64_t)1 << 20) /* pieces below it have segments of their own */
+#define SMALL_SEGMENT ((int64_t)8 << 20)
 #define SEGMENT_STEP ((int64_t)2 << 20) /* huge pages */
 #define SPLIT_MIN 512                   /* a smaller rest stays with its piece */
 #define FIRST_BITS 48
@@ -35,11 +38,16 @@
  * three lines between them spread them. */
 #define COLOUR 192
 
-struct pool {
-    pthread_mutex_t lock;
+/* Free pieces by size class, and which classes have any. */
+struct lists {
     uint64_t first_map;
     uint32_t second_map[FIRST_BITS];
-    ds_storage *lists[FIRST_BITS][SECOND];
+    ds_storage *of[FIRST_BITS][SECOND];
+};
+
+struct pool {
+    pthread_mutex_t lock;
+    struct lists lists[2]; /* of large and of small segments */
     int64_t by_tag[TAGS];
     ds_memory memory;
 };
@@ -96,35 +104,37 @@ static void class_of(int64_t bytes, int *first, int *second)
 
 static void list_add(struct pool *p, ds_storage *s)
 {
+    struct lists *l = &p->lists[s->small];
     int i, j;
 
     class_of(s->bytes, &i, &j);
     s->last_free = NULL;
-    s->next_free = p->lists[i][j];
+    s->next_free = l->of[i][j];
     if (s->next_free)
         s->next_free->last_free = s;
-    p->lists[i][j] = s;
-    p->first_map |= 1ull << i;
-    p->second_map[i] |= 1u << j;
+    l->of[i][j] = s;
+    l->first_map |= 1ull << i;
+    l->second_map[i] |= 1u << j;
     p->memory.cached += s->bytes;
     forbid(s, 0);
 }
 
 static void list_drop(struct pool *p, ds_storage *s)
 {
+    struct lists *l = &p->lists[s->small];
     int i, j;
 
     class_of(s->bytes, &i, &j);
     if (s->last_free)
         s->last_free->next_free = s->next_free;
     else
-        p->lists[i][j] = s->next_free;
+        l->of[i][j] = s->next_free;
     if (s->next_free)
         s->next_free->last_free = s->last_free;
-    if (!p->lists[i][j]) {
-        p->second_map[i] &= ~(1u << j);
-        if (!p->second_map[i])
-            p->first_map &= ~(1ull << i);
+    if (!l->of[i][j]) {
+        l->second_map[i] &= ~(1u << j);
+        if (!l->second_map[i])
+            l->first_map &= ~(1ull << i);
     }
     p->memory.cached -= s->bytes;
     allow(s);
@@ -133,24 +143,25 @@ static void list_drop(struct pool *p, ds_storage *s)
 /* A free piece of at least `bytes`, off its list; NULL if there is none. */
 static ds_storage *list_find(struct pool *p, int64_t bytes)
 {
+    const struct lists *l = &p->lists[bytes < SMALL];
     int i, j, tries = TRIES;
     uint32_t second;
     uint64_t first;
     ds_storage *s = NULL;
 
     class_of(bytes, &i, &j);
-    for (s = p->lists[i][j]; s && tries--; s = s->next_free)
+    for (s = l->of[i][j]; s && tries--; s = s->next_free)
         if (s->bytes >= bytes)
             goto found;
-    second = p->second_map[i] & (uint32_t)(~0ull << (j + 1));
+    second = l->second_map[i] & (uint32_t)(~0ull << (j + 1));
     if (!second) {
-        first = i + 1 < 64 ? p->first_map & (~0ull << (i + 1)) : 0;
+        first = i + 1 < 64 ? l->first_map & (~0ull << (i + 1)) : 0;
         if (!first)
             return NULL;
         i = __builtin_ctzll(first);
-        second = p->second_map[i];
+        second = l->second_map[i];
     }
-    s = p->lists[i][__builtin_ctz(second)];
+    s = l->of[i][__builtin_ctz(second)];
 found:
     list_drop(p, s);
     return s;
@@ -163,7 +174,8 @@ static int segment_take(ds_storage **out, int device, int64_t bytes)
 {
     struct pool *p = &pools[device];
     const ds_backend *backend = ds_backend_of(device);
-    int64_t total = bytes < SEGMENT_MIN ? SEGMENT_MIN : bytes;
+    int64_t least = bytes < SMALL ? SMALL_SEGMENT : SEGMENT_MIN;
+    int64_t total = bytes < least ? least : bytes;
     ds_storage *s = NULL;
     int rc;
 
@@ -180,6 +192,7 @@ static int segment_take(ds_storage **out, int device, int64_t bytes)
     }
     s->bytes = total;
     s->device = device;
+    s->small = bytes < SMALL;
     p->memory.takes++;
     *out = s;
     return 0;
@@ -192,16 +205,15 @@ static void flush_locked(int device)
     const ds_backend *backend = ds_backend_of(device);
     ds_storage *s, *next;
 
-    for (int i = 0; i < FIRST_BITS; i++)
-        for (int j = 0; j < SECOND; j++)
-            for (s = p->lists[i][j]; s; s = next) {
-                next = s->next_free;
-                if (s->before || s->after)
-                    continue;
-                list_drop(p, s);
-                backend->memory_give(s->data, (size_t)s->bytes);
-                free(s);
-            }
+    for (int k = 0; k < 2 * FIRST_BITS * SECOND; k++)
+        for (s = p->lists[k % 2].of[k / 2 / SECOND][k / 2 % SECOND]; s; s = next) {
+            next = s->next_free;
+            if (s->before || s->after)
+                continue;
+            list_drop(p, s);
+            backend->memory_give(s->data, (size_t)s->bytes);
+            free(s);
+        }
 }
 
 /* Cuts s down to `bytes`; the rest becomes a free piece. Without host memory s stays as it is. */
@@ -217,6 +229,7 @@ static void split(struct pool *p, ds_storage *s, int64_t bytes)
     rest->data = (char *)s->data + bytes;
     rest->bytes = s->bytes - bytes;
     rest->device = s->device;
+    rest->small = s->small;
     rest->before = s;
     rest->after = s->after;
     if (rest->after)

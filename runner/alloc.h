@@ -15,6 +15,7 @@ struct ds_storage {
     int32_t device;
     int32_t tag;        /* ds_memory.tag at the time: the op it was made for */
     int32_t loose;      /* made while no scope was open */
+    int32_t small;      /* 1: in a segment for small pieces */
     ds_storage *before; /* neighbours in the segment, by address */
     ds_storage *after;
     ds_storage *next_free; /* in its size class's list; NULL ends it */

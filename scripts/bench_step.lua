@@ -1,11 +1,11 @@
 --- Our side of `make bench`: a process that trains on command, so that sides take turns.
 --
 --     dsrun scripts/bench_step.lua nano|char|gpt2 fp32|bf16 [folder=F] [batch=N] [stage=N]
---         [offload=F] [commands=F]
+--         [bucket=N] [offload=F] [commands=F]
 --
 -- Full steps through the engine: forward, backward, clipping, AdamW; batch: samples a rank;
--- offload: the folder that keeps AdamW's state. For each line on standard input (rank 0's), or of
--- the named pipe `commands`, one on standard output:
+-- bucket: elements; offload: the folder that keeps AdamW's state. For each line on standard input
+-- (rank 0's), or of the named pipe `commands`, one on standard output:
 --
 --     SECONDS   trains that long, at least one step; on several ranks, so many steps
 --               → median_ms min_ms steps loss
@@ -48,8 +48,8 @@ for i = 3, #arg do
   options[key or ""] = value
 end
 if not config or (dtype ~= "fp32" and dtype ~= "bf16") or options[""] then
-  error("usage: bench_step.lua nano|char|gpt2 fp32|bf16 [folder=F] [batch=N] [stage=N] [offload=F]",
-    0)
+  error("usage: bench_step.lua nano|char|gpt2 fp32|bf16 [folder=F] [batch=N] [stage=N] [bucket=N] "
+    .. "[offload=F]", 0)
 end
 
 local folder, batch = options.folder, tonumber(options.batch) or config.batch
@@ -63,6 +63,7 @@ local engine = ds.initialize {
     gradient_clipping = 1.0,
     bf16 = { enabled = dtype == "bf16" },
     zero_optimization = { stage = tonumber(options.stage) or 0,
+      reduce_bucket_size = tonumber(options.bucket),
       offload_optimizer = options.offload and { device = "nvme", nvme_path = options.offload } },
     optimizer = { type = "AdamW", params = { lr = 1e-3, betas = { 0.9, 0.95 } } },
   },
