@@ -185,7 +185,8 @@ typedef struct ds_io {
 ds_io *ds_io_now(void);
 
 /* Writing: `bytes` is how long the file will be; space for it is taken at once. append takes any
- * pieces in order; stays 1: they stay as they are until commit, so they need not be copied. commit
+ * pieces in order; stays 1: they stay as they are until commit, so they need not be copied;
+ * append_transposed: a dense matrix [rows x columns] of elements of `size` bytes, as its transpose. commit
  * puts all on the disk, closes and frees f, also when it fails, and then nothing is left of the file;
  * so does discard. replace 1: written under a temporary name and renamed
  * when whole, over what was there, the folder synced; 0: a new file under its own name, the folder is
@@ -193,6 +194,8 @@ ds_io *ds_io_now(void);
 typedef struct ds_file ds_file;
 int ds_file_create(ds_file **out, const char *path, int64_t bytes, int replace);
 int ds_file_append(ds_file *f, const void *data, int64_t bytes, int stays);
+int ds_file_append_transposed(ds_file *f, const void *data, int64_t rows, int64_t columns,
+                              int64_t size);
 int ds_file_commit(ds_file *f, char *hash);
 void ds_file_discard(ds_file *f);
 int ds_file_put(const char *path, const void *data, int64_t bytes, int replace, char *hash);

@@ -271,6 +271,53 @@ int ds_file_append(ds_file *f, const void *data, int64_t bytes, int stays)
     return 0;
 }
 
+/* ---- a matrix, transposed on its way into the file: strips of columns, in tiles whose lines are
+ * whole lines of the cache on both sides */
+
+#define TILE 16   /* elements a side */
+#define STRIP 256 /* bytes of a row that are read at once */
+
+#define TRANSPOSE(bits)                                                                            \
+    static void transpose_##bits(void *to, const void *from, int64_t rows, int64_t columns,        \
+                                 int64_t width)                                                    \
+    {                                                                                              \
+        uint##bits##_t *out = to;                                                                  \
+        const uint##bits##_t *in = from;                                                           \
+                                                                                                   \
+        for (int64_t c = 0; c < width; c += TILE)                                                  \
+            for (int64_t r = 0; r < rows; r += TILE)                                               \
+                for (int64_t y = c; y < c + TILE && y < width; y++)                                \
+                    for (int64_t x = r; x < r + TILE && x < rows; x++)                             \
+                        out[y * rows + x] = in[x * columns + y];                                   \
+    }
+
+TRANSPOSE(8)
+TRANSPOSE(16)
+TRANSPOSE(32)
+TRANSPOSE(64)
+
+int ds_file_append_transposed(ds_file *f, const void *data, int64_t rows, int64_t columns,
+                              int64_t size)
+{
+    int64_t strip = STRIP / size, width = columns < strip ? columns : strip;
+    char *scratch = f->failed ? NULL : malloc((size_t)(width * rows * size) + 1);
+
+    if (!f->failed && !scratch)
+        f->failed = ds_fail(DS_ENOMEM, "out of host memory");
+    for (int64_t c = 0; c < columns && !f->failed; c += strip) {
+        const char *from = (const char *)data + c * size;
+        int64_t n = columns - c < strip ? columns - c : strip;
+
+        (size == 8   ? transpose_64
+         : size == 4 ? transpose_32
+         : size == 2 ? transpose_16
+                     : transpose_8)(scratch, from, rows, columns, n);
+        ds_file_append(f, scratch, n * rows * size, 0);
+    }
+    free(scratch);
+    return f->failed;
+}
+
 /* All blocks on the disk, the file as long as it should be, closed. */
 static int settle(ds_file *f)
 {

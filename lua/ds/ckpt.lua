@@ -12,243 +12,125 @@
 -- Every rank calls save and load. Each writes its share of the files, rank 0 the rest; all of them
 -- succeed, or all raise what went wrong on one. Any number of ranks may load what another saved.
 --
--- A save writes all of this into dir/.tmp-…, brings it to the disk, and then renames the folder.
--- A tag that exists is swapped with the new folder in one call, so for a moment `latest` still has
--- the hash of the old one, which lies under the temporary name: that is why a load looks there as
--- well. Where a file system can't swap, two renames leave the same picture. Whatever moment a
--- machine stops at, `latest` finds the old checkpoint or the new one.
+-- ckpt_folder.lua tells how a folder becomes a checkpoint, whatever moment a machine stops at.
 --
 -- Loading checks every file against the manifest before it hands anything out.
 
-local ffi = require "ffi"
 local border = require "ds.ffi"
 local json = require "ds.json"
 local files = require "ds.saveload"
+local folders = require "ds.ckpt_folder"
+local offload = require "ds.offload"
+local scope = require "ds.scope"
 local tensor = require "ds.tensor"
 local comm = require "ds.comm"
 local together = require "ds.together"
 
 local C, check, raise = border.C, border.check, border.raise
+local kind, is_folder, check_tag = folders.kind, folders.is_folder, folders.check_tag
 
-local M = {}
+local M = { list = folders.list }
 
-local FORMAT = 1
 local SHARD = 5e9          -- bytes; as Hugging Face's default
 local LOCK_MS = 60 * 1000  -- waiting for another process that saves into the same folder
 local SLACK = 2 ^ 20       -- bytes: headers, folders
+local TOGETHER = 4 * 2 ^ 20 -- bytes of weights that are gathered at a time
 
--- ---- names and folders
+-- ---- weights: files that several ranks write
 
---- Why a string is no plain name of a folder; nil if it is one.
-local function tag_fault(tag)
-  return type(tag) ~= "string" and ("it is a " .. type(tag))
-    or tag == "" and "it is empty"
-    or #tag > 200 and "it is longer than 200 bytes"
-    or tag:find("^%.") and "it begins with a dot"
-    or tag:find("/", 1, true) and "it has a '/'"
-    or tag:find("..", 1, true) and "it has '..'"
-    or tag:find("%c") and "it has control characters"
-    or tag == "latest" and "'latest' is a file beside the tags"
-    or C.ds_json_utf8(tag, #tag) == 0 and "it is not UTF-8"
-    or nil
-end
-
---- A tag as a string; refused if it can't be the name of a folder in the checkpoint folder.
-local function check_tag(tag, what)
-  if type(tag) == "number" then
-    tag = tag % 1 == 0 and math.abs(tag) < 2 ^ 53 and ("%d"):format(tag) or tostring(tag)
-  end
-  local why = tag_fault(tag)
-  if why then
-    raise("%s: the tag %q can't name a folder in the checkpoint folder: %s", what, tostring(tag),
-      why)
-  end
-  return tag
-end
-
-local function kind(path) return check(C.ds_path_kind(path)) end
-local function is_folder(path) return kind(path) == C.DS_PATH_FOLDER end
-
---- Sorted names in a folder.
-local function list(dir)
-  local slot = ffi.new("char *[1]")
-  local bytes = tonumber(C.ds_folder_list(slot, dir))
-  check(bytes)
-  local text, names = ffi.string(slot[0], bytes), {}
-  C.ds_free(slot[0])
-  for name in text:gmatch("(%Z+)%z") do names[#names + 1] = name end
-  return names
-end
-
-local function temporary(dir)
-  local buffer = ffi.new("char[4096]")
-  check(C.ds_temporary_name(buffer, 4096, dir))
-  return ffi.string(buffer)
-end
-
---- Writes a new file; its folder is still to be synced.
-local function put(path, text)
-  local hash = ffi.new("char[17]")
-  check(C.ds_file_put(path, text, #text, 0, hash))
-  return ffi.string(hash)
-end
-
-local function get(path, what)
-  local f = files.file(path, what)
-  local text = f:text()
-  f:close()
-  return text
-end
-
-local function hash_of(text)
-  local hash = ffi.new("char[17]")
-  C.ds_hash(hash, text, #text)
-  return ffi.string(hash)
-end
-
--- ---- the manifest and `latest`
-
---- The manifest's first line holds the hash of all lines behind it.
-local function manifest_text(manifest)
-  local body = json.encode(manifest, { indent = 2 }):sub(3) .. "\n"
-  return ('{ "manifest_hash": "%s",\n%s'):format(hash_of(body), body)
-end
-
---- A file's path in a manifest: below the checkpoint, plain names only.
-local function is_inside(path)
-  if type(path) ~= "string" or path:sub(1, 1) == "/" then return false end
-  for part in (path .. "/"):gmatch("([^/]*)/") do
-    if not part:find("^[%w_%-][%w_%-.]*$") then return false end
-  end
-  return true
-end
-
---- Why a decoded manifest makes no sense; nil if it does.
-local function manifest_fault(m)
-  if type(m) ~= "table" or type(m.format) ~= "number" then return "it has no format" end
-  if m.format > FORMAT then
-    return ("it has format %g, of a newer version; this one reads up to %d"):format(m.format,
-      FORMAT)
-  end
-  if tag_fault(m.tag) or type(m.step) ~= "number" or type(m.files) ~= "table" then
-    return "its tag, step or list of files is missing or makes no sense"
-  end
-  for _, f in ipairs(m.files) do
-    if not is_inside(f.path) or type(f.bytes) ~= "number" or type(f.hash) ~= "string" then
-      return "its list of files makes no sense"
-    end
-  end
-end
-
---- Reads and checks the manifest in a folder.
--- @treturn table|nil the manifest, with `hash`: its own; nil and the reason
-local function read_manifest(folder)
-  local path = folder .. "/manifest.json"
-  if kind(path) ~= C.DS_PATH_FILE then return nil, ("'%s' is missing"):format(path) end
-  local text = get(path)
-  local hash, body = text:match('^{ "manifest_hash": "(%x+)",\n(.*)$')
-  if not hash or hash ~= hash_of(body) then
-    return nil, ("'%s' is damaged: its text does not match its hash"):format(path)
-  end
-  local m, message = json.decode(text, path)
-  local fault = m == nil and message or manifest_fault(m)
-  if fault then return nil, ("'%s': %s"):format(path, fault) end
-  m.hash = hash
-  return m
-end
-
---- What `latest` says.
--- @treturn table|nil { tag, hash }; nil if there is no such file; nil and the reason if it is bad
-local function read_latest(dir)
-  local path = dir .. "/latest"
-  if kind(path) == C.DS_PATH_NONE then return nil end
-  local text = get(path)
-  local tag, hash = text:match("^([^\n]+)\n(%x+)\n$")
-  if not tag or #hash ~= 16 or hash:find("%u") or tag_fault(tag) then
-    return nil, ("'%s' is damaged: it should be a tag and a hash, one a line"):format(path)
-  end
-  return { tag = tag, hash = hash }
-end
-
---- The folder of a tag, and its manifest. With a hash, the folder that has this manifest: perhaps
--- one that a save was about to replace.
--- @treturn string|nil folder
--- @treturn table|string manifest, or the reason
-local function find(dir, tag, hash)
-  local folder = dir .. "/" .. tag
-  local there = is_folder(folder)
-  local why
-  if there then
-    local m, message = read_manifest(folder)
-    if m and (not hash or m.hash == hash) then return folder, m end
-    why = message
-      or ("'%s/manifest.json' is not the one that '%s/latest' was written for"):format(folder, dir)
-  else
-    why = ("'%s' does not exist"):format(folder)
-  end
-  if hash or not there then
-    for _, name in ipairs(list(dir)) do
-      local other = dir .. "/" .. name
-      local m = name:find("^%.tmp%-") and is_folder(other) and read_manifest(other)
-      if m and m.tag == tag and (not hash or m.hash == hash) then return other, m end
-    end
-  end
-  return nil, why
-end
-
---- Why files of a checkpoint are not as long as its manifest says; nil if they are.
-local function size_fault(folder, m)
-  for _, f in ipairs(m.files) do
-    local path = folder .. "/" .. f.path
-    if kind(path) ~= C.DS_PATH_FILE then return ("'%s' is missing"):format(path) end
-    local open = files.file(path)
-    local bytes = open.bytes
-    open:close()
-    if bytes ~= f.bytes then
-      return ("'%s' has %d bytes and should have %d"):format(path, bytes, f.bytes)
-    end
-  end
-end
-
---- All checkpoints in a folder, by step.
--- @treturn table array of { tag, step, world_size, bytes, fault }; `fault`: what is wrong with it,
--- as far as manifest and sizes tell
-function M.list(dir)
-  local out = {}
-  if not is_folder(dir) then return out end
-  for _, name in ipairs(list(dir)) do
-    local folder = dir .. "/" .. name
-    if name:sub(1, 1) ~= "." and is_folder(folder)
-      and kind(folder .. "/manifest.json") == C.DS_PATH_FILE then
-      local m, fault = read_manifest(folder)
-      local item = { tag = name, step = m and m.step or -1, world_size = m and m.world_size,
-        bytes = 0, fault = fault or size_fault(folder, m) }
-      for _, f in ipairs(m and m.files or {}) do item.bytes = item.bytes + f.bytes end
-      out[#out + 1] = item
-    end
-  end
-  table.sort(out, function(a, b)
-    if a.step ~= b.step then return a.step < b.step end
-    return a.tag < b.tag
-  end)
-  return out
-end
-
--- ---- saving
-
---- Weights as files of at most `limit` bytes, in the order given; a larger one is a file by itself.
-local function shards_of(weights, limit)
-  local shards, bytes = { {} }, 0
+--- Weights as lists of at most `limit` bytes, in the order given; a larger one is a list by itself.
+local function split(weights, limit)
+  local lists, bytes = { {} }, 0
   for _, item in ipairs(weights) do
     local n = files.bytes { item }
     if bytes > 0 and bytes + n > limit then
-      shards[#shards + 1], bytes = {}, 0
+      lists[#lists + 1], bytes = {}, 0
     end
-    table.insert(shards[#shards], item)
+    table.insert(lists[#lists], item)
     bytes = bytes + n
   end
+  return lists
+end
+
+--- Weights in as many files as it takes to give every rank a share, each in the order in which it
+-- is written. With no weights there is one file.
+local function make_shards(weights, limit)
+  limit = math.min(limit or SHARD, math.ceil(files.bytes(weights) / comm.world_size()))
+  local shards = split(weights, math.max(1, limit))
+  for i, shard in ipairs(shards) do shards[i] = files.by_width(shard) end
   return shards
 end
+
+--- The parts of shards `first` to `last` that are gathered at a time, one of each shard in turn, so
+-- that all of their files grow. The same on every rank.
+local function runs_of(shards, first, last)
+  local parts, runs, more = {}, {}
+  for i = first, last do parts[i] = split(shards[i], TOGETHER) end
+  local k = 0
+  repeat
+    k, more = k + 1, false
+    for i = first, last do
+      if parts[i][k] then
+        runs[#runs + 1], more = { shard = i, items = parts[i][k] }, true
+      end
+    end
+  until not more
+  return runs
+end
+
+local function parameters_of(items)
+  local out = {}
+  for _, item in ipairs(items) do out[#out + 1] = item.parameter end
+  return out
+end
+
+local function just_call(_, f) return f() end
+
+--- Writes weights into files, every so manieth this rank's; every rank calls it. No rank needs more
+-- than a few parameters whole at a time.
+-- @tparam table shards what make_shards() gave
+-- @tparam function create create(i, shard) starts the file of a shard that is this rank's
+-- @tparam function done done(i, writer) brings it to the disk
+-- @tparam[opt] function gathered gathered(parameters, f) calls f() while they are whole; every rank
+-- calls it alike
+local function write_shards(shards, create, done, gathered)
+  gathered = gathered or just_call
+  local ranks, rank = comm.world_size(), comm.rank()
+  for first = 1, #shards, ranks do
+    local mine, last = first + rank, math.min(first + ranks - 1, #shards)
+    local writer = together.all(function() return shards[mine] and create(mine, shards[mine]) end)
+    local ok, message = true, nil
+    for _, run in ipairs(runs_of(shards, first, last)) do
+      gathered(parameters_of(run.items), function()
+        if run.shard ~= mine or not ok then return end
+        ok, message = xpcall(function()
+          for _, item in ipairs(run.items) do writer:append(item) end
+        end, border.note)
+      end)
+    end
+    together.all(function()
+      if not ok then
+        writer:discard()
+        error(message, 0)
+      end
+      return writer and done(mine, writer)
+    end)
+  end
+end
+
+--- The index beside weights: which tensor lies in which file, as Hugging Face's tools want it.
+local function index_text(shards, name)
+  local size, map = 0, {}
+  for i, shard in ipairs(shards) do
+    size = size + files.bytes(shard)
+    for _, item in ipairs(shard) do map[item[1]] = name(i, #shards) end
+  end
+  return json.encode({ metadata = { total_size = size }, weight_map = map }, { indent = 2 }) .. "\n"
+end
+
+local function shard_name(i, n) return ("model-%05d-of-%05d.safetensors"):format(i, n) end
+
+-- ---- saving
 
 --- The entry of a written file in the manifest.
 local function entry_of(folder, path, hash)
@@ -258,35 +140,51 @@ local function entry_of(folder, path, hash)
   return { path = path, bytes = bytes, hash = hash }
 end
 
-local function shard_name(i, n) return ("model-%05d-of-%05d.safetensors"):format(i, n) end
+--- Writes this rank's files and brings them to the disk, or begins to.
+local function write_own(save, content)
+  local folder = save.folder
+  local function create(path, list, background)
+    return files.create(folder .. "/" .. path, list, { meta = { "format", "pt" },
+      what = "save_checkpoint", background = background })
+  end
+  local function done(path, writer)
+    save.own[#save.own + 1] = { path = path, hash = writer:commit() }
+  end
+  local function weight_path(i) return "weights/" .. shard_name(i, #save.shards) end
+  -- what is gathered goes as soon as it is written
+  local later = not content.gathered and save.background or nil
+  write_shards(save.shards,
+    function(i, shard) return create(weight_path(i), shard, later) end,
+    function(i, writer) done(weight_path(i), writer) end, content.gathered)
+  together.all(function()
+    if #content.optim == 0 then return end
+    local path = ("optim/rank-%d.safetensors"):format(comm.rank())
+    local writer = create(path, content.optim, save.background)
+    for _, item in ipairs(writer.list) do writer:append(item) end
+    done(path, writer)
+  end)
+end
 
---- Writes this rank's files and brings them to the disk: every so manieth shard of the weights, and
--- what it owns of the optimizer.
--- @treturn table entries for the manifest
-local function write_own(folder, shards, optim)
-  local written, ranks, rank = {}, comm.world_size(), comm.rank()
-  local function write_tensors(path, tensors)
-    written[#written + 1] = entry_of(folder, path, files.write(folder .. "/" .. path, tensors,
-      { meta = { "format", "pt" }, what = "save_checkpoint" }))
+--- Entries of this rank's files, which are on the disk now, as JSON.
+local function own_entries(save)
+  local entries = json.array {}
+  for i, own in ipairs(save.own) do
+    local hash = type(own.hash) == "function" and own.hash() or own.hash
+    entries[i] = entry_of(save.folder, own.path, hash)
   end
-  for i, shard in ipairs(shards) do
-    if (i - 1) % ranks == rank then write_tensors("weights/" .. shard_name(i, #shards), shard) end
-  end
-  check(C.ds_folder_sync(folder .. "/weights"))
-  if #optim > 0 then
-    write_tensors(("optim/rank-%d.safetensors"):format(rank), optim)
-    check(C.ds_folder_sync(folder .. "/optim"))
-  end
-  return written
+  check(C.ds_folder_sync(save.folder .. "/weights"))
+  check(C.ds_folder_sync(save.folder .. "/optim"))
+  return json.encode(entries)
 end
 
 --- Writes what there is once: index, state and, last, the manifest.
+-- @tparam table save
 -- @tparam table lists the entries of each rank's files, as JSON
 -- @treturn string the manifest's hash
-local function write_rest(folder, tag, shards, texts, lists)
-  local written, map = {}, {}
+local function write_rest(save, lists)
+  local folder, written = save.folder, {}
   local function note(path, text)
-    written[#written + 1] = entry_of(folder, path, put(folder .. "/" .. path, text))
+    written[#written + 1] = entry_of(folder, path, folders.put(folder .. "/" .. path, text))
   end
   for _, own in ipairs(lists) do
     for _, entry in ipairs(json.decode(own, "entries")) do
@@ -302,169 +200,72 @@ local function write_rest(folder, tag, shards, texts, lists)
     if one ~= other then return one > other end
     return a.path < b.path
   end)
-  local size = 0
-  for i, shard in ipairs(shards) do
-    size = size + files.bytes(shard)
-    for _, item in ipairs(shard) do map[item[1]] = shard_name(i, #shards) end
-  end
-  note("weights/model.safetensors.index.json",
-    json.encode({ metadata = { total_size = size }, weight_map = map }, { indent = 2 }) .. "\n")
+  note("weights/model.safetensors.index.json", index_text(save.shards, shard_name))
   check(C.ds_folder_sync(folder .. "/weights"))
-  note("state.json", texts.state)
-  local manifest = manifest_text { format = FORMAT, tag = tag, step = texts.step,
-    world_size = texts.world_size, files = written }
-  put(folder .. "/manifest.json", manifest)
+  note("state.json", save.state)
+  local manifest = folders.manifest_text { format = folders.FORMAT, tag = save.tag,
+    step = save.step, world_size = save.world_size, files = written }
+  folders.put(folder .. "/manifest.json", manifest)
   check(C.ds_folder_sync(folder))
   return manifest:match('"(%x+)",\n')
 end
 
---- Removes what dead runs left behind. A whole checkpoint whose name is free gets it; one that
--- `latest` still means (see the top of this file) stays for now.
--- @treturn table paths to remove once the new checkpoint is named by `latest`
-local function clean(dir, locked)
-  local latest, later = read_latest(dir), {}
-  for _, name in ipairs(list(dir)) do
-    local path = dir .. "/" .. name
-    local dead = C.ds_temporary_dead(name) == 1
-    if name:find("^%.tmp%-") and is_folder(path) and (locked or dead) then
-      local m = read_manifest(path)
-      if m and kind(dir .. "/" .. m.tag) == C.DS_PATH_NONE and not size_fault(path, m) then
-        check(C.ds_rename(path, dir .. "/" .. m.tag))
-        check(C.ds_folder_sync(dir))
-      elseif m and latest and m.hash == latest.hash and m.tag == latest.tag then
-        later[#later + 1] = path
-      else
-        check(C.ds_remove(path))
-      end
-    elseif dead and kind(path) == C.DS_PATH_FILE then
-      check(C.ds_remove(path))
-    end
-  end
-  return later
-end
-
---- Gives the finished folder its name.
--- @treturn string|nil where the checkpoint lies that had this name before
-local function publish(dir, folder, tag)
-  local target, displaced = dir .. "/" .. tag, nil
-  if is_folder(target) then
-    if check(C.ds_exchange(folder, target)) == 1 then
-      displaced = folder
-    else
-      displaced = temporary(dir)
-      check(C.ds_rename(target, displaced))
-      check(C.ds_rename(folder, target))
-    end
-  else
-    check(C.ds_rename(folder, target))
-  end
-  check(C.ds_folder_sync(dir))
-  return displaced
-end
-
---- Removes a checkpoint that nothing names any more: first its manifest, so that no half is taken
--- for a whole.
-local function remove(path)
-  C.ds_remove(path .. "/manifest.json")
-  return C.ds_remove(path)
-end
-
-local function write_latest(dir, tag, hash)
-  local new = dir .. "/.tmp-latest" -- one name for all runs: what a dead one left goes
-  check(C.ds_remove(new))
-  put(new, tag .. "\n" .. hash .. "\n")
-  check(C.ds_rename(new, dir .. "/latest"))
-  check(C.ds_folder_sync(dir))
-end
-
---- Removes the oldest checkpoints: `n` are left, the new one and the n - 1 of the highest step.
-local function keep_last(dir, tag, n)
-  local latest = read_latest(dir)
-  local old = {}
-  for _, item in ipairs(M.list(dir)) do
-    if item.tag ~= tag and item.step >= 0 and not (latest and latest.tag == item.tag) then
-      old[#old + 1] = item
-    end
-  end
-  local kept = 1 + ((latest and latest.tag ~= tag) and 1 or 0)
-  for i = 1, #old - math.max(0, n - kept) do
-    local grave = temporary(dir)
-    check(C.ds_rename(dir .. "/" .. old[i].tag, grave))
-    check(remove(grave))
-  end
-end
-
---- Refuses early: before anything is written.
-local function check_room(dir, tag, need)
-  local target = dir .. "/" .. tag
-  local there = kind(target)
-  if there ~= C.DS_PATH_NONE and (there ~= C.DS_PATH_FOLDER
-    or kind(target .. "/manifest.json") ~= C.DS_PATH_FILE) then
-    raise("save_checkpoint: '%s' is there and is no checkpoint; choose another tag, or remove it",
-      target)
-  end
-  local free = ffi.new("int64_t[1]")
-  check(C.ds_disk_free(free, dir))
-  if need > tonumber(free[0]) then
-    raise("save_checkpoint: the disk is full: '%s' needs %d bytes and %d are free in '%s'; "
-      .. "nothing was changed", tag, need, tonumber(free[0]), dir)
-  end
-end
-
 --- Bytes that all ranks together will write.
-local function bytes_needed(content, texts)
-  local own, total = files.bytes(content.optim), files.bytes(content.weights) + #texts.state + SLACK
-  for _, n in ipairs(together.texts(("%d"):format(own))) do total = total + tonumber(n) end
+local function bytes_needed(content, state)
+  local total = files.bytes(content.weights) + #state + SLACK
+  for _, n in ipairs(together.texts(("%d"):format(files.bytes(content.optim)))) do
+    total = total + tonumber(n)
+  end
   return total
 end
 
---- Weights in as many files as it takes to give every rank a share.
-local function make_shards(weights, options)
-  local limit = math.min(options.max_shard_bytes or SHARD,
-    math.ceil(files.bytes(weights) / comm.world_size()))
-  return shards_of(weights, math.max(1, limit))
+--- On rank 0: what is there is cleaned up, and a temporary folder made.
+local function make_folder(save, need)
+  local dir = save.dir
+  check(C.ds_folder_make(dir))
+  save.lock = C.ds_folder_lock(dir, LOCK_MS)
+  if save.lock ~= C.DS_FOLDER_NO_LOCK then check(save.lock, "save_checkpoint") end
+  save.later = folders.clean(dir, save.lock >= 0)
+  folders.check_room(dir, save.tag, need)
+  local path = folders.temporary(dir)
+  check(C.ds_folder_make(path .. "/weights"))
+  check(C.ds_folder_make(path .. "/optim"))
+  return path
 end
 
---- Gives the finished folder its name, and `latest` its content; then what they replaced goes.
-local function name_it(dir, folder, tag, hash, later, options)
-  local latest = read_latest(dir)
-  later[#later + 1] = publish(dir, folder, tag)
-  if options.save_latest ~= false or latest and latest.tag == tag then
-    write_latest(dir, tag, hash)
-    latest = { tag = tag, hash = hash }
+--- The end of a save, good or bad. Once the folder was to get its name, its temporary one may be
+-- that of the checkpoint which `latest` means.
+local function let_go(save, failed)
+  if save.background then save.background:close() end
+  if failed and save.folder and not save.named and comm.rank() == 0 then
+    C.ds_remove(save.folder)
   end
-  for _, path in ipairs(later) do
-    local m = read_manifest(path)
-    if not (m and latest and m.hash == latest.hash and m.tag == latest.tag) then
-      check(remove(path))
-    end
-  end
-  if options.keep_last then keep_last(dir, tag, options.keep_last) end
+  if save.lock >= 0 then C.ds_folder_unlock(save.lock) end
+  save.lock = -1
 end
 
---- Rank 0 has the folder locked, or could not.
-local function save_locked(dir, tag, content, texts, options, locked)
-  local later
-  local need = bytes_needed(content, texts)
-  local folder = together.first(function()
-    later = clean(dir, locked)
-    check_room(dir, tag, need)
-    local path = temporary(dir)
-    check(C.ds_folder_make(path .. "/weights"))
-    check(C.ds_folder_make(path .. "/optim"))
-    return path
-  end)
-  local shards = make_shards(content.weights, options)
-  local ok, message = xpcall(function()
-    local own = together.all(write_own, folder, shards, content.optim)
-    local lists = together.texts(json.encode(json.array(own)))
-    return together.first(write_rest, folder, tag, shards, texts, lists)
-  end, border.note)
-  if not ok then
-    if comm.rank() == 0 then C.ds_remove(folder) end
-    error(message, 0)
-  end
-  together.first(name_it, dir, folder, tag, message, later, options)
+--- Calls f(…) for a save that is given up if that raises.
+local function attempt(save, f, ...)
+  local ok, message = xpcall(f, border.note, ...)
+  if ok then return end
+  let_go(save, true)
+  error(message, 0)
+end
+
+local function begin(save, content)
+  local need = bytes_needed(content, save.state)
+  save.folder = together.first(make_folder, save, need)
+  save.shards = make_shards(content.weights, save.options.max_shard_bytes)
+  write_own(save, content)
+  if save.background then save.background:start() end
+end
+
+--- All files of all ranks are written: they become a checkpoint.
+local function complete(save)
+  local lists = together.texts(together.all(own_entries, save))
+  local hash = together.first(write_rest, save, lists)
+  save.named = true
+  together.first(folders.name_it, save.dir, save.folder, save.tag, hash, save.later, save.options)
 end
 
 --- Where in plain data there is a tensor: JSON would take it for a table.
@@ -491,8 +292,13 @@ end
 --- Saves a checkpoint as dir/tag. When it returns, all of it is on the disk.
 -- @tparam string dir
 -- @tparam string|number tag
--- @tparam table content { weights = { { name, tensor }… }, optim = the same, state = plain table,
---   client_state = plain table }; `state.global_steps` and `state.world_size` go into the manifest
+-- @tparam table content
+--   weights       { { name, tensor, transposed =, parameter = }… }: `transposed`: it lies so in the
+--                 file; `parameter`: what is to be gathered for it
+--   optim         { { name, tensor }… }: what this rank saves of the optimizer
+--   state         plain table; its global_steps and world_size go into the manifest
+--   client_state  plain table
+--   gathered      gathered(parameters, f) calls f() while they are whole; nil: they are
 -- @tparam[opt] table options `keep_last`: how many to keep; `save_latest` = false: `latest` stays;
 --   `max_shard_bytes`
 -- @treturn boolean true; raises when it failed, and then nothing is lost
@@ -503,20 +309,16 @@ function M.save(dir, tag, content, options)
     raise("save_checkpoint: keep_last must be 1 or more, not %s", tostring(options.keep_last))
   end
   local state = content.state or {}
-  local texts = { step = state.global_steps or 0, world_size = state.world_size or 1 }
-  texts.state = ('{ "format": %d,\n"client_state": %s,\n"state": %s }\n'):format(FORMAT,
-    encode(content.client_state or {}, "client_state"), encode(state, "state"))
-  content = { weights = content.weights or {}, optim = content.optim or {} }
-
-  local lock = -1
-  together.first(function()
-    check(C.ds_folder_make(dir))
-    lock = C.ds_folder_lock(dir, LOCK_MS)
-    if lock < 0 and lock ~= C.DS_FOLDER_NO_LOCK then check(lock, "save_checkpoint") end
-  end)
-  local ok, message = xpcall(save_locked, border.note, dir, tag, content, texts, options, lock >= 0)
-  if lock >= 0 then C.ds_folder_unlock(lock) end
-  if not ok then error(message, 0) end
+  local save = { dir = dir, tag = tag, options = options, lock = -1, own = {},
+    step = state.global_steps or 0, world_size = state.world_size or 1,
+    state = ('{ "format": %d,\n"client_state": %s,\n"state": %s }\n'):format(
+      folders.FORMAT, encode(content.client_state or {}, "client_state"),
+      encode(state, "state")) }
+  content = { weights = content.weights or {}, optim = content.optim or {},
+    gathered = content.gathered }
+  attempt(save, begin, save, content)
+  attempt(save, complete, save)
+  let_go(save)
   return true
 end
 
@@ -615,14 +417,14 @@ local function look_up(dir, tag)
   if tag == nil then
     if not is_folder(dir) then return nil end
     local latest
-    latest, why = read_latest(dir)
+    latest, why = folders.read_latest(dir)
     if not latest and not why then return nil end
     if why then raise("load_checkpoint: %s%s", why, advice(dir)) end
     tag, hash = latest.tag, latest.hash
   end
   tag = check_tag(tag, "load_checkpoint")
   if not is_folder(dir) then raise("load_checkpoint: the folder '%s' does not exist", dir) end
-  local folder, manifest = find(dir, tag, hash)
+  local folder, manifest = folders.find(dir, tag, hash)
   if not folder then
     raise("load_checkpoint: %s%s%s", manifest, hash and (", and '%s/latest' names it"):format(dir)
       or "", advice(dir))
@@ -695,6 +497,43 @@ function Saved:read(part, name, t, options)
   end
   return t
 end
+
+--- Fills a tensor, or a vector on a disk, with the elements of a dense one from `from` on.
+local function put(t, flat, from)
+  offload.each(t, function(part, first)
+    tensor.run("copy", part.device, part._c,
+      tensor.view.slice_flat(flat, from + first, part.shape)._c)
+  end, true)
+end
+
+--- A saved matrix's transpose, or a stretch of it.
+local function read_transposed(saved, part, name, t, from)
+  local dtype, shape = saved:info(part, name)
+  local whole = saved:read(part, name, tensor.new(shape, dtype, "cpu")):t()
+  if not from then return tensor.run("copy", t.device, t._c, whole._c) end
+  local dense = tensor.new(whole.shape, dtype, "cpu")
+  tensor.run("copy", "cpu", dense._c, whole._c)
+  put(t, dense:view(-1), from)
+end
+
+--- Fills tensors, or vectors on a disk, each as read() does, in any order.
+-- @tparam table plan { part, name, tensor, from =, transposed = }…: `transposed`: the tensor is, or
+-- has elements of, the transpose of the saved matrix
+function Saved:fill(plan)
+  for _, want in ipairs(plan) do
+    local part, name, t = want[1], want[2], want[3]
+    if want.transposed then
+      scope.run(read_transposed, self, part, name, t, want.from)
+    else
+      offload.each(t, function(stretch, first)
+        self:read(part, name, stretch, { from = want.from and want.from + first })
+      end, true)
+    end
+  end
+end
+
+--- Whether there is such a tensor.
+function Saved:has(part, name) return self._in[part][name] ~= nil end
 
 --- dtype and shape of a saved tensor; of one in stretches, { how many elements }.
 function Saved:info(part, name)

@@ -28,14 +28,15 @@ local function outer_name(engine, name)
   return name, false
 end
 
---- { name, tensor, own } of all parameters and buffers; `own` is the tensor in the model.
+--- All parameters and buffers, as items of ds.ckpt: { name, tensor, transposed =, parameter = },
+-- with `inner`, the name in the model.
 local function model_tensors(engine)
   local list = {}
-  local function add(name, t)
+  local function add(name, t, parameter)
     local outer, transposed = outer_name(engine, name)
-    list[#list + 1] = { name = outer, own = t, transposed = transposed }
+    list[#list + 1] = { outer, t, transposed = transposed, parameter = parameter, inner = name }
   end
-  for _, e in ipairs(engine.named) do add(e.name, e.parameter) end
+  for _, e in ipairs(engine.named) do add(e.name, e.parameter, e.parameter) end
   if type(engine.module) == "table" and engine.module.named_buffers then
     for _, e in ipairs(engine.module:named_buffers()) do add(e.name, e.buffer) end
   end
@@ -61,6 +62,16 @@ local function each_vector(engine, which, f)
           give(key, segment.state[key])
         end
       end)
+    end
+  end
+end
+
+--- How parameters become whole that are sharded; nil where none are.
+local function gathering(engine)
+  for _, e in ipairs(engine.named) do
+    if e.parameter._unit then
+      local hold = require("ds.zero_params").hold
+      return function(params, f) return hold(params, nil, f) end
     end
   end
 end
@@ -124,96 +135,109 @@ function M.save_checkpoint(engine, dir, tag, client_state, options)
   local keep = engine.config.checkpoint.keep_last
   if type(client_state) == "function" then client_state = client_state(engine) end
   scope.no_grad(function()
-    local weights = {}
-    for i, w in ipairs(model_tensors(engine)) do
-      weights[i] = { w.name, w.transposed and w.own:t():contiguous() or w.own:contiguous() }
-    end
     ckpt.save(dir, tag, {
-      weights = weights, optim = engine.optimizer and optimizer_tensors(engine) or {},
+      weights = model_tensors(engine), gathered = gathering(engine),
+      optim = engine.optimizer and optimizer_tensors(engine) or {},
       state = plain_state(engine), client_state = client_state or {},
     }, { keep_last = keep > 0 and keep or nil, save_latest = options.save_latest })
   end)
   return true
 end
 
---- Names that one side has and the other has not, as one message.
-local function compare_names(have, want, what, path)
-  local present, wanted, problems = {}, {}, {}
-  for _, name in ipairs(have) do present[name] = true end
-  for _, name in ipairs(want) do
-    wanted[name] = true
-    if not present[name] then problems[#problems + 1] = "missing " .. name end
+-- ---- loading
+
+--- Names that only one side has: an error, or a warning where that is wanted.
+local function compare_names(saved, weights, strict)
+  local wanted, problems = {}, {}
+  for _, w in ipairs(weights) do
+    wanted[w[1]] = true
+    if not saved:has("weights", w[1]) then problems[#problems + 1] = "missing " .. w[1] end
   end
-  for _, name in ipairs(have) do
+  for _, name in ipairs(saved.names.weights) do
     if not wanted[name] then problems[#problems + 1] = "unexpected " .. name end
   end
-  if #problems > 0 then
-    local shown = table.concat(problems, "; ", 1, math.min(#problems, 12))
-    raise("load_checkpoint: %s does not fit the %s: %s%s", path, what, shown,
-      #problems > 12 and ("; and %d more"):format(#problems - 12) or "")
-  end
+  if #problems == 0 then return end
+  local text = ("load_checkpoint: %s does not fit the model: %s%s"):format(saved.path,
+    table.concat(problems, "; ", 1, math.min(#problems, 12)),
+    #problems > 12 and ("; and %d more"):format(#problems - 12) or "")
+  if strict then raise("%s; { load_module_strict = false } loads the others", text) end
+  log.warning("%s; what is missing stays as it is", text)
 end
 
-local function same_shape(saved, w, path)
-  local _, shape = saved:info("weights", w.name)
-  local want = w.transposed and { w.own.shape[2], w.own.shape[1] } or w.own.shape
+local function check_shape(saved, w)
+  local _, shape = saved:info("weights", w[1])
+  local want = w[2].shape
+  if w.transposed then want = { want[2], want[1] } end
   if border.shape_string(shape) ~= border.shape_string(want) then
-    raise("load_checkpoint: %s: %s is %s, the model's is %s", path, w.name,
+    raise("load_checkpoint: %s: %s is %s, the model's is %s", saved.path, w[1],
       border.shape_string(shape), border.shape_string(want))
   end
 end
 
---- A whole saved weight, in fp32 if it is trained; straight into `target` where that can be.
-local function read_whole(engine, saved, w, fp32, target)
-  if fp32 then return saved:read("optim", fp32, target) end
-  local t = target
-  if w.transposed then
-    t = tensor.new({ w.own.shape[2], w.own.shape[1] }, target.dtype, "cpu")
-  elseif target._c.dense ~= 1 then
-    t = tensor.new(w.own.shape, target.dtype, "cpu")
+local function check_numel(saved, name, p)
+  local _, shape = saved:info("optim", name)
+  if tensor.numel_of(shape) ~= p:numel() then
+    raise("load_checkpoint: %s: %s has %d elements and should have %d", saved.path, name,
+      tensor.numel_of(shape), p:numel())
   end
-  saved:read("weights", w.name, t)
-  if t ~= target then
-    run("copy", engine.device, target._c, (w.transposed and t:t() or t)._c)
-  end
-  return target
 end
 
---- Reads one tensor into place; where there is an fp32 master, into what this rank has of it too.
-local function read_weight(engine, saved, w, fp32)
-  local p = w.own
-  if not p._flat or p.dtype == "f32" then return read_whole(engine, saved, w, fp32, p) end
-  local master
-  engine.zero:each_piece(p, function(piece)
-    if piece:numel() == p:numel() and not offload.is_stored(piece) then
-      master = piece:view(unpack(p.shape))
+--- What is to be read into which tensors, all of it checked: { part, name, tensor, from =,
+-- transposed = } as Saved:fill() takes. Of what is trained this rank reads what it has of the fp32
+-- weights, from the fp32 master where there is one.
+local function plan_weights(engine, saved, weights, plan)
+  for _, w in ipairs(weights) do
+    local p, fp32 = w[2], "fp32/" .. w.inner
+    if saved:has("weights", w[1]) then
+      check_shape(saved, w)
+      if p._unit and not p._flat then -- does not train, and each rank has a share
+        local unit = p._unit
+        if unit.shard then
+          plan[#plan + 1] = { "weights", w[1], unit.shard, from = unit.from,
+            transposed = w.transposed }
+        end
+      elseif not p._flat then
+        plan[#plan + 1] = { "weights", w[1], p, transposed = w.transposed }
+      elseif saved:has("optim", fp32) then
+        check_numel(saved, fp32, p)
+        engine.zero:each_piece(p, function(piece, from)
+          plan[#plan + 1] = { "optim", fp32, piece, from = from }
+        end)
+      else
+        engine.zero:each_piece(p, function(piece, from)
+          plan[#plan + 1] = { "weights", w[1], piece, from = from, transposed = w.transposed }
+        end)
+      end
     end
-  end)
-  local values = master or tensor.new(p.shape, "f32", engine.device)
-  read_whole(engine, saved, w, fp32, values)
-  run("copy", p.device, p._c, values._c)
-  if master then return end
-  engine.zero:each_piece(p, function(piece, from)
-    offload.each(piece, function(t, first)
-      run("copy", p.device, t._c, slice(values:view(-1), from + first, t.shape)._c)
-    end, true)
-  end)
-  scope.release(values, "after it was loaded")
+  end
 end
 
-local function check_vectors(engine, saved, has)
-  each_vector(engine, "each_piece", function(name, _, p)
+local function plan_vectors(engine, saved, plan)
+  each_vector(engine, "each_piece", function(name, t, p, from)
     if name:sub(1, 5) == "fp32/" then return end
-    if not has[name] then
+    if not saved:has("optim", name) then
       raise("load_checkpoint: %s has no %s; load without the optimizer: " ..
         "{ load_optimizer_states = false }", saved.path, name)
     end
-    local _, shape = saved:info("optim", name)
-    if tensor.numel_of(shape) ~= p:numel() then
-      raise("load_checkpoint: %s: %s has %d elements and should have %d", saved.path, name,
-        tensor.numel_of(shape), p:numel())
-    end
+    check_numel(saved, name, p)
+    plan[#plan + 1] = { "optim", name, t, from = from }
   end)
+end
+
+--- The weights of all ranks, after the fp32 ones and those that do not train were filled in.
+local function spread_weights(engine)
+  local zero = engine.zero
+  for _, s in ipairs(zero and zero.segments or {}) do
+    if s.low then
+      offload.each(s.p, function(t, first)
+        run("copy", zero.device, slice(s.low:view(-1), first, t.shape)._c, t._c)
+      end)
+    end
+  end
+  if zero then zero:gather() end
+  for _, e in ipairs(engine.named) do -- what is gathered is stale
+    if e.parameter._unit then e.parameter._unit.manager:close_all() end
+  end
 end
 
 --- Where each rank's random numbers go on; ranks that were not there when it was saved begin after
@@ -246,7 +270,8 @@ end
 -- @tparam string dir
 -- @tparam[opt] string|number tag default: what `latest` names
 -- @tparam[opt] table options { load_module_only = false, load_optimizer_states = true,
---   load_lr_scheduler_states = true, load_module_strict = true }
+--   load_lr_scheduler_states = true, load_module_strict = true }; not strict: names that only the
+--   model or only the checkpoint has are warned about
 -- @treturn string|nil the checkpoint's path; nil if there is none yet
 -- @treturn table|nil the client_state
 function M.load_checkpoint(engine, dir, tag, options)
@@ -263,45 +288,27 @@ function M.load_checkpoint(engine, dir, tag, options)
     log.info("there is no checkpoint in %s yet; starting from the beginning", dir)
     return nil
   end
-  local weights, names, present = model_tensors(engine), {}, {}
-  for i, w in ipairs(weights) do names[i] = w.name end
-  if options.load_module_strict ~= false then
-    compare_names(saved.names.weights, names, "model", saved.path)
-  end
-  for _, name in ipairs(saved.names.weights) do present[name] = true end
-  for _, w in ipairs(weights) do
-    if present[w.name] then same_shape(saved, w, saved.path) end
-  end
-  local whole = not options.load_module_only
-  local has = {}
-  for _, name in ipairs(saved.names.optim) do has[name] = true end
+  local whole, plan = not options.load_module_only, {}
   local with_optimizer = whole and engine.optimizer and options.load_optimizer_states ~= false
-  if with_optimizer then check_vectors(engine, saved, has) end
-  local function read_all()
-    local inner = {}
-    for _, e in ipairs(engine.named) do inner[e.parameter] = e.name end
-    for _, w in ipairs(weights) do
-      local fp32 = inner[w.own] and "fp32/" .. inner[w.own]
-      if present[w.name] then
-        read_weight(engine, saved, w, fp32 and has[fp32] and w.own._flat and fp32 or nil)
-      end
-    end
+  together.all(function()
+    local weights = model_tensors(engine)
+    compare_names(saved, weights, options.load_module_strict ~= false)
+    plan_weights(engine, saved, weights, plan)
     if with_optimizer then
-      each_vector(engine, "each_piece", function(name, t, _, from)
-        if name:sub(1, 5) == "fp32/" then return end
-        offload.each(t, function(part, first)
-          saved:read("optim", name, part, { from = from + first })
-        end, true)
-      end)
+      plan_vectors(engine, saved, plan)
+      if saved.state.optimizer then engine.optimizer:check_state_dict(saved.state.optimizer) end
     end
-  end
-  together.all(scope.no_grad, read_all)
+  end)
+  together.all(scope.no_grad, saved.fill, saved, plan)
+  scope.no_grad(spread_weights, engine)
   if whole then restore_state(engine, saved.state, options) end
   engine:zero_grad()
   engine.new_step = true
   local path, client_state = saved.path, saved.client_state
   saved:close()
-  log.info("loaded %s: step %d", path, engine.global_steps)
+  log.info("loaded %s: %s", path, not whole and "weights only"
+    or ("step %d%s"):format(engine.global_steps, with_optimizer and ""
+      or ", without the optimizer's state"))
   return path, client_state
 end
 

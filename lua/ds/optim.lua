@@ -361,8 +361,8 @@ function Optimizer:state_dict()
   return { name = self.name, steps = self.steps, param_groups = groups }
 end
 
---- Takes what state_dict() gave, for the same optimizer and number of groups.
-function Optimizer:load_state_dict(state)
+--- Raises unless state_dict() gave this for the same optimizer and number of groups.
+function Optimizer:check_state_dict(state)
   if state.name ~= self.name then
     raise("the saved optimizer is %s, this one %s", tostring(state.name), self.name)
   end
@@ -370,6 +370,11 @@ function Optimizer:load_state_dict(state)
     raise("the saved optimizer has %d parameter groups, this one %d", #state.param_groups,
       #self.param_groups)
   end
+end
+
+--- Takes what state_dict() gave.
+function Optimizer:load_state_dict(state)
+  self:check_state_dict(state)
   self.steps = state.steps
   for i, saved in ipairs(state.param_groups) do
     for key, value in pairs(saved) do self.param_groups[i][key] = copy_setting(value) end

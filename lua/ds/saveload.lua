@@ -21,23 +21,32 @@ local M = {}
 local hash_text = ffi.typeof("char[17]")
 local file_slot = ffi.typeof("ds_file *[1]")
 
-local function bytes_of(t)
-  return t:numel() * tonumber(C.ds_dtype_size(codes[t.dtype]))
+-- An item is { name, tensor }; the tensor may be a vector on a disk (ds/offload.lua). `transposed`: a
+-- matrix that lies transposed in the file; `dtype`: it is converted to this one.
+
+local function width_of(item)
+  return tonumber(C.ds_dtype_size(codes[item.dtype or item[2].dtype]))
 end
 
---- Bytes that a list of { name, tensor } takes, without the header.
+local function bytes_of(item) return item[2]:numel() * width_of(item) end
+
+--- An item's shape in the file.
+local function shape_of(item)
+  local shape = item[2].shape
+  return item.transposed and { shape[2], shape[1] } or shape
+end
+
+--- Bytes that a list of items takes, without the header.
 function M.bytes(list)
   local n = 0
-  for _, item in ipairs(list) do n = n + bytes_of(item[2]) end
+  for _, item in ipairs(list) do n = n + bytes_of(item) end
   return n
 end
 
 --- Wider dtypes first, else the given order: then every tensor in the file is aligned.
-local function by_width(list)
+function M.by_width(list)
   local order = {}
-  for i, item in ipairs(list) do
-    order[i] = { item = item, width = tonumber(C.ds_dtype_size(codes[item[2].dtype])), i = i }
-  end
+  for i, item in ipairs(list) do order[i] = { item = item, width = width_of(item), i = i } end
   table.sort(order, function(a, b)
     if a.width ~= b.width then return a.width > b.width end
     return a.i < b.i
@@ -51,65 +60,98 @@ local function describe(list, what)
   for i, item in ipairs(list) do
     local name, t = item[1], item[2]
     local e = entries[i - 1]
-    if not offload.is_stored(t) then tensor.need_tensor(t, what, i) end
+    if not (offload.is_stored(t) or tensor.is_tensor(t) and t._unit) then
+      tensor.need_tensor(t, what, i) -- one that is sharded is gathered before it is appended
+    end
     if t.device == "meta" then
       raise("%s: '%s' is on the meta device and has no data", what, tostring(name))
     end
     if type(name) ~= "string" or name == "" or name:find("%z") then
       raise("%s: %q cannot be a tensor's name", what, tostring(name))
     end
-    e.name, e.dtype, e.ndim = name, codes[t.dtype], #t.shape
-    for d, size in ipairs(t.shape) do e.shape[d - 1] = size end
+    e.name, e.dtype, e.ndim = name, codes[item.dtype or t.dtype], #t.shape
+    for d, size in ipairs(shape_of(item)) do e.shape[d - 1] = size end
   end
   return entries
 end
 
---- Appends a tensor's elements in row-major order.
-local function append(f, t)
-  if offload.is_stored(t) then
-    local rc = 0
-    t:each(function(part)
-      rc = rc < 0 and rc or C.ds_file_append(f, part._c.data, bytes_of(part), 0)
-    end)
-    return rc
-  end
-  if t.device == "cpu" and t._c.dense == 1 then
-    return C.ds_file_append(f, t._c.data, bytes_of(t), 1)
-  end
-  local copy = tensor.new(t.shape, t.dtype, "cpu")
-  tensor.run("copy", t.device, copy._c, t._c)
-  local rc = C.ds_file_append(f, copy._c.data, bytes_of(t), 0)
-  scope.release(copy, "after it was written")
-  return rc
+--- A dense tensor on the CPU with an item's values, as they are to lie in the file.
+local function copy_of(item)
+  local t, copy = item[2], tensor.new(shape_of(item), item.dtype or item[2].dtype, "cpu")
+  tensor.run("copy", t.device, copy._c, (item.transposed and t:t() or t)._c)
+  return copy
 end
 
---- Writes a safetensors file, durably.
+local Writer = {}
+Writer.__index = Writer
+
+--- Starts a safetensors file. The caller appends every item of `writer.list`, in that order, and
+-- commits.
 -- @tparam string path
--- @tparam table list of { name, tensor }; a tensor may be a vector on a disk (ds/offload.lua)
+-- @tparam table list of items
 -- @tparam table options `replace`: whether a file of that name is replaced, at once and only by a
 -- whole one (else it is an error, and the folder is the caller's to sync); `meta`: array of key,
 -- value, key, value…, strings; `what`: the caller, for messages
--- @treturn string hash of the whole file
-function M.write(path, list, options)
+-- @treturn table the writer
+function M.create(path, list, options)
   local what = options.what or "save"
-  list = by_width(list)
+  list = M.by_width(list)
   local entries, slot = describe(list, what), file_slot()
   local meta = options.meta or {}
   local keys = ffi.new("const char *[?]", #meta + 1) -- zeroed; with a table the rest would not be
   for i, word in ipairs(meta) do keys[i - 1] = word end
   check(C.ds_tensors_create(slot, path, entries, #list, keys, options.replace and 1 or 0), what)
-  local f = slot[0]
-  for _, item in ipairs(list) do
-    local ok, rc = pcall(append, f, item[2])
-    if not ok then
-      C.ds_file_discard(f)
-      error(rc, 0)
-    end
-    if rc < 0 then break end -- commit reports it
+  return setmetatable({ path = path, list = list, what = what,
+    _f = ffi.gc(slot[0], C.ds_file_discard) }, Writer)
+end
+
+--- Appends the next item's elements. What the disk refuses is told by commit().
+function Writer:append(item)
+  local t = item[2]
+  if offload.is_stored(t) then
+    return t:each(function(part)
+      C.ds_file_append(self._f, part._c.data, part:numel() * width_of(item), 0)
+    end)
   end
+  local direct = t.device == "cpu" and t._c.dense == 1
+    and (not item.dtype or item.dtype == t.dtype)
+  if direct and item.transposed then
+    C.ds_file_append_transposed(self._f, t._c.data, t.shape[1], t.shape[2], width_of(item))
+  elseif direct then
+    C.ds_file_append(self._f, t._c.data, bytes_of(item), item.moves and 0 or 1)
+  else
+    local copy = copy_of(item)
+    C.ds_file_append(self._f, copy._c.data, bytes_of(item), 0)
+    scope.release(copy, "after it was written")
+  end
+end
+
+--- Brings the file to the disk.
+-- @treturn string hash of the whole file
+function Writer:commit()
   local hash = hash_text()
-  check(C.ds_file_commit(f, hash), what)
+  check(C.ds_file_commit(ffi.gc(self._f, nil), hash), self.what)
   return ffi.string(hash)
+end
+
+--- Gives up: nothing is left of the file.
+function Writer:discard() C.ds_file_discard(ffi.gc(self._f, nil)) end
+
+--- Writes a safetensors file, durably.
+-- @tparam string path
+-- @tparam table list of items
+-- @tparam table options as for create()
+-- @treturn string hash of the whole file
+function M.write(path, list, options)
+  local writer = M.create(path, list, options)
+  local ok, message = pcall(function()
+    for _, item in ipairs(writer.list) do writer:append(item) end
+  end)
+  if not ok then
+    writer:discard()
+    error(message, 0)
+  end
+  return writer:commit()
 end
 
 -- ---- reading one

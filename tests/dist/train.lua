@@ -2,7 +2,8 @@
 --
 --     dsrun tests/dist/train.lua stage=1 dtype=bf16 gas=3 optimizer=AdamW model=odd steps=20
 --
--- Further: save=DIR (after the last step), load=DIR (before the first), batch=24 samples a step on
+-- Further: save=DIR (after the last step), load=DIR (before the first), resave=DIR (what was loaded,
+-- before the first), batch=24 samples a step on
 -- all ranks together, stop_at=N: the last rank sends itself SIGTERM before that step, clip=1,
 -- bucket=N elements, small=N: parameters with fewer are not split at stage 3, prefetch=N and
 -- reuse=N elements, init=1: built by ds.zero.init, offload=DIR: the optimizer's state on a disk,
@@ -102,6 +103,7 @@ local engine, _, loader = ds.initialize {
   },
 }
 if opt.load then assert(engine:load_checkpoint(opt.load)) end
+if opt.resave then engine:save_checkpoint(opt.resave) end
 
 local function say(...)
   if ds.rank() == 0 then print((...):format(select(2, ...))) end

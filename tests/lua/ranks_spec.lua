@@ -4,6 +4,10 @@
 --
 -- A pairwise cover of the settings, at all stages; DS_SOAK=1 runs all of them.
 
+local ffi = require "ffi"
+local ds = require "ds"
+local tensor = require "ds.tensor"
+local ckpt = require "ds.ckpt"
 local host = require "ds.host"
 local helper = require "tests.lua.helper"
 
@@ -116,6 +120,21 @@ describe("training on several ranks", function()
   end
 end)
 
+--- All tensors of a checkpoint as text, by name.
+local function tensors_of(dir)
+  local saved, all = ckpt.load(dir), {}
+  for part, names in pairs(saved.names) do
+    for _, name in ipairs(names) do
+      local dtype, shape = saved:info(part, name)
+      local t = saved:read(part, name, ds.empty({ tensor.numel_of(shape) }, { dtype = dtype }),
+        { from = 0 })
+      all[part .. " " .. name] = ffi.string(t._c.data, t:numel() * t:element_size())
+    end
+  end
+  saved:close()
+  return all
+end
+
 describe("a checkpoint", function()
   local moves = soak and {} or {
     { 2, 1, 2, 1, "fp32", "AdamW" }, { 2, 1, 1, 0, "bf16", "AdamW" },
@@ -144,7 +163,10 @@ describe("a checkpoint", function()
       os.execute("rm -rf '" .. dir .. "'")
       local whole = once(n, words .. "steps=12 stage=" .. from_stage)
       train(n, words .. ("steps=6 stage=%d save=%s"):format(from_stage, dir))
-      local rest = train(m, words .. ("steps=12 stage=%d load=%s"):format(to_stage, dir))
+      os.execute("rm -rf '" .. dir .. "2'")
+      local rest = train(m, words .. ("steps=12 stage=%d load=%s resave=%s2"):format(to_stage, dir,
+        dir))
+      assert.same(tensors_of(dir), tensors_of(dir .. "2"))
       local want = {}
       for i = 7, 12 do want[i - 6] = whole.losses[i] end
       if n == m then

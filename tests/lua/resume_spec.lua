@@ -1,7 +1,8 @@
 -- Going on from a checkpoint: the same losses, digit for digit; signals; what does not fit.
 
 local ds = require "ds"
-local says = require("tests.lua.helper").says
+local helper = require "tests.lua.helper"
+local says = helper.says
 local host = require("ds.ffi").host
 local nn, F = ds.nn, ds.F
 
@@ -55,6 +56,19 @@ local function train(engine, loader, steps)
     until engine:step()
   end
   return losses
+end
+
+--- What f(…) logs, a line "level: text" each.
+local function logged(f, ...)
+  local lines, real = {}, {}
+  for level, write in pairs(ds.log) do
+    real[level] = write
+    ds.log[level] = function(format, ...) lines[#lines + 1] = level .. ": " .. format:format(...) end
+  end
+  local ok, message = pcall(f, ...)
+  for level, write in pairs(real) do ds.log[level] = write end
+  assert(ok, message)
+  return table.concat(lines, "\n") .. "\n"
 end
 
 describe("resuming", function()
@@ -138,6 +152,60 @@ describe("resuming", function()
     other:load_checkpoint(dir, "global_step3", { load_optimizer_states = false })
     assert.equal(3, other.global_steps)
     assert.equal(0, other.optimizer.steps)
+    remove(dir)
+  end)
+
+  it("loads without the optimizer's or the schedule's state, and says what it loaded", function()
+    local dir = folder()
+    local engine, _, loader = make { bf16 = { enabled = true } }
+    train(engine, loader, 4)
+    engine:save_checkpoint(dir)
+    local function load(options)
+      local other = make { bf16 = { enabled = true } }
+      local said = logged(other.load_checkpoint, other, dir, nil, options)
+      assert.same(helper.weights(engine), helper.weights(other))
+      assert.same(engine.zero.segments[1].p:tolist(), other.zero.segments[1].p:tolist())
+      return other, said
+    end
+    local other, said = load { load_optimizer_states = false }
+    helper.has(said, "global_step4: step 4, without the optimizer's state")
+    assert.equal(0, other.optimizer.segments[1].state.exp_avg:abs():max():item())
+    assert.equal(0, other.optimizer.steps)
+    assert.same(engine:get_lr(), other:get_lr()) -- the schedule's
+    other, said = load { load_lr_scheduler_states = false }
+    helper.has(said, "global_step4: step 4\n")
+    assert.same(engine.optimizer.segments[1].state.exp_avg:tolist(),
+      other.optimizer.segments[1].state.exp_avg:tolist())
+    assert.not_same(engine.lr_scheduler:state_dict(), other.lr_scheduler:state_dict())
+    other, said = load { load_module_only = true }
+    helper.has(said, "global_step4: weights only")
+    assert.equal(0, other.global_steps)
+    remove(dir)
+  end)
+
+  it("names what is missing or unexpected, and passes over it if asked to", function()
+    local dir = folder()
+    local engine, _, loader = make()
+    train(engine, loader, 2)
+    engine:save_checkpoint(dir)
+    local Other = nn.module "Other"
+    function Other:init() -- of Net: without `norm`, and with another head
+      self.embed, self.mlp = nn.Embedding(256, 16), nn.Linear(16, 16)
+      self.head = nn.Linear(16, 3)
+    end
+    local other = ds.initialize { model = Other(), config = {
+      train_batch_size = 4, steps_per_print = 0, optimizer = { type = "AdamW" } } }
+    local before, head = helper.weights(other), other.module.head.weight:tolist()
+    local message = says("missing head.weight; missing head.bias; unexpected norm.weight; "
+      .. "unexpected norm.bias; unexpected steps_seen", other.load_checkpoint, other, dir)
+    helper.has(message, "{ load_module_strict = false } loads the others")
+    assert.same(before, helper.weights(other))
+    local said = logged(other.load_checkpoint, other, dir, nil,
+      { load_module_strict = false, load_module_only = true })
+    helper.has(said, "warning: load_checkpoint: " .. dir .. "/global_step2 does not fit the model: "
+      .. "missing head.weight")
+    assert.same(engine.module.mlp.weight:tolist(), other.module.mlp.weight:tolist())
+    assert.same(head, other.module.head.weight:tolist())
     remove(dir)
   end)
 
