@@ -195,6 +195,10 @@ static int run(ds_host *host, const ds_options *options)
         return show_env(host, options);
     if (options->command == DS_RUN_PLAN)
         return make_plan(host, options);
+    if (options->command == DS_RUN_INSPECT)
+        return ds_host_call(host, "ds.inspect", "run", NULL, &exited);
+    if (options->command == DS_RUN_CONVERT)
+        return ds_host_call(host, "ds.convert", "run", NULL, &exited);
     return options->script ? ds_host_script(host, &exited) : 0;
 }
 

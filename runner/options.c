@@ -40,6 +40,8 @@ static const struct {
     {"repl", DS_RUN_REPL, "read Lua line by line, print what it gives"},
     {"env", DS_RUN_ENV, "what this machine and this dsrun offer"},
     {"plan", DS_RUN_PLAN, "what a script would take on so many ranks, without training"},
+    {"inspect", DS_RUN_INSPECT, "what a folder of checkpoints holds, and whether it is whole"},
+    {"convert", DS_RUN_CONVERT, "a checkpoint's weights as plain safetensors, for other tools"},
 };
 
 #define COMMANDS ((int)(sizeof commands / sizeof *commands))
@@ -381,7 +383,7 @@ void ds_options_usage(FILE *out)
           "       dsrun [options] -e CODE | -\n",
           out);
     for (int i = 0; i < COMMANDS; i++)
-        fprintf(out, "       dsrun %-6s %s\n", commands[i].name, commands[i].help);
+        fprintf(out, "       dsrun %-8s %s\n", commands[i].name, commands[i].help);
 }
 
 static void show_option(FILE *out, const option *o)

@@ -11,7 +11,14 @@ enum ds_option_id {
     DS_OPTIONS
 };
 
-enum ds_command { DS_RUN_SCRIPT, DS_RUN_REPL, DS_RUN_ENV, DS_RUN_PLAN };
+enum ds_command {
+    DS_RUN_SCRIPT,
+    DS_RUN_REPL,
+    DS_RUN_ENV,
+    DS_RUN_PLAN,
+    DS_RUN_INSPECT,
+    DS_RUN_CONVERT
+};
 
 typedef struct ds_options {
     const char *value[DS_OPTIONS]; /* NULL: not given */

@@ -52,13 +52,17 @@ local function split(weights, limit)
   return lists
 end
 
---- Weights in as many files as it takes to give every rank a share, each in the order in which it
--- is written. With no weights there is one file.
-local function make_shards(weights, limit)
-  limit = math.min(limit or SHARD, math.ceil(files.bytes(weights) / comm.world_size()))
-  local shards = split(weights, math.max(1, limit))
+--- Weights as files of at most `limit` bytes, each in the order in which it is written.
+local function shards_of(weights, limit)
+  local shards = split(weights, limit)
   for i, shard in ipairs(shards) do shards[i] = files.by_width(shard) end
   return shards
+end
+
+--- The same, in as many files as it takes to give every rank a share.
+local function make_shards(weights, limit)
+  limit = math.min(limit or SHARD, math.ceil(files.bytes(weights) / comm.world_size()))
+  return shards_of(weights, math.max(1, limit))
 end
 
 --- The parts of shards `first` to `last` that are gathered at a time, one of each shard in turn, so
@@ -94,6 +98,7 @@ local function just_call(_, f) return f() end
 -- @tparam[opt] function gathered gathered(parameters, f) calls f() while they are whole; every rank
 -- calls it alike
 local function write_shards(shards, create, done, gathered)
+  local moves = gathered ~= nil -- what was gathered goes again
   gathered = gathered or just_call
   local ranks, rank = comm.world_size(), comm.rank()
   for first = 1, #shards, ranks do
@@ -104,7 +109,7 @@ local function write_shards(shards, create, done, gathered)
       gathered(parameters_of(run.items), function()
         if run.shard ~= mine or not ok then return end
         ok, message = xpcall(function()
-          for _, item in ipairs(run.items) do writer:append(item) end
+          for _, item in ipairs(run.items) do writer:append(item, moves) end
         end, border.note)
       end)
     end
@@ -129,6 +134,34 @@ local function index_text(shards, name)
 end
 
 local function shard_name(i, n) return ("model-%05d-of-%05d.safetensors"):format(i, n) end
+
+--- Writes weights as other tools want them: `name`, or from 5 GB on NAME-00001-of-00002.safetensors
+-- and so on, and their index. Every rank calls it. Files of those names are replaced, each at once.
+-- @tparam string dir made if need be
+-- @tparam string name of the file, as "model.safetensors"
+-- @tparam table weights items as in M.save()
+-- @tparam table options `what`: the caller, for messages; `gathered` as in M.save();
+-- `max_shard_bytes`
+function M.write_weights(dir, name, weights, options)
+  local stem = name:match "^(.+)%.safetensors$"
+  if not stem or name:find("/", 1, true) then
+    raise("%s: %q can't name the weights; a name without a folder that ends in .safetensors can",
+      options.what, name)
+  end
+  local shards = shards_of(weights, options.max_shard_bytes or SHARD)
+  local function file_name(i, n)
+    return n == 1 and name or ("%s-%05d-of-%05d.safetensors"):format(stem, i, n)
+  end
+  together.first(function() check(C.ds_folder_make(dir), options.what) end)
+  write_shards(shards, function(i, shard)
+    return files.create(dir .. "/" .. file_name(i, #shards), shard, { meta = { "format", "pt" },
+      what = options.what, replace = true })
+  end, function(_, writer) writer:commit() end, options.gathered)
+  together.first(function()
+    local text = index_text(shards, file_name)
+    check(C.ds_file_put(dir .. "/" .. name .. ".index.json", text, #text, 1, nil), options.what)
+  end)
+end
 
 -- ---- saving
 
@@ -382,7 +415,7 @@ local function add_piece(saved, part, f, entry)
 end
 
 --- Opens all files and checks this rank's share of them; small ones first, they fail fast.
-local function open_all(saved, manifest, only)
+local function open_all(saved, manifest, only, verified)
   local order, ranks, rank = {}, comm.world_size(), comm.rank()
   for i, entry in ipairs(manifest.files) do order[i] = entry end
   table.sort(order, function(a, b)
@@ -393,7 +426,7 @@ local function open_all(saved, manifest, only)
   for i, entry in ipairs(order) do
     local part = entry.path:match("^(%w+)/.*%.safetensors$")
     if not (part and only and not only[part]) then
-      local f = open_checked(saved.path, entry, not part or i % ranks == rank)
+      local f = open_checked(saved.path, entry, not (verified or part and i % ranks ~= rank))
       if part then found[entry.path] = f:parse() end
       if entry.path == "state.json" then read_state(saved, f) end
       if not part then f:close() end
@@ -435,9 +468,10 @@ end
 --- Opens a checkpoint and checks every byte of it; the ranks share that work.
 -- @tparam string dir
 -- @tparam[opt] string|number tag default: what `latest` names
--- @tparam[opt] table options `only` = { "weights" }: leave the other tensors alone, unread
--- @treturn table|nil `path`, `tag`, `state`, `client_state`, `names` = { weights = {…}, optim =
---   {…} }, and the methods `read`, `info`, `close`; nil if no tag is given and there is no `latest`
+-- @tparam[opt] table options `only` = { "weights" }: leave the other tensors alone, unread;
+-- `verified`: all bytes have just been checked
+-- @treturn table|nil `path`, `tag`, `manifest`, `state`, `client_state`, `names` = { weights = {…},
+--   optim = {…} }, and the methods below; nil if no tag is given and there is no `latest`
 function M.load(dir, tag, options)
   local found = together.first(look_up, dir, tag)
   if not found then return nil end
@@ -447,9 +481,10 @@ function M.load(dir, tag, options)
     only = only or {}
     only[part] = true
   end
-  local saved = setmetatable({ path = found.folder, tag = found.tag,
+  local saved = setmetatable({ path = found.folder, tag = found.tag, manifest = found.manifest,
     names = { weights = {}, optim = {} }, _in = { weights = {}, optim = {} }, _files = {} }, Saved)
-  local ok, message = xpcall(together.all, border.note, open_all, saved, found.manifest, only)
+  local ok, message = xpcall(together.all, border.note, open_all, saved, found.manifest, only,
+    options and options.verified)
   if not ok then error(message .. advice(dir, found.tag), 0) end
   return saved
 end

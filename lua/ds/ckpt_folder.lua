@@ -190,6 +190,27 @@ local function size_fault(folder, m)
   end
 end
 
+--- What is wrong with the files of a checkpoint, every byte of which is read.
+-- @tparam string folder
+-- @tparam table m its manifest
+-- @treturn table array of messages
+function M.faults(folder, m)
+  local faults = {}
+  for _, entry in ipairs(m.files) do
+    local path = folder .. "/" .. entry.path
+    local fault = size_fault(folder, { files = { entry } })
+    if not fault then
+      local f = files.file(path)
+      local ok, hash = pcall(f.hash, f)
+      f:close()
+      fault = not ok and hash or hash ~= entry.hash
+        and ("'%s' is damaged: its hash is %s and should be %s"):format(path, hash, entry.hash)
+    end
+    if fault then faults[#faults + 1] = fault end
+  end
+  return faults
+end
+
 --- All checkpoints in a folder, by step.
 -- @treturn table array of { tag, step, world_size, bytes, fault }; `fault`: what is wrong with it,
 -- as far as manifest and sizes tell

@@ -184,6 +184,16 @@ function M.parse(description, argv)
   return values
 end
 
+--- An argparse parser for a command of dsrun's own, as `dsrun inspect`: wrong words end the program
+-- with 2.
+-- @tparam string name
+-- @tparam string description
+function M.parser(name, description)
+  local parser = argparse("dsrun " .. name, description)
+  parser.error = fail
+  return parser
+end
+
 --- Adds DeepSpeed's options to an argparse parser of the script's own: `--deepspeed`, which changes
 -- nothing, and `--deepspeed_config FILE`, which `initialize { args = … }` reads.
 -- @tparam table parser from `require "argparse"`

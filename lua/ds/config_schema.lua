@@ -233,8 +233,8 @@ local zero_fields = {
     "ahead", count),
   stage3("max_reuse_distance", "number", nil, "keep a parameter that is used again before " ..
     "so many elements of others. Default: none on CPUs, where gathering is cheap", count),
-  { "stage3_gather_16bit_weights_on_model_save", "boolean", false, "save whole weights at stage " ..
-    "3; checkpoints hold whole weights here anyway", status = "idle",
+  { "stage3_gather_16bit_weights_on_model_save", "boolean", false, "save_16bit_model() works at " ..
+    "stage 3 too; checkpoints hold whole weights anyway",
     alias = { "gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save" } },
   idle3("module_granularity_threshold", "integer", 0, "modules below it are fetched whole", count),
   idle3("use_all_reduce_for_fetch_params", "boolean", false, "fetch by all-reduce"),

@@ -709,7 +709,7 @@ function Engine:evaluate(dataset, options)
 end
 
 -- Loaded with the first checkpoint.
-for _, name in ipairs { "save_checkpoint", "load_checkpoint" } do
+for _, name in ipairs { "save_checkpoint", "load_checkpoint", "save_16bit_model" } do
   Engine[name] = function(self, ...)
     need_engine(self, name)
     return require("ds.engine_state")[name](self, ...)

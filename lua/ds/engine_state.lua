@@ -98,8 +98,19 @@ local function random_state()
   return rng
 end
 
+--- Where the names in weights/ are not those in optim/: { [inner] = { outer, transposed } }.
+local function outer_names(engine)
+  local names = {}
+  for _, e in ipairs(engine.named) do
+    local outer, transposed = outer_name(engine, e.name)
+    if outer ~= e.name or transposed then names[e.name] = { outer, transposed } end
+  end
+  return next(names) and names or nil
+end
+
 local function plain_state(engine)
   return {
+    names = outer_names(engine),
     global_steps = engine.global_steps, micro_steps = engine.micro_steps,
     skipped_steps = engine.skipped_steps,
     global_samples = engine.global_samples, dtype = engine.dtype,
@@ -141,6 +152,39 @@ function M.save_checkpoint(engine, dir, tag, client_state, options)
       state = plain_state(engine), client_state = client_state or {},
     }, { keep_last = keep > 0 and keep or nil, save_latest = options.save_latest })
   end)
+  return true
+end
+
+--- Saves the weights alone, in 16 bits, for other tools: safetensors under the names that the model
+-- gives (Hugging Face's), and an index of them. Every rank calls it.
+-- @tparam string dir folder; made if need be
+-- @tparam[opt="model.safetensors"] string filename files of that name are replaced
+-- @tparam[opt] table options { exclude_frozen_parameters = false }
+-- @treturn boolean true; false, with a warning, at stage 3 without
+-- `stage3_gather_16bit_weights_on_model_save`: nothing is saved then
+function M.save_16bit_model(engine, dir, filename, options)
+  options = F.options_of("save_16bit_model", options, { exclude_frozen_parameters = true })
+  if type(dir) ~= "string" or dir == "" then
+    raise("save_16bit_model: expects a folder, got %s", tostring(dir))
+  end
+  filename = filename or "model.safetensors"
+  together.meet(("save_16bit_model(%s)"):format(tostring(filename)))
+  local gathered = gathering(engine)
+  if gathered and not engine.config.zero_optimization.stage3_gather_16bit_weights_on_model_save then
+    log.warning("save_16bit_model: nothing is saved: at stage 3 it needs "
+      .. '"stage3_gather_16bit_weights_on_model_save": true; or dsrun convert CHECKPOINT OUT')
+    return false
+  end
+  local weights = {}
+  for _, w in ipairs(model_tensors(engine)) do
+    local p = w.parameter
+    if p then w.dtype = engine.dtype == "f32" and "bf16" or engine.dtype end
+    if not (p and options.exclude_frozen_parameters and not p._flat) then
+      weights[#weights + 1] = w
+    end
+  end
+  scope.no_grad(ckpt.write_weights, dir, filename, weights,
+    { what = "save_16bit_model", gathered = gathered })
   return true
 end
 

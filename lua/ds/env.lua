@@ -52,6 +52,7 @@ local function size(bytes)
   if bytes < 2 ^ 30 then return ("%.0f MiB"):format(bytes / 2 ^ 20) end
   return (bytes < 2 ^ 35 and "%.1f GiB" or "%.0f GiB"):format(bytes / 2 ^ 30)
 end
+M.size = size
 
 -- The program -------------------------------------------------------------------------------------
 

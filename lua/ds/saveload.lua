@@ -21,8 +21,10 @@ local M = {}
 local hash_text = ffi.typeof("char[17]")
 local file_slot = ffi.typeof("ds_file *[1]")
 
--- An item is { name, tensor }; the tensor may be a vector on a disk (ds/offload.lua). `transposed`: a
--- matrix that lies transposed in the file; `dtype`: it is converted to this one.
+-- An item is { name, tensor }; the tensor may be a vector on a disk (ds/offload.lua). `transposed`:
+-- a matrix that lies transposed in the file; `dtype`: it is converted to this one; `load`: of a
+-- tensor on the meta device load(first, n) gives the values that are wanted next, n elements from
+-- `first` on (0-based, row-major), in the file's dtype.
 
 local function width_of(item)
   return tonumber(C.ds_dtype_size(codes[item.dtype or item[2].dtype]))
@@ -63,7 +65,7 @@ local function describe(list, what)
     if not (offload.is_stored(t) or tensor.is_tensor(t) and t._unit) then
       tensor.need_tensor(t, what, i) -- one that is sharded is gathered before it is appended
     end
-    if t.device == "meta" then
+    if t.device == "meta" and not item.load then
       raise("%s: '%s' is on the meta device and has no data", what, tostring(name))
     end
     if type(name) ~= "string" or name == "" or name:find("%z") then
@@ -105,9 +107,25 @@ function M.create(path, list, options)
     _f = ffi.gc(slot[0], C.ds_file_discard) }, Writer)
 end
 
+local PIECE = 4 * 2 ^ 20 -- elements that are loaded at a time
+
+local function append_loaded(self, item)
+  local n, width = item[2]:numel(), width_of(item)
+  for first = 0, n - 1, PIECE do
+    local count = math.min(PIECE, n - first)
+    scope.no_grad(function()
+      local t = item.load(first, count)
+      C.ds_file_append(self._f, t._c.data, count * width, 0)
+    end)
+  end
+end
+
 --- Appends the next item's elements. What the disk refuses is told by commit().
-function Writer:append(item)
+-- @tparam table item
+-- @tparam[opt] boolean moves the tensor's memory may change before commit()
+function Writer:append(item, moves)
   local t = item[2]
+  if item.load then return append_loaded(self, item) end
   if offload.is_stored(t) then
     return t:each(function(part)
       C.ds_file_append(self._f, part._c.data, part:numel() * width_of(item), 0)
@@ -118,7 +136,7 @@ function Writer:append(item)
   if direct and item.transposed then
     C.ds_file_append_transposed(self._f, t._c.data, t.shape[1], t.shape[2], width_of(item))
   elseif direct then
-    C.ds_file_append(self._f, t._c.data, bytes_of(item), item.moves and 0 or 1)
+    C.ds_file_append(self._f, t._c.data, bytes_of(item), moves and 0 or 1)
   else
     local copy = copy_of(item)
     C.ds_file_append(self._f, copy._c.data, bytes_of(item), 0)

@@ -63,7 +63,9 @@ local function logged(f, ...)
   local lines, real = {}, {}
   for level, write in pairs(ds.log) do
     real[level] = write
-    ds.log[level] = function(format, ...) lines[#lines + 1] = level .. ": " .. format:format(...) end
+    ds.log[level] = function(format, ...)
+      lines[#lines + 1] = level .. ": " .. format:format(...)
+    end
   end
   local ok, message = pcall(f, ...)
   for level, write in pairs(real) do ds.log[level] = write end
