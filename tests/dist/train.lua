@@ -3,7 +3,8 @@
 --     dsrun tests/dist/train.lua stage=1 dtype=bf16 gas=3 optimizer=AdamW model=odd steps=20
 --
 -- Further: save=DIR (after the last step), load=DIR (before the first), resave=DIR (what was loaded,
--- before the first), batch=24 samples a step on
+-- before the first), every=N: save after every N steps, two are kept; pids=DIR: each rank's process in
+-- DIR/RANK; batch=24 samples a step on
 -- all ranks together, stop_at=N: the last rank sends itself SIGTERM before that step, clip=1,
 -- bucket=N elements, small=N: parameters with fewer are not split at stage 3, prefetch=N and
 -- reuse=N elements, init=1: built by ds.zero.init, offload=DIR: the optimizer's state on a disk,
@@ -91,6 +92,7 @@ local engine, _, loader = ds.initialize {
     train_batch_size = opt.batch, gradient_accumulation_steps = opt.gas,
     gradient_clipping = opt.clip, steps_per_print = 0, seed = 11, replica_check_interval = 5,
     bf16 = { enabled = opt.dtype == "bf16" },
+    checkpoint = { keep_last = opt.every and 2 or 0 },
     fp16 = opt.dtype == "fp16" and { enabled = true, initial_scale_power = 8 } or nil,
     zero_optimization = { stage = opt.stage, reduce_bucket_size = opt.bucket,
       stage3_param_persistence_threshold = opt.small, stage3_prefetch_bucket_size = opt.prefetch,
@@ -102,8 +104,14 @@ local engine, _, loader = ds.initialize {
       warmup_max_lr = rates[opt.optimizer] or 1e-2 } },
   },
 }
-if opt.load then assert(engine:load_checkpoint(opt.load)) end
+if opt.load then assert(engine:load_checkpoint(opt.load) or opt.every) end
 if opt.resave then engine:save_checkpoint(opt.resave) end
+
+if opt.pids then
+  local file = assert(io.open(opt.pids .. "/" .. ds.rank(), "w"))
+  file:write(io.open("/proc/self/stat"):read "*n", "\n")
+  file:close()
+end
 
 local function say(...)
   if ds.rank() == 0 then print((...):format(select(2, ...))) end
@@ -116,6 +124,9 @@ while engine.global_steps < opt.steps do
   end
   engine:train_batch(loader)
   say("step %.9g %.9g", engine:get_loss(), engine:get_global_grad_norm())
+  if opt.every and engine.global_steps % opt.every == 0 then
+    engine:save_checkpoint(opt.save, nil, { loss = engine:get_loss() })
+  end
 end
 if opt.save then engine:save_checkpoint(opt.save) end
 

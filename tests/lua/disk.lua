@@ -39,7 +39,7 @@ function M.record(f, refuse)
       if call.data then call.data = ffi.string(call.data, call.bytes) end
       if refuse and refuse[op] then return refuse[op] end
       local rc = real(...)
-      call.rc = rc
+      call.rc, call.time = rc, C.ds_seconds()
       if rc >= 0 then log[#log + 1] = call end
       return rc
     end)
