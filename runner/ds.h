@@ -200,6 +200,33 @@ int ds_file_commit(ds_file *f, char *hash);
 void ds_file_discard(ds_file *f);
 int ds_file_put(const char *path, const void *data, int64_t bytes, int replace, char *hash);
 
+/* Files that a thread writes while the caller computes. append takes parts in their order, as
+ * ds_file_append, and looks at nothing; from start on they are read from where they lie, and files
+ * that commit named belong to the writer (it returns their number, from 0). release: when it returns,
+ * the memory of all parts may change: what was not written yet has been copied, at most `most` bytes
+ * and a matrix; for the rest it waited. state: 1 while it writes, 0 when all files are on the disk,
+ * or the failure's code; then nothing is left of the files that were not. wait: the same, when it is
+ * over. hash: of a file, as ds_file_commit gives it; NULL before. close stops what is not done. */
+typedef struct ds_writer ds_writer;
+typedef struct ds_writer_stats {
+    int64_t bytes, copied; /* written, of them from a copy */
+    double seconds;        /* from start to the last file on the disk */
+    double cpu_seconds;    /* of the thread */
+    double held_seconds;   /* that release took */
+} ds_writer_stats;
+int ds_writer_open(ds_writer **out);
+int ds_writer_append(ds_writer *w, ds_file *f, const void *data, int64_t bytes);
+int ds_writer_append_transposed(ds_writer *w, ds_file *f, const void *data, int64_t rows,
+                                int64_t columns, int64_t size);
+int ds_writer_commit(ds_writer *w, ds_file *f);
+int ds_writer_start(ds_writer *w);
+int ds_writer_release(ds_writer *w, int64_t most);
+int ds_writer_state(ds_writer *w);
+int ds_writer_wait(ds_writer *w);
+const char *ds_writer_hash(const ds_writer *w, int file);
+ds_writer_stats ds_writer_statistics(const ds_writer *w);
+void ds_writer_close(ds_writer *w);
+
 /* Reading. hash: reads the whole file once, and leaves it in the page cache for what follows. */
 int ds_file_open(ds_file **out, const char *path);
 void ds_file_close(ds_file *f);
@@ -470,6 +497,7 @@ typedef struct ds_control {
     int32_t save;     /* a checkpoint is asked for */
     int32_t version;  /* of settings changed while running */
     int32_t attach;   /* somebody wants to look */
+    int32_t writing;  /* a checkpoint in the background: 1 it is being written, 2 that failed */
 } ds_control;
 /* In one exchange: agrees on the word, and each of the n <= 8 sums becomes the sum over the ranks, in
  * their order, so that all have the same bits. */

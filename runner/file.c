@@ -22,8 +22,12 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#define XXH_INLINE_ALL
+/* The library's own choice by CPU, where it has one: with AVX-512 hashing costs half. */
+#if defined __x86_64__ && __has_include(<xxh_x86dispatch.h>)
+#include <xxh_x86dispatch.h>
+#else
 #include <xxhash.h>
+#endif
 
 #define SMALL ((int64_t)64 << 10) /* up to that, a queue is not worth its set-up */
 #define WINDOW ((int64_t)8 << 20) /* of a file that is hashed */
@@ -278,7 +282,7 @@ int ds_file_append(ds_file *f, const void *data, int64_t bytes, int stays)
 #define STRIP 256 /* bytes of a row that are read at once */
 
 #define TRANSPOSE(bits)                                                                            \
-    static void transpose_##bits(void *to, const void *from, int64_t rows, int64_t columns,        \
+    static void transpose_##bits(void *to, const void *from, int64_t rows, int64_t stride,         \
                                  int64_t width)                                                    \
     {                                                                                              \
         uint##bits##_t *out = to;                                                                  \
@@ -288,7 +292,7 @@ int ds_file_append(ds_file *f, const void *data, int64_t bytes, int stays)
             for (int64_t r = 0; r < rows; r += TILE)                                               \
                 for (int64_t y = c; y < c + TILE && y < width; y++)                                \
                     for (int64_t x = r; x < r + TILE && x < rows; x++)                             \
-                        out[y * rows + x] = in[x * columns + y];                                   \
+                        out[y * rows + x] = in[x * stride + y];                                    \
     }
 
 TRANSPOSE(8)
@@ -296,25 +300,42 @@ TRANSPOSE(16)
 TRANSPOSE(32)
 TRANSPOSE(64)
 
-int ds_file_append_transposed(ds_file *f, const void *data, int64_t rows, int64_t columns,
-                              int64_t size)
+int ds_file_append_columns(ds_file *f, const void *from, int64_t rows, int64_t stride,
+                           int64_t columns, int64_t size)
 {
-    int64_t strip = STRIP / size, width = columns < strip ? columns : strip;
-    char *scratch = f->failed ? NULL : malloc((size_t)(width * rows * size) + 1);
+    int64_t most = STRIP / size < columns ? STRIP / size : columns;
+    char *scratch = f->failed ? NULL : malloc((size_t)(most * rows * size) + 1);
 
     if (!f->failed && !scratch)
         f->failed = ds_fail(DS_ENOMEM, "out of host memory");
-    for (int64_t c = 0; c < columns && !f->failed; c += strip) {
-        const char *from = (const char *)data + c * size;
-        int64_t n = columns - c < strip ? columns - c : strip;
+    for (int64_t c = 0; c < columns && !f->failed; c += most) {
+        int64_t n = columns - c < most ? columns - c : most;
+        const char *strip = (const char *)from + c * size;
 
         (size == 8   ? transpose_64
          : size == 4 ? transpose_32
          : size == 2 ? transpose_16
-                     : transpose_8)(scratch, from, rows, columns, n);
+                     : transpose_8)(scratch, strip, rows, stride, n);
         ds_file_append(f, scratch, n * rows * size, 0);
     }
     free(scratch);
+    return f->failed;
+}
+
+int ds_file_append_transposed(ds_file *f, const void *data, int64_t rows, int64_t columns,
+                              int64_t size)
+{
+    return ds_file_append_columns(f, data, rows, columns, columns, size);
+}
+
+int ds_file_drain(ds_file *f)
+{
+    for (int i = 0; i < DS_IO_DEPTH && !f->failed; i++) {
+        int rc = ds_queue_wait(f->queue, i);
+
+        if (rc < 0)
+            fail_write(f, rc);
+    }
     return f->failed;
 }
 
@@ -327,11 +348,8 @@ static int settle(ds_file *f)
     if (f->at + f->filled != f->bytes)
         return f->failed = ds_fail(DS_EINVAL, "'%s' was to have %lld bytes, %lld were appended",
                                    f->path, (long long)f->bytes, (long long)(f->at + f->filled));
-    if (flush_block(f) < 0)
+    if (flush_block(f) < 0 || ds_file_drain(f) < 0)
         return f->failed;
-    for (int i = 0; i < DS_IO_DEPTH; i++)
-        if ((rc = ds_queue_wait(f->queue, i)) < 0)
-            return fail_write(f, rc);
     if (f->direct && f->bytes % DS_IO_ALIGN && (rc = io->truncate(fd, f->bytes)) < 0)
         return fail_write(f, rc);
     if ((rc = io->sync(fd)) < 0)

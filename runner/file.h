@@ -40,6 +40,13 @@ int ds_queue_submit(ds_queue *q);
 int ds_queue_wait(ds_queue *q, int slot);
 int ds_queue_next(ds_queue *q, int *slot);
 
+/* ds_file_append() of some columns of a matrix, as rows. from: the first element of the first one;
+ * `stride` elements lie between two rows. */
+int ds_file_append_columns(ds_file *f, const void *from, int64_t rows, int64_t stride,
+                           int64_t columns, int64_t size);
+/* Returns when the disk has all that was issued: the memory it was issued from may change. */
+int ds_file_drain(ds_file *f);
+
 /* ds_fail() with the reason in words for a file operation that gave -errno. */
 int ds_fail_io(int negative, const char *what, const char *path);
 

@@ -430,6 +430,22 @@ int ds_host_eval(ds_host *host, const char *text, int *exited)
     return run_to_end(host, &eval, exited);
 }
 
+static int push_end(ds_host *host, const task *task)
+{
+    push_boot(host->L, "finish");
+    lua_pushboolean(host->L, task->text != NULL);
+    return 1;
+}
+
+int ds_host_end(ds_host *host, int code)
+{
+    int well = code == 0 || code == 128 + ds_signal_pending(), exited, failed;
+    const task end = {.push = push_end, .text = well ? "" : NULL};
+
+    failed = run_to_end(host, &end, &exited);
+    return failed && well ? failed : code;
+}
+
 int ds_host_call(ds_host *host, const char *module, const char *function, const char *argument,
                  int *exited)
 {

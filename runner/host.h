@@ -35,6 +35,8 @@ int ds_host_eval(ds_host *host, const char *text, int *exited);
 /* require(module)[function](argument); argument NULL: none. */
 int ds_host_call(ds_host *host, const char *module, const char *function, const char *argument,
                  int *exited);
+/* What Lua wants done once the script has ended with `code`, which becomes 1 if that raises. */
+int ds_host_end(ds_host *host, int code);
 
 /* Has this state answer SIGUSR2 (process.h). One a process, from the thread that runs it. */
 int ds_host_watch(ds_host *host);

@@ -229,6 +229,8 @@ static int with_host(const ds_options *options, const ds_rank *rank, char **argv
         code = watch_signals(host);
     if (code == 0)
         code = run(host, options);
+    if (host && code >= 0)
+        code = ds_host_end(host, code);
     if (code < 0)
         code = complain(USAGE);
     told = ds_side_end(code);

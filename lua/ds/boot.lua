@@ -160,6 +160,16 @@ end
 
 -- ---- for the host
 
+local endings = {}
+
+--- Has f(well) called when the script has ended, also by os.exit; `well`: with code 0, or because a
+-- signal asked for it. The last one given comes first. An error in it is the script's.
+function host.at_end(f) endings[#endings + 1] = f end
+
+function M.finish(well)
+  while #endings > 0 do table.remove(endings)(well) end
+end
+
 function M.call(module, name, argument)
   return require(module)[name](argument)
 end

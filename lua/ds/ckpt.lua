@@ -173,6 +173,14 @@ local function entry_of(folder, path, hash)
   return { path = path, bytes = bytes, hash = hash }
 end
 
+--- Whether some are vectors on a disk, which the next update overwrites there.
+local function on_disk(items)
+  for _, item in ipairs(items) do
+    if offload.is_stored(item[2]) then return true end
+  end
+  return false
+end
+
 --- Writes this rank's files and brings them to the disk, or begins to.
 local function write_own(save, content)
   local folder = save.folder
@@ -192,7 +200,7 @@ local function write_own(save, content)
   together.all(function()
     if #content.optim == 0 then return end
     local path = ("optim/rank-%d.safetensors"):format(comm.rank())
-    local writer = create(path, content.optim, save.background)
+    local writer = create(path, content.optim, not on_disk(content.optim) and save.background)
     for _, item in ipairs(writer.list) do writer:append(item) end
     done(path, writer)
   end)
@@ -235,7 +243,7 @@ local function write_rest(save, lists)
   end)
   note("weights/model.safetensors.index.json", index_text(save.shards, shard_name))
   check(C.ds_folder_sync(folder .. "/weights"))
-  note("state.json", save.state)
+  note("state.json", save.state_text)
   local manifest = folders.manifest_text { format = folders.FORMAT, tag = save.tag,
     step = save.step, world_size = save.world_size, files = written }
   folders.put(folder .. "/manifest.json", manifest)
@@ -286,11 +294,11 @@ local function attempt(save, f, ...)
 end
 
 local function begin(save, content)
-  local need = bytes_needed(content, save.state)
+  local need = bytes_needed(content, save.state_text)
   save.folder = together.first(make_folder, save, need)
   save.shards = make_shards(content.weights, save.options.max_shard_bytes)
   write_own(save, content)
-  if save.background then save.background:start() end
+  if save.background then together.all(save.background.start, save.background) end
 end
 
 --- All files of all ranks are written: they become a checkpoint.
@@ -322,6 +330,35 @@ local function encode(value, name)
   return json.encode(value, { name = name, indent = 1 })
 end
 
+-- ---- a save in the background
+
+local Save = {}
+Save.__index = Save
+
+--- What this rank's part has come to: 1 it is being written, 0 it is on the disk, 2 it failed.
+function Save:state() return self.background:state() end
+
+--- Before anything that is saved changes: what is not written yet is copied, or waited for.
+function Save:release() self.background:release(self.options.background.most) end
+
+--- Waits for all ranks' parts and makes a checkpoint of them. Every rank calls it; raises on all of
+-- them if one could not write, and the last checkpoint is the one before.
+-- @treturn table what the background has to tell: bytes, seconds …
+function Save:finish()
+  attempt(self, together.all, self.background.wait, self.background)
+  local statistics = self.background:statistics()
+  attempt(self, complete, self)
+  let_go(self)
+  return statistics
+end
+
+--- Gives it up, on this rank alone: what was written stays under its temporary name, until the next
+-- save.
+function Save:drop()
+  self.named = true
+  let_go(self, true)
+end
+
 --- Saves a checkpoint as dir/tag. When it returns, all of it is on the disk.
 -- @tparam string dir
 -- @tparam string|number tag
@@ -333,8 +370,9 @@ end
 --   client_state  plain table
 --   gathered      gathered(parameters, f) calls f() while they are whole; nil: they are
 -- @tparam[opt] table options `keep_last`: how many to keep; `save_latest` = false: `latest` stays;
---   `max_shard_bytes`
--- @treturn boolean true; raises when it failed, and then nothing is lost
+--   `max_shard_bytes`; `background` = { most = bytes that release() may copy }: it returns a Save
+--   while a thread writes, whose finish() every rank calls
+-- @treturn boolean|Save true; raises when it failed, and then nothing is lost
 function M.save(dir, tag, content, options)
   options = options or {}
   tag = check_tag(tag, "save_checkpoint")
@@ -342,14 +380,16 @@ function M.save(dir, tag, content, options)
     raise("save_checkpoint: keep_last must be 1 or more, not %s", tostring(options.keep_last))
   end
   local state = content.state or {}
-  local save = { dir = dir, tag = tag, options = options, lock = -1, own = {},
+  local save = setmetatable({ dir = dir, tag = tag, options = options, lock = -1, own = {},
+    background = options.background and files.background() or nil,
     step = state.global_steps or 0, world_size = state.world_size or 1,
-    state = ('{ "format": %d,\n"client_state": %s,\n"state": %s }\n'):format(
+    state_text = ('{ "format": %d,\n"client_state": %s,\n"state": %s }\n'):format(
       folders.FORMAT, encode(content.client_state or {}, "client_state"),
-      encode(state, "state")) }
+      encode(state, "state")) }, Save)
   content = { weights = content.weights or {}, optim = content.optim or {},
     gathered = content.gathered }
   attempt(save, begin, save, content)
+  if save.background then return save end
   attempt(save, complete, save)
   let_go(save)
   return true

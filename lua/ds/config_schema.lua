@@ -394,7 +394,20 @@ M.groups = {
       idle("parallel_write", "object", nil, "parallel writing", { fields = {
         idle("pipeline_stage", "boolean", false, "by pipeline stages"),
       } }),
-      { "writer", "object", nil, "writing in the background", status = "later", strict = true },
+      { "writer", "object", nil, "how files are written", fields = {
+        { "type", "string", "fast", "one kind of writer, past the page cache where the disk " ..
+          "allows it", enum = { "fast", "python", "mock" },
+          later = { mock = "it writes nothing" } },
+        { "decoupled", "boolean", false, "save_checkpoint() returns at once: a thread writes " ..
+          "during the next forward and backward" },
+        { "io_buffer_size", "integer", 64 * 2 ^ 20, "bytes of what is not written yet that " ..
+          "step() copies rather than wait for, with decoupled", min = 0 },
+        { "io_buffer_double", "boolean", true, "twice as many" },
+        { "show_statistics", "boolean", false, "log what each save in the background took" },
+        idle("data_parallel", "string", nil, "which ranks write; always all of them", {
+          enum = { "replica", "socket", "machine" } }),
+        idle("io_multiplier", "number", 1, "buffers for each file", count),
+      } },
     } },
     section("nebula", "Azure's checkpoint service"),
     { "datastates_ckpt", "object", nil, "DataStates checkpoints", status = "later",

@@ -483,6 +483,7 @@ local control = ffi.new("ds_control")
 -- @treturn number norm of all gradients, unscaled; inf or NaN if one is
 local function agree(self)
   control.overflow, control.stop, control.save = 0, C.ds_signal_pending(), 0
+  control.writing = self.saving and self.saving:state() or 0
   local squares
   squares, self.loss_sum, self.losses =
     self.zero:agree(control, self.zero:sum_squares(), self.loss_sum, self.losses)
@@ -563,6 +564,7 @@ function Engine:step()
     local clip = self.config.gradient_clipping
     local factor = clip > 0 and norm + 1e-6 > clip and clip / (norm + 1e-6) or 1
     if self.offload then self.offload.place = ("step %d"):format(self.global_steps + 1) end
+    if self.saving then self.saving:release() end
     self.optimizer:step(factor / self:loss_scale())
     self.zero:gather()
     finish_step(self, true, norm)
@@ -573,6 +575,7 @@ function Engine:step()
   if every > 0 and self.global_steps % every == 0 then
     replicas.check(self.zero:all_weights(), self.global_steps)
   end
+  if self.saving and control.writing ~= 1 then self:finish_checkpoint() end
   if stop ~= 0 then self:stop(stop) end
   self.step_ended = C.ds_seconds()
   C.ds_breadcrumb("")
@@ -601,6 +604,7 @@ end
 function Engine:stop(signal)
   if self.save_dir then
     self:save_checkpoint(self.save_dir, nil, self.client_state)
+    self:finish_checkpoint()
     log.info("stopped by signal %d; saved %s/global_step%d",
       signal, self.save_dir, self.global_steps)
   else
@@ -709,7 +713,8 @@ function Engine:evaluate(dataset, options)
 end
 
 -- Loaded with the first checkpoint.
-for _, name in ipairs { "save_checkpoint", "load_checkpoint", "save_16bit_model" } do
+for _, name in ipairs {
+  "save_checkpoint", "finish_checkpoint", "load_checkpoint", "save_16bit_model" } do
   Engine[name] = function(self, ...)
     need_engine(self, name)
     return require("ds.engine_state")[name](self, ...)
@@ -720,6 +725,7 @@ end
 function Engine:destroy()
   if self.destroyed then return end
   self.destroyed = true
+  if self.saving then self:finish_checkpoint() end
   begin_step(self)
   if self.zero then self.zero:let_go() end
   checkpointing.unwrap(self.blocks or {})

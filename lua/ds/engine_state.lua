@@ -6,6 +6,7 @@
 -- of optimizer state, `exp_avg/NAME`. Everything else is plain data in state.json.
 
 local border = require "ds.ffi"
+local host = require "ds.host"
 local scope = require "ds.scope"
 local tensor = require "ds.tensor"
 local ckpt = require "ds.ckpt"
@@ -38,7 +39,10 @@ local function model_tensors(engine)
   end
   for _, e in ipairs(engine.named) do add(e.name, e.parameter, e.parameter) end
   if type(engine.module) == "table" and engine.module.named_buffers then
-    for _, e in ipairs(engine.module:named_buffers()) do add(e.name, e.buffer) end
+    for _, e in ipairs(engine.module:named_buffers()) do
+      add(e.name, e.buffer)
+      list[#list].changes = true -- forward() may
+    end
   end
   return list
 end
@@ -122,8 +126,67 @@ local function plain_state(engine)
   }
 end
 
+-- ---- a save in the background: the next step() makes room for changes, one that finds all ranks'
+-- files on the disk makes a checkpoint of them
+
+local unfinished = {} -- engines with such a save, the oldest first
+
+--- Waits until the checkpoint that is being written in the background is whole; nothing to do where
+-- there is none. Every rank calls it. Raises on all ranks if one could not write its part: the last
+-- checkpoint is then the one before.
+function M.finish_checkpoint(engine)
+  local save = engine.saving
+  if not save then return end
+  engine.saving = nil
+  for i, other in ipairs(unfinished) do
+    if other == engine then table.remove(unfinished, i) break end
+  end
+  local s = save:finish()
+  if engine.config.checkpoint.writer.show_statistics then
+    log.info("saved %s/%s: this rank %.1f MB in %.2f s; the thread took %.2f s of a core, step() "
+      .. "was held up for %.3f s and copied %.1f MB", save.dir, save.tag, s.bytes / 1e6, s.seconds,
+      s.cpu_seconds, s.held_seconds, s.copied / 1e6)
+  end
+end
+
+local function finish_all()
+  while unfinished[1] do M.finish_checkpoint(unfinished[1]) end
+end
+
+--- When the script has ended. After a failure other ranks may be gone.
+local function at_end(well)
+  if not unfinished[1] then return end
+  if well or comm.world_size() == 1 then
+    together.meet("the end of the script")
+    return finish_all()
+  end
+  for i, engine in ipairs(unfinished) do
+    local save = engine.saving
+    log.warning("%s/%s was not finished; the last checkpoint is the one before", save.dir, save.tag)
+    save:drop()
+    engine.saving, unfinished[i] = nil, nil
+  end
+end
+
+--- From now on an engine has a save in the background.
+local function note_unfinished(engine, save)
+  if not M.hooked then host.at_end(at_end) end
+  M.hooked = true
+  engine.saving = save
+  unfinished[#unfinished + 1] = engine
+end
+
+--- The setting of ckpt.save(); nil: it is to write before it returns.
+local function background_of(writer)
+  if not writer.decoupled then return nil end
+  return { most = writer.io_buffer_size * (writer.io_buffer_double and 2 or 1) }
+end
+
 --- Saves everything: weights, optimizer, schedule, random numbers, loader position, counters.
--- Call it on every rank, at a step boundary.
+-- Call it on every rank, at a step boundary. With `checkpoint.writer.decoupled` it returns while a
+-- thread writes; a later step(), the next save, finish_checkpoint() or the script's end names the
+-- checkpoint in `latest`, or raises what went wrong. Until the next step() the weights must not be
+-- changed by hand.
 -- @tparam string dir folder of checkpoints
 -- @tparam[opt] string|number tag folder of this one; default "global_stepN"
 -- @tparam[opt] table|function client_state plain data of yours, or a function that returns it
@@ -142,15 +205,18 @@ function M.save_checkpoint(engine, dir, tag, client_state, options)
   end
   tag = tag or ("global_step%d"):format(engine.global_steps)
   together.meet(("save_checkpoint(%s)"):format(tostring(tag)))
+  finish_all()
   engine.save_dir, engine.client_state = dir, client_state
   local keep = engine.config.checkpoint.keep_last
   if type(client_state) == "function" then client_state = client_state(engine) end
   scope.no_grad(function()
-    ckpt.save(dir, tag, {
+    local save = ckpt.save(dir, tag, {
       weights = model_tensors(engine), gathered = gathering(engine),
       optim = engine.optimizer and optimizer_tensors(engine) or {},
       state = plain_state(engine), client_state = client_state or {},
-    }, { keep_last = keep > 0 and keep or nil, save_latest = options.save_latest })
+    }, { keep_last = keep > 0 and keep or nil, save_latest = options.save_latest,
+      background = background_of(engine.config.checkpoint.writer) })
+    if save ~= true then note_unfinished(engine, save) end
   end)
   return true
 end
@@ -326,6 +392,7 @@ function M.load_checkpoint(engine, dir, tag, options)
     raise("load_checkpoint: expects a folder, got %s", tostring(dir))
   end
   together.meet(("load_checkpoint(%s)"):format(tag == nil and "" or tostring(tag)))
+  finish_all()
   local saved = ckpt.load(dir, tag)
   engine.save_dir = engine.save_dir or dir
   if not saved then

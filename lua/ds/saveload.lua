@@ -22,7 +22,8 @@ local hash_text = ffi.typeof("char[17]")
 local file_slot = ffi.typeof("ds_file *[1]")
 
 -- An item is { name, tensor }; the tensor may be a vector on a disk (ds/offload.lua). `transposed`:
--- a matrix that lies transposed in the file; `dtype`: it is converted to this one; `load`: of a
+-- a matrix that lies transposed in the file; `dtype`: it is converted to this one; `changes`: its
+-- values may change while it is written; `load`: of a
 -- tensor on the meta device load(first, n) gives the values that are wanted next, n elements from
 -- `first` on (0-based, row-major), in the file's dtype.
 
@@ -84,6 +85,54 @@ local function copy_of(item)
   return copy
 end
 
+-- ---- writing while the caller computes
+
+local Background = {}
+Background.__index = Background
+
+--- What writes files on a thread of its own: an option of create(). From start() on tensors are
+-- read from where they lie, until release().
+-- @treturn table
+function M.background()
+  local slot = ffi.new("ds_writer *[1]")
+  check(C.ds_writer_open(slot))
+  return setmetatable({ _w = ffi.gc(slot[0], C.ds_writer_close), held = {} }, Background)
+end
+
+--- Begins to write.
+function Background:start() check(C.ds_writer_start(self._w), "save_checkpoint") end
+
+--- When it returns, the tensors may be changed: what was not written yet is copied, at most `most`
+-- bytes, and for the rest it waited.
+function Background:release(most)
+  check(C.ds_writer_release(self._w, most), "save_checkpoint")
+  self.held = {}
+end
+
+--- 1 while it writes, 0 when everything is on the disk, 2 if that failed, which wait() explains.
+function Background:state()
+  local state = C.ds_writer_state(self._w)
+  return state < 0 and 2 or state
+end
+
+--- Returns when all is on the disk; raises if that failed.
+function Background:wait() check(C.ds_writer_wait(self._w), "save_checkpoint") end
+
+--- @treturn table bytes, copied, seconds, cpu_seconds, held_seconds, as ds_writer_stats
+function Background:statistics()
+  local s = C.ds_writer_statistics(self._w)
+  return { bytes = tonumber(s.bytes), copied = tonumber(s.copied), seconds = s.seconds,
+    cpu_seconds = s.cpu_seconds, held_seconds = s.held_seconds }
+end
+
+--- Stops what is not done, and drops it.
+function Background:close()
+  if self._w then C.ds_writer_close(ffi.gc(self._w, nil)) end
+  self._w, self.held = nil, {}
+end
+
+-- ---- one file
+
 local Writer = {}
 Writer.__index = Writer
 
@@ -93,7 +142,8 @@ Writer.__index = Writer
 -- @tparam table list of items
 -- @tparam table options `replace`: whether a file of that name is replaced, at once and only by a
 -- whole one (else it is an error, and the folder is the caller's to sync); `meta`: array of key,
--- value, key, value…, strings; `what`: the caller, for messages
+-- value, key, value…, strings; `what`: the caller, for messages; `background`: what background()
+-- gave, which then does the work
 -- @treturn table the writer
 function M.create(path, list, options)
   local what = options.what or "save"
@@ -103,7 +153,7 @@ function M.create(path, list, options)
   local keys = ffi.new("const char *[?]", #meta + 1) -- zeroed; with a table the rest would not be
   for i, word in ipairs(meta) do keys[i - 1] = word end
   check(C.ds_tensors_create(slot, path, entries, #list, keys, options.replace and 1 or 0), what)
-  return setmetatable({ path = path, list = list, what = what,
+  return setmetatable({ path = path, list = list, what = what, background = options.background,
     _f = ffi.gc(slot[0], C.ds_file_discard) }, Writer)
 end
 
@@ -120,6 +170,21 @@ local function append_loaded(self, item)
   end
 end
 
+--- Leaves an item to the background; what may change before release(), or is not as it is to lie in
+-- the file, is copied.
+local function append_later(self, item, direct)
+  local t, w, held = item[2], self.background._w, self.background.held
+  if not direct or item.changes then
+    t = copy_of(item):keep()
+  elseif item.transposed then
+    held[#held + 1] = t
+    return check(C.ds_writer_append_transposed(w, self._f, t._c.data, t.shape[1], t.shape[2],
+      width_of(item)))
+  end
+  held[#held + 1] = t
+  check(C.ds_writer_append(w, self._f, t._c.data, bytes_of(item)))
+end
+
 --- Appends the next item's elements. What the disk refuses is told by commit().
 -- @tparam table item
 -- @tparam[opt] boolean moves the tensor's memory may change before commit()
@@ -133,7 +198,9 @@ function Writer:append(item, moves)
   end
   local direct = t.device == "cpu" and t._c.dense == 1
     and (not item.dtype or item.dtype == t.dtype)
-  if direct and item.transposed then
+  if self.background then
+    append_later(self, item, direct)
+  elseif direct and item.transposed then
     C.ds_file_append_transposed(self._f, t._c.data, t.shape[1], t.shape[2], width_of(item))
   elseif direct then
     C.ds_file_append(self._f, t._c.data, bytes_of(item), moves and 0 or 1)
@@ -145,8 +212,15 @@ function Writer:append(item, moves)
 end
 
 --- Brings the file to the disk.
--- @treturn string hash of the whole file
+-- @treturn string|function hash of the whole file; in the background a function that gives it when
+-- all is written
 function Writer:commit()
+  local w = self.background and self.background._w
+  if w then
+    local number = check(C.ds_writer_commit(w, self._f), self.what)
+    ffi.gc(self._f, nil) -- it is the background's now
+    return function() return ffi.string(C.ds_writer_hash(w, number)) end
+  end
   local hash = hash_text()
   check(C.ds_file_commit(ffi.gc(self._f, nil), hash), self.what)
   return ffi.string(hash)

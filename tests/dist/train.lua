@@ -3,12 +3,11 @@
 --     dsrun tests/dist/train.lua stage=1 dtype=bf16 gas=3 optimizer=AdamW model=odd steps=20
 --
 -- Further: save=DIR (after the last step), load=DIR (before the first), resave=DIR (what was loaded,
--- before the first), every=N: save after every N steps, two are kept; pids=DIR: each rank's process in
--- DIR/RANK; batch=24 samples a step on
--- all ranks together, stop_at=N: the last rank sends itself SIGTERM before that step, clip=1,
--- bucket=N elements, small=N: parameters with fewer are not split at stage 3, prefetch=N and
--- reuse=N elements, init=1: built by ds.zero.init, offload=DIR: the optimizer's state on a disk,
--- in blocks of 2048 elements.
+-- before the first), every=N: save after every N steps, two are kept; writer=1: in the background;
+-- pids=DIR: each rank's process in DIR/RANK; batch=24 samples a step on all ranks together,
+-- stop_at=N: the last rank sends itself SIGTERM before that step, clip=1, bucket=N elements,
+-- small=N: parameters with fewer are not split at stage 3, prefetch=N and reuse=N elements, init=1:
+-- built by ds.zero.init, offload=DIR: the optimizer's state on a disk, in blocks of 2048 elements.
 --
 -- Rank 0 prints "step LOSS NORM" for each step, then "samples COUNTS" (how often each was handed to
 -- any rank in training), "eval LOSS", and "weights HASH HASH …", one a rank.
@@ -92,7 +91,7 @@ local engine, _, loader = ds.initialize {
     train_batch_size = opt.batch, gradient_accumulation_steps = opt.gas,
     gradient_clipping = opt.clip, steps_per_print = 0, seed = 11, replica_check_interval = 5,
     bf16 = { enabled = opt.dtype == "bf16" },
-    checkpoint = { keep_last = opt.every and 2 or 0 },
+    checkpoint = { keep_last = opt.every and 2 or 0, writer = { decoupled = opt.writer == 1 } },
     fp16 = opt.dtype == "fp16" and { enabled = true, initial_scale_power = 8 } or nil,
     zero_optimization = { stage = opt.stage, reduce_bucket_size = opt.bucket,
       stage3_param_persistence_threshold = opt.small, stage3_prefetch_bucket_size = opt.prefetch,

@@ -1,5 +1,5 @@
---- `dsrun inspect`, `dsrun convert`, engine:save_16bit_model(): what a checkpoint is, and its weights
--- for other tools.
+--- `dsrun inspect`, `dsrun convert`, engine:save_16bit_model(): what a checkpoint is, and its
+-- weights for other tools.
 
 local ds = require "ds"
 local json = require "ds.json"
