@@ -22,6 +22,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "kernels/tile.h"
+
 /* The library's own choice by CPU, where it has one: with AVX-512 hashing costs half. */
 #if defined __x86_64__ && __has_include(<xxh_x86dispatch.h>)
 #include <xxh_x86dispatch.h>
@@ -47,6 +49,8 @@ struct ds_file {
     int64_t filled;
     int slot;
     char *blocks; /* writing: DS_IO_DEPTH of DS_IO_BLOCK, or SMALL bytes for a small file */
+    char *strip;  /* of a matrix that is transposed; kept, as fresh pages cost more than the rest */
+    int64_t strip_bytes;
     ds_queue *queue;
     XXH3_state_t *hash;
 };
@@ -90,6 +94,7 @@ void ds_file_close(ds_file *f)
         close(f->fd);
     XXH3_freeState(f->hash);
     free(f->blocks);
+    free(f->strip);
     free(f->temporary);
     free(f->path);
     free(f);
@@ -275,50 +280,44 @@ int ds_file_append(ds_file *f, const void *data, int64_t bytes, int stays)
     return 0;
 }
 
-/* ---- a matrix, transposed on its way into the file: strips of columns, in tiles whose lines are
- * whole lines of the cache on both sides */
+/* ---- a matrix, transposed on its way into the file by strips of columns */
 
-#define TILE 16   /* elements a side */
-#define STRIP 256 /* bytes of a row that are read at once */
+#define STRIP 512 /* bytes of a row that are read at once */
+#define AHEAD 32  /* rows: they lie too far apart for the processor to see them coming */
 
-#define TRANSPOSE(bits)                                                                            \
-    static void transpose_##bits(void *to, const void *from, int64_t rows, int64_t stride,         \
-                                 int64_t width)                                                    \
-    {                                                                                              \
-        uint##bits##_t *out = to;                                                                  \
-        const uint##bits##_t *in = from;                                                           \
-                                                                                                   \
-        for (int64_t c = 0; c < width; c += TILE)                                                  \
-            for (int64_t r = 0; r < rows; r += TILE)                                               \
-                for (int64_t y = c; y < c + TILE && y < width; y++)                                \
-                    for (int64_t x = r; x < r + TILE && x < rows; x++)                             \
-                        out[y * rows + x] = in[x * stride + y];                                    \
+static void transpose(char *out, const char *from, int64_t rows, int64_t stride, int64_t columns,
+                      int64_t size)
+{
+    int64_t side = DS_TILE_BYTES / size;
+
+    for (int64_t r = 0; r < rows; r += side) {
+        for (int64_t x = r + AHEAD; x < r + AHEAD + side && x < rows; x++)
+            for (int64_t c = 0; c < columns; c += side)
+                __builtin_prefetch(from + (x * stride + c) * size);
+        for (int64_t c = 0; c < columns; c += side)
+            ds_tiles[size](out + (c * rows + r) * size, rows, from + (r * stride + c) * size,
+                           stride, columns - c < side ? columns - c : side,
+                           rows - r < side ? rows - r : side);
     }
-
-TRANSPOSE(8)
-TRANSPOSE(16)
-TRANSPOSE(32)
-TRANSPOSE(64)
+}
 
 int ds_file_append_columns(ds_file *f, const void *from, int64_t rows, int64_t stride,
                            int64_t columns, int64_t size)
 {
-    int64_t most = STRIP / size < columns ? STRIP / size : columns;
-    char *scratch = f->failed ? NULL : malloc((size_t)(most * rows * size) + 1);
+    int64_t most = STRIP / size < columns ? STRIP / size : columns, need = most * rows * size;
 
-    if (!f->failed && !scratch)
-        f->failed = ds_fail(DS_ENOMEM, "out of host memory");
+    if (!f->failed && need > f->strip_bytes) {
+        free(f->strip);
+        f->strip_bytes = need;
+        if (!(f->strip = malloc((size_t)need)))
+            return f->failed = ds_fail(DS_ENOMEM, "out of host memory");
+    }
     for (int64_t c = 0; c < columns && !f->failed; c += most) {
         int64_t n = columns - c < most ? columns - c : most;
-        const char *strip = (const char *)from + c * size;
 
-        (size == 8   ? transpose_64
-         : size == 4 ? transpose_32
-         : size == 2 ? transpose_16
-                     : transpose_8)(scratch, strip, rows, stride, n);
-        ds_file_append(f, scratch, n * rows * size, 0);
+        transpose(f->strip, (const char *)from + c * size, rows, stride, n, size);
+        ds_file_append(f, f->strip, n * rows * size, 0);
     }
-    free(scratch);
     return f->failed;
 }
 
