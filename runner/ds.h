@@ -236,6 +236,14 @@ int ds_file_hash(ds_file *f, char *hash);
 int ds_file_read(ds_file *f, void *data, int64_t bytes, int64_t at);
 void ds_hash(char *out, const void *data, int64_t bytes);
 
+/* A file read once, from its beginning to its end, past the page cache where the disk allows it; all
+ * of it is hashed. data NULL: these bytes are passed over. end: reads the rest, gives the hash, and
+ * frees s, also when it fails; hash NULL: nothing more is read. */
+typedef struct ds_reader ds_reader;
+int ds_reader_open(ds_reader **out, const char *path);
+int ds_reader_read(ds_reader *s, void *data, int64_t bytes);
+int ds_reader_end(ds_reader *s, char *hash);
+
 /* A tensor in a safetensors file. offset: of its first byte in the file. */
 typedef struct ds_entry {
     const char *name;

@@ -23,13 +23,7 @@
 #include <unistd.h>
 
 #include "kernels/tile.h"
-
-/* The library's own choice by CPU, where it has one: with AVX-512 hashing costs half. */
-#if defined __x86_64__ && __has_include(<xxh_x86dispatch.h>)
-#include <xxh_x86dispatch.h>
-#else
-#include <xxhash.h>
-#endif
+#include "runner/xxh3.h"
 
 #define SMALL ((int64_t)64 << 10) /* up to that, a queue is not worth its set-up */
 #define WINDOW ((int64_t)8 << 20) /* of a file that is hashed */

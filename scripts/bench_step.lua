@@ -1,7 +1,7 @@
 --- Our side of `make bench`: a process that trains on command, so that sides take turns.
 --
 --     dsrun scripts/bench_step.lua nano|char|gpt2 fp32|bf16 [folder=F] [batch=N] [stage=N]
---         [bucket=N] [offload=F] [commands=F]
+--         [bucket=N] [offload=F] [writer=1] [commands=F]
 --
 -- Full steps through the engine: forward, backward, clipping, AdamW; batch: samples a rank;
 -- bucket: elements; offload: the folder that keeps AdamW's state. For each line on standard input
@@ -18,6 +18,8 @@
 --                                                     → ms bytes
 --     save      writes a checkpoint                   → ms
 --     load      reads it                              → ms
+--     around    3 steps; with writer=1, a save in the background and 2 steps
+--               → median_ms of the 3, ms of the save and of each of the 2, its thread's CPU seconds
 --     q         ends
 
 local ds = require "ds"
@@ -65,6 +67,7 @@ local engine = ds.initialize {
     zero_optimization = { stage = tonumber(options.stage) or 0,
       reduce_bucket_size = tonumber(options.bucket),
       offload_optimizer = options.offload and { device = "nvme", nvme_path = options.offload } },
+    checkpoint = { keep_last = 1, writer = { decoupled = options.writer == "1" } },
     optimizer = { type = "AdamW", params = { lr = 1e-3, betas = { 0.9, 0.95 } } },
   },
 }
@@ -129,6 +132,16 @@ local answers = {
   end,
   save = function()
     return timed(function() engine:save_checkpoint(folder, "bench") end)
+  end,
+  around = function()
+    local plain = { tonumber(timed(step)), tonumber(timed(step)), tonumber(timed(step)) }
+    table.sort(plain)
+    local saved = timed(function() engine:save_checkpoint(folder, "bench") end)
+    local background = engine.saving.background
+    local one, two = timed(step), timed(step)
+    engine:finish_checkpoint()
+    local cpu = background:statistics().cpu_seconds
+    return ("%.3f %s %s %s %.3f"):format(plain[2], saved, one, two, cpu)
   end,
   load = function()
     return timed(function() assert(engine:load_checkpoint(folder, "bench")) end)

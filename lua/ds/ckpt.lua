@@ -14,22 +14,21 @@
 --
 -- ckpt_folder.lua tells how a folder becomes a checkpoint, whatever moment a machine stops at.
 --
--- Loading checks every file against the manifest before it hands anything out.
+-- ckpt_load.lua reads it.
 
 local border = require "ds.ffi"
 local json = require "ds.json"
 local files = require "ds.saveload"
 local folders = require "ds.ckpt_folder"
 local offload = require "ds.offload"
-local scope = require "ds.scope"
 local tensor = require "ds.tensor"
 local comm = require "ds.comm"
 local together = require "ds.together"
 
 local C, check, raise = border.C, border.check, border.raise
-local kind, is_folder, check_tag = folders.kind, folders.is_folder, folders.check_tag
+local kind, check_tag = folders.kind, folders.check_tag
 
-local M = { list = folders.list }
+local M = { list = folders.list, load = require("ds.ckpt_load").load }
 
 local SHARD = 5e9          -- bytes; as Hugging Face's default
 local LOCK_MS = 60 * 1000  -- waiting for another process that saves into the same folder
@@ -393,233 +392,6 @@ function M.save(dir, tag, content, options)
   attempt(save, complete, save)
   let_go(save)
   return true
-end
-
--- ---- loading
-
-local Saved = {}
-Saved.__index = Saved
-
---- What to do about a checkpoint that can't be loaded. `broken`: a tag not to advise.
-local function advice(dir, broken)
-  local whole = {}
-  for _, item in ipairs(M.list(dir)) do
-    if not item.fault and item.tag ~= broken then whole[#whole + 1] = item.tag end
-  end
-  if #whole == 0 then
-    return ("; there is no other checkpoint in '%s' that looks whole"):format(dir)
-  end
-  return ("; these look whole: %s; load one by its name: load_checkpoint(%q, %q)"):format(
-    table.concat(whole, ", "), dir, whole[#whole])
-end
-
---- Opens a file of the manifest; `whole`: compares all of it.
-local function open_checked(folder, entry, whole)
-  local path = folder .. "/" .. entry.path
-  local f = files.file(path, "load_checkpoint")
-  if f.bytes ~= entry.bytes then
-    raise("load_checkpoint: '%s' has %d bytes and should have %d", path, f.bytes, entry.bytes)
-  end
-  local hash = whole and f:hash() or entry.hash
-  if hash ~= entry.hash then
-    raise("load_checkpoint: '%s' is damaged: its hash is %s and should be %s", path, hash,
-      entry.hash)
-  end
-  return f
-end
-
-local function read_state(saved, f)
-  local all, message = json.decode(f:text(), f.path)
-  if all == nil or type(all.state) ~= "table" or type(all.client_state) ~= "table" then
-    raise("load_checkpoint: '%s' is damaged: %s", f.path, message or "fields are missing")
-  end
-  saved.state, saved.client_state = all.state, all.client_state
-end
-
---- Notes where a tensor, or a stretch of one, lies.
-local function add_piece(saved, part, f, entry)
-  local name, first = entry, 0
-  if part == "optim" then
-    local base, at = entry:match "^(.*)@(%d+)$"
-    if base then name, first = base, tonumber(at) end
-  end
-  local pieces = saved._in[part][name]
-  if not pieces then
-    pieces = { whole = name == entry }
-    saved._in[part][name] = pieces
-    table.insert(saved.names[part], name)
-  end
-  local dtype, shape = f:info(entry)
-  pieces[#pieces + 1] = { file = f, entry = entry, first = first, dtype = dtype, shape = shape,
-    stop = first + tensor.numel_of(shape) }
-end
-
---- Opens all files and checks this rank's share of them; small ones first, they fail fast.
-local function open_all(saved, manifest, only, verified)
-  local order, ranks, rank = {}, comm.world_size(), comm.rank()
-  for i, entry in ipairs(manifest.files) do order[i] = entry end
-  table.sort(order, function(a, b)
-    if a.bytes ~= b.bytes then return a.bytes < b.bytes end
-    return a.path < b.path
-  end)
-  local found = {}
-  for i, entry in ipairs(order) do
-    local part = entry.path:match("^(%w+)/.*%.safetensors$")
-    if not (part and only and not only[part]) then
-      local f = open_checked(saved.path, entry, not (verified or part and i % ranks ~= rank))
-      if part then found[entry.path] = f:parse() end
-      if entry.path == "state.json" then read_state(saved, f) end
-      if not part then f:close() end
-    end
-  end
-  for _, entry in ipairs(manifest.files) do -- in the manifest's order
-    local f, part = found[entry.path], entry.path:match("^(%w+)/")
-    for _, name in ipairs(f and f.names or {}) do add_piece(saved, part, f, name) end
-    saved._files[#saved._files + 1] = f
-  end
-  for _, pieces in pairs(saved._in.optim) do
-    table.sort(pieces, function(a, b) return a.first < b.first end)
-  end
-  if not saved.state then raise("load_checkpoint: '%s' has no state.json", saved.path) end
-end
-
---- The checkpoint that is meant. On rank 0.
--- @treturn string|nil its folder, tag and manifest as JSON; nil: no tag is given and there is none
-local function look_up(dir, tag)
-  local hash, why
-  if tag == nil then
-    if not is_folder(dir) then return nil end
-    local latest
-    latest, why = folders.read_latest(dir)
-    if not latest and not why then return nil end
-    if why then raise("load_checkpoint: %s%s", why, advice(dir)) end
-    tag, hash = latest.tag, latest.hash
-  end
-  tag = check_tag(tag, "load_checkpoint")
-  if not is_folder(dir) then raise("load_checkpoint: the folder '%s' does not exist", dir) end
-  local folder, manifest = folders.find(dir, tag, hash)
-  if not folder then
-    raise("load_checkpoint: %s%s%s", manifest, hash and (", and '%s/latest' names it"):format(dir)
-      or "", advice(dir))
-  end
-  return json.encode { folder = folder, tag = tag, manifest = manifest }
-end
-
---- Opens a checkpoint and checks every byte of it; the ranks share that work.
--- @tparam string dir
--- @tparam[opt] string|number tag default: what `latest` names
--- @tparam[opt] table options `only` = { "weights" }: leave the other tensors alone, unread;
--- `verified`: all bytes have just been checked
--- @treturn table|nil `path`, `tag`, `manifest`, `state`, `client_state`, `names` = { weights = {…},
---   optim = {…} }, and the methods below; nil if no tag is given and there is no `latest`
-function M.load(dir, tag, options)
-  local found = together.first(look_up, dir, tag)
-  if not found then return nil end
-  found = json.decode(found, "the manifest")
-  local only
-  for _, part in ipairs(options and options.only or {}) do
-    only = only or {}
-    only[part] = true
-  end
-  local saved = setmetatable({ path = found.folder, tag = found.tag, manifest = found.manifest,
-    names = { weights = {}, optim = {} }, _in = { weights = {}, optim = {} }, _files = {} }, Saved)
-  local ok, message = xpcall(together.all, border.note, open_all, saved, found.manifest, only,
-    options and options.verified)
-  if not ok then error(message .. advice(dir, found.tag), 0) end
-  return saved
-end
-
-local function pieces_of(saved, part, name)
-  local pieces = saved._in[part] and saved._in[part][name]
-  if not pieces then
-    raise("load_checkpoint: '%s' has no tensor '%s' in %s", saved.path, name, tostring(part))
-  end
-  return pieces
-end
-
---- Fills the flat tensor t with elements `from` and on, out of stretches.
-local function read_pieces(saved, name, pieces, t, from)
-  local next, stop = from, from + t:numel()
-  for _, piece in ipairs(pieces) do
-    local last = math.min(stop, piece.stop)
-    if piece.first <= next and next < last then
-      piece.file:read(piece.entry, tensor.view.slice_flat(t, next - from, { last - next }),
-        { from = next - piece.first })
-      next = last
-    end
-  end
-  if next < stop then
-    raise("load_checkpoint: '%s' lacks elements %d to %d of '%s'", saved.path, next, stop - 1, name)
-  end
-end
-
---- Fills a tensor; shape must agree, the dtype is converted.
--- @tparam string part "weights" or "optim"
--- @tparam string name
--- @tparam Tensor t
--- @tparam[opt] table options `from`: fill t, of any shape, with the elements from that one on
--- (0-based, row-major)
--- @treturn Tensor t
-function Saved:read(part, name, t, options)
-  local pieces = pieces_of(self, part, name)
-  if pieces.whole then return pieces[1].file:read(pieces[1].entry, t, options) end
-  if t._c.dense == 1 then
-    read_pieces(self, name, pieces, t:view(-1), options and options.from or 0)
-  else
-    local dense = tensor.new({ t:numel() }, t.dtype, t.device)
-    read_pieces(self, name, pieces, dense, options and options.from or 0)
-    tensor.run("copy", t.device, t._c, dense:view(unpack(t.shape))._c)
-  end
-  return t
-end
-
---- Fills a tensor, or a vector on a disk, with the elements of a dense one from `from` on.
-local function put(t, flat, from)
-  offload.each(t, function(part, first)
-    tensor.run("copy", part.device, part._c,
-      tensor.view.slice_flat(flat, from + first, part.shape)._c)
-  end, true)
-end
-
---- A saved matrix's transpose, or a stretch of it.
-local function read_transposed(saved, part, name, t, from)
-  local dtype, shape = saved:info(part, name)
-  local whole = saved:read(part, name, tensor.new(shape, dtype, "cpu")):t()
-  if not from then return tensor.run("copy", t.device, t._c, whole._c) end
-  local dense = tensor.new(whole.shape, dtype, "cpu")
-  tensor.run("copy", "cpu", dense._c, whole._c)
-  put(t, dense:view(-1), from)
-end
-
---- Fills tensors, or vectors on a disk, each as read() does, in any order.
--- @tparam table plan { part, name, tensor, from =, transposed = }…: `transposed`: the tensor is, or
--- has elements of, the transpose of the saved matrix
-function Saved:fill(plan)
-  for _, want in ipairs(plan) do
-    local part, name, t = want[1], want[2], want[3]
-    if want.transposed then
-      scope.run(read_transposed, self, part, name, t, want.from)
-    else
-      offload.each(t, function(stretch, first)
-        self:read(part, name, stretch, { from = want.from and want.from + first })
-      end, true)
-    end
-  end
-end
-
---- Whether there is such a tensor.
-function Saved:has(part, name) return self._in[part][name] ~= nil end
-
---- dtype and shape of a saved tensor; of one in stretches, { how many elements }.
-function Saved:info(part, name)
-  local pieces = pieces_of(self, part, name)
-  if pieces.whole then return pieces[1].dtype, pieces[1].shape end
-  return pieces[1].dtype, { pieces[#pieces].stop }
-end
-
-function Saved:close()
-  for _, f in ipairs(self._files) do f:close() end
-  self._in, self._files = { weights = {}, optim = {} }, {}
 end
 
 return M

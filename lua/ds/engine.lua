@@ -336,6 +336,7 @@ end
 -- and go with it; in evaluation (`engine:eval()`) nothing is recorded.
 function Engine:forward(...)
   nn.reset_place()
+  if self.undefined then require("ds.engine_state").need_weights(self) end
   if not self.training then
     enter(self, false)
     return leave_evaluation(self, pcall(scope.no_grad, self.module, lower(self, ...)))

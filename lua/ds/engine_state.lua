@@ -182,6 +182,14 @@ local function background_of(writer)
   return { most = writer.io_buffer_size * (writer.io_buffer_double and 2 or 1) }
 end
 
+--- Raises if a load that failed has left weights that are neither the old ones nor the new ones.
+function M.need_weights(engine)
+  if engine.undefined then
+    raise("the engine's weights are undefined, as loading %s failed half-way; load another "
+      .. "checkpoint first", engine.undefined)
+  end
+end
+
 --- Saves everything: weights, optimizer, schedule, random numbers, loader position, counters.
 -- Call it on every rank, at a step boundary. With `checkpoint.writer.decoupled` it returns while a
 -- thread writes; a later step(), the next save, finish_checkpoint() or the script's end names the
@@ -203,6 +211,7 @@ function M.save_checkpoint(engine, dir, tag, client_state, options)
       "save when step() returned true",
       engine.micro_steps % engine.gas + (engine.backwards > 0 and 1 or 0), engine.gas)
   end
+  M.need_weights(engine)
   tag = tag or ("global_step%d"):format(engine.global_steps)
   together.meet(("save_checkpoint(%s)"):format(tostring(tag)))
   finish_all()
@@ -233,6 +242,7 @@ function M.save_16bit_model(engine, dir, filename, options)
   if type(dir) ~= "string" or dir == "" then
     raise("save_16bit_model: expects a folder, got %s", tostring(dir))
   end
+  M.need_weights(engine)
   filename = filename or "model.safetensors"
   together.meet(("save_16bit_model(%s)"):format(tostring(filename)))
   local gathered = gathering(engine)
@@ -376,7 +386,8 @@ local function restore_state(engine, state, options)
 end
 
 --- Loads what save_checkpoint() wrote; the next step is the one an uninterrupted run would make.
--- Nothing is changed unless all of it is whole and fits.
+-- Nothing is changed unless all of it is whole and fits; but an engine that has made no step yet
+-- finds out what is damaged while it reads, and then takes no further part until a load succeeds.
 -- @tparam string dir
 -- @tparam[opt] string|number tag default: what `latest` names
 -- @tparam[opt] table options { load_module_only = false, load_optimizer_states = true,
@@ -393,7 +404,9 @@ function M.load_checkpoint(engine, dir, tag, options)
   end
   together.meet(("load_checkpoint(%s)"):format(tag == nil and "" or tostring(tag)))
   finish_all()
-  local saved = ckpt.load(dir, tag)
+  -- an engine that has made no step has nothing to lose: files are checked while they are read
+  local fresh = engine.global_steps == 0 and engine.micro_steps == 0 and not engine.loaded
+  local saved = ckpt.load(dir, tag, { check = fresh and "later" or nil })
   engine.save_dir = engine.save_dir or dir
   if not saved then
     log.info("there is no checkpoint in %s yet; starting from the beginning", dir)
@@ -410,7 +423,9 @@ function M.load_checkpoint(engine, dir, tag, options)
       if saved.state.optimizer then engine.optimizer:check_state_dict(saved.state.optimizer) end
     end
   end)
-  together.all(scope.no_grad, saved.fill, saved, plan)
+  if fresh then engine.undefined = saved.path end
+  scope.no_grad(saved.fill, saved, plan)
+  engine.undefined, engine.loaded = nil, true
   scope.no_grad(spread_weights, engine)
   if whole then restore_state(engine, saved.state, options) end
   engine:zero_grad()

@@ -118,8 +118,10 @@ end
 --- Returns when all is on the disk; raises if that failed.
 function Background:wait() check(C.ds_writer_wait(self._w), "save_checkpoint") end
 
---- @treturn table bytes, copied, seconds, cpu_seconds, held_seconds, as ds_writer_stats
+--- What writing took, once it is over, also after close().
+-- @treturn table bytes, copied, seconds, cpu_seconds, held_seconds, as ds_writer_stats
 function Background:statistics()
+  if not self._w then return self.last end
   local s = C.ds_writer_statistics(self._w)
   return { bytes = tonumber(s.bytes), copied = tonumber(s.copied), seconds = s.seconds,
     cpu_seconds = s.cpu_seconds, held_seconds = s.held_seconds }
@@ -127,7 +129,10 @@ end
 
 --- Stops what is not done, and drops it.
 function Background:close()
-  if self._w then C.ds_writer_close(ffi.gc(self._w, nil)) end
+  if self._w then
+    self.last = self:statistics()
+    C.ds_writer_close(ffi.gc(self._w, nil))
+  end
   self._w, self.held = nil, {}
 end
 
@@ -337,6 +342,41 @@ function File:close()
   if self._t then C.ds_tensors_free(ffi.gc(self._t, nil)) end
   if self._f then C.ds_file_close(ffi.gc(self._f, nil)) end
   self._t, self._f, self.entries = nil, nil, {}
+end
+
+-- ---- reading one once, from its beginning to its end
+
+local Stream = {}
+Stream.__index = Stream
+
+--- Opens a file to be read once, all of it hashed on the way.
+-- @treturn table the methods below
+function M.stream(path, what)
+  local slot = ffi.new("ds_reader *[1]")
+  check(C.ds_reader_open(slot, path), what)
+  return setmetatable({ at = 0, what = what,
+    _s = ffi.gc(slot[0], function(s) C.ds_reader_end(s, nil) end) }, Stream)
+end
+
+--- Passes over all bytes before `offset`.
+function Stream:pass(offset)
+  check(C.ds_reader_read(self._s, nil, offset - self.at), self.what)
+  self.at = offset
+end
+
+--- Fills a dense tensor on the CPU with the next bytes.
+function Stream:read(t)
+  local bytes = t:numel() * tonumber(C.ds_dtype_size(codes[t.dtype]))
+  check(C.ds_reader_read(self._s, t._c.data, bytes), self.what)
+  self.at = self.at + bytes
+end
+
+--- Reads the rest and closes the file.
+-- @treturn string hash of the whole file
+function Stream:finish()
+  local hash = hash_text()
+  check(C.ds_reader_end(ffi.gc(self._s, nil), hash), self.what)
+  return ffi.string(hash)
 end
 
 -- ---- ds.save, ds.load: the tables around the tensors are JSON in the file's metadata; in it a

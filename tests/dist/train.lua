@@ -2,12 +2,13 @@
 --
 --     dsrun tests/dist/train.lua stage=1 dtype=bf16 gas=3 optimizer=AdamW model=odd steps=20
 --
--- Further: save=DIR (after the last step), load=DIR (before the first), resave=DIR (what was loaded,
--- before the first), every=N: save after every N steps, two are kept; writer=1: in the background;
--- pids=DIR: each rank's process in DIR/RANK; batch=24 samples a step on all ranks together,
--- stop_at=N: the last rank sends itself SIGTERM before that step, clip=1, bucket=N elements,
--- small=N: parameters with fewer are not split at stage 3, prefetch=N and reuse=N elements, init=1:
--- built by ds.zero.init, offload=DIR: the optimizer's state on a disk, in blocks of 2048 elements.
+-- Further: save=DIR (after the last step), load=DIR (before the first), resave=DIR (what was
+-- loaded, before the first), every=N: save after every N steps, two are kept; writer=1: in the
+-- background; pids=DIR: each rank's process in DIR/RANK; batch=24 samples a step on all ranks
+-- together, stop_at=N: the last rank sends itself SIGTERM before that step, clip=1, bucket=N
+-- elements, small=N: parameters with fewer are not split at stage 3, prefetch=N and reuse=N
+-- elements, init=1: built by ds.zero.init, offload=DIR: the optimizer's state on a disk, in blocks
+-- of 2048 elements.
 --
 -- Rank 0 prints "step LOSS NORM" for each step, then "samples COUNTS" (how often each was handed to
 -- any rank in training), "eval LOSS", and "weights HASH HASH …", one a rank.
