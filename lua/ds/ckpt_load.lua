@@ -223,9 +223,9 @@ local function take_transposed(matrix, t, from)
   put(t, dense, from)
 end
 
---- What is wanted of each file: { [file] = { [name of an entry] = { { first, last, want, to = }… } }
--- }: elements `first` to `last` - 1 of the entry go to `to` and on in want's tensor. Of a matrix that
--- is to be transposed all are wanted.
+--- What is wanted of each file, by file and entry's name: a list of { first, last, want, to = }:
+-- elements `first` to `last` - 1 of the entry go to `to` and on in want's tensor. Of a matrix that is
+-- to be transposed all are wanted.
 local function needs_of(saved, plan)
   local needs = {}
   for _, want in ipairs(plan) do
