@@ -224,8 +224,8 @@ local function take_transposed(matrix, t, from)
 end
 
 --- What is wanted of each file, by file and entry's name: a list of { first, last, want, to = }:
--- elements `first` to `last` - 1 of the entry go to `to` and on in want's tensor. Of a matrix that is
--- to be transposed all are wanted.
+-- elements `first` to `last` - 1 of the entry go to `to` and on in want's tensor. Of a matrix that
+-- is to be transposed all are wanted.
 local function needs_of(saved, plan)
   local needs = {}
   for _, want in ipairs(plan) do
@@ -339,8 +339,9 @@ local function came(saved, want, shared)
   return true
 end
 
---- Fills tensors, or vectors on a disk, each as read() does, in any order. Every rank calls it. With load()'s `check` =
--- "later" the checkpoint is checked meanwhile: after an error the tensors hold anything.
+--- Fills tensors, or vectors on a disk, each as read() does, in any order. Every rank calls it.
+-- With load()'s `check` = "later" the checkpoint is checked meanwhile: after an error the tensors
+-- hold anything.
 -- @tparam table plan { part, name, tensor, from =, transposed = }…: `transposed`: the tensor is, or
 -- has elements of, the transpose of the saved matrix
 function Saved:fill(plan)

@@ -246,7 +246,8 @@ function M.save_16bit_model(engine, dir, filename, options)
   filename = filename or "model.safetensors"
   together.meet(("save_16bit_model(%s)"):format(tostring(filename)))
   local gathered = gathering(engine)
-  if gathered and not engine.config.zero_optimization.stage3_gather_16bit_weights_on_model_save then
+  local zero = engine.config.zero_optimization
+  if gathered and zero.stage == 3 and not zero.stage3_gather_16bit_weights_on_model_save then
     log.warning("save_16bit_model: nothing is saved: at stage 3 it needs "
       .. '"stage3_gather_16bit_weights_on_model_save": true; or dsrun convert CHECKPOINT OUT')
     return false

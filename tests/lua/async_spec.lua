@@ -4,6 +4,7 @@
 local ffi = require "ffi"
 local ds = require "ds"
 local ckpt = require "ds.ckpt"
+local host = require "ds.host"
 local json = require "ds.json"
 local helper = require "tests.lua.helper"
 local nn = ds.nn
@@ -78,6 +79,22 @@ describe("a save in the background", function()
       end)
     end
   end
+
+  it("holds the same on two ranks, at every stage", function()
+    local script = host.base .. "/tests/dist/train.lua"
+    for stage = 0, 3 do
+      for writer = 0, 1 do
+        local dir = ("ranks-%d-%d"):format(stage, writer)
+        local code, _, err = place:sh(("$D --num_gpus 2 '%s' model=odd dtype=bf16 stage=%d "
+          .. "writer=%d steps=6 every=2 save='%s/%s'"):format(script, stage, writer, folder, dir))
+        assert.equal(0, code, err)
+      end
+      for _, tag in ipairs { "global_step4", "global_step6" } do
+        assert.same(hashes(("%s/ranks-%d-0/%s"):format(folder, stage, tag)),
+          hashes(("%s/ranks-%d-1/%s"):format(folder, stage, tag)))
+      end
+    end
+  end)
 
   it("is named by latest at a later step, or when it is waited for", function()
     local dir = folder .. "/named"

@@ -141,6 +141,29 @@ describe("save_16bit_model", function()
     assert.equal("model.safetensors", index.weight_map[wte])
   end)
 
+  it("gathers what is sharded at stage 3 if the config allows it, else saves nothing", function()
+    local script = place:write("three.lua", [[
+      local ds = require "ds"
+      local model = ds.nn.Linear(32, 16)
+      local engine = ds.initialize { model = model, config = { train_batch_size = ds.world_size(),
+        bf16 = { enabled = true }, optimizer = { type = "SGD" }, zero_optimization = { stage = 3,
+        stage3_param_persistence_threshold = 0,
+        stage3_gather_16bit_weights_on_model_save = arg[1] == "yes" } } }
+      local saved = engine:save_16bit_model("three-" .. arg[1])
+      local sum = ds.zero.get_full(model.weight):to("bf16"):float():sum():item()
+      if ds.rank() == 0 then print(saved, sum) end]])
+    local code, out, err = place:sh(("OMP_NUM_THREADS=1 $D --num_gpus 2 '%s' yes"):format(script))
+    assert.equal(0, code, err)
+    local weight = ds.load(folder .. "/three-yes/model.safetensors").weight
+    assert.equal("bf16", weight.dtype)
+    assert.equal(("true\t%s\n"):format(weight:float():sum():item()), out)
+    code, out, err = place:sh(("OMP_NUM_THREADS=1 $D --num_gpus 2 '%s' no"):format(script))
+    assert.equal(0, code)
+    has(out, "false")
+    has(err, "save_16bit_model: nothing is saved")
+    assert.is_nil(helper.read(folder .. "/three-no/model.safetensors"))
+  end)
+
   it("rounds fp32 weights to bf16, and can leave out what is frozen", function()
     ds.seed(6)
     local model = GPT { n_layer = 1, n_head = 2, n_embd = 24, block_size = 8, vocab_size = 40 }

@@ -137,18 +137,20 @@ end
 
 describe("a checkpoint", function()
   local moves = soak and {} or {
-    { 2, 1, 2, 1, "fp32", "AdamW" }, { 2, 1, 1, 0, "bf16", "AdamW" },
-    { 1, 0, 4, 1, "bf16", "AdamW" }, { 4, 0, 2, 1, "fp32", "Lamb" },
-    { 4, 1, 2, 0, "fp16", "AdamW" }, { 2, 1, 4, 1, "fp32", "Muon" },
+    { 2, 1, 2, 1, "fp32", "AdamW" }, { 2, 2, 1, 0, "bf16", "AdamW" },
+    { 1, 0, 4, 3, "bf16", "AdamW" }, { 4, 0, 2, 2, "fp32", "Lamb" },
+    { 4, 3, 2, 0, "fp16", "AdamW" }, { 2, 3, 4, 1, "fp32", "Muon" },
+    { 2, 3, 2, 3, "fp32", "AdamW" }, { 4, 2, 2, 3, "bf16", "Muon" },
   }
-  if soak then
+  if soak then -- dtypes and optimizers take turns
+    local dtypes, optimizers = { "fp32", "bf16", "fp16" }, { "AdamW", "Lamb", "Muon" }
     for _, n in ipairs { 1, 2, 4 } do
-      for _, m in ipairs { 1, 2, 4 } do
-        for stages = 0, 3 do
-          for _, dtype in ipairs { "fp32", "bf16", "fp16" } do
-            for _, optimizer in ipairs { "AdamW", "Lamb", "Muon" } do
-              moves[#moves + 1] = { n, stages % 2, m, math.floor(stages / 2), dtype, optimizer }
-            end
+      for from_stage = 0, 3 do
+        for _, m in ipairs { 1, 2, 4 } do
+          for to_stage = 0, 3 do
+            local i = #moves
+            moves[i + 1] = { n, from_stage, m, to_stage, dtypes[i % 3 + 1],
+              optimizers[math.floor(i / 3) % 3 + 1] }
           end
         end
       end
