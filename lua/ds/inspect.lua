@@ -7,7 +7,7 @@ local json = require "ds.json"
 local ckpt = require "ds.ckpt"
 local folders = require "ds.ckpt_folder"
 local tensor = require "ds.tensor"
-local size = require("ds.env").size
+local size = tensor.bytes_string
 
 local C = border.C
 
@@ -44,13 +44,38 @@ local function describe(dir, tag)
   return out
 end
 
+local function ranks_string(n)
+  return n and ("%d rank%s"):format(n, n == 1 and "" or "s") or ""
+end
+
 local function print_list(dir, list, latest)
   print(("%s: %d checkpoint%s"):format(dir, #list, #list == 1 and "" or "s"))
   for _, item in ipairs(list) do
     print(("%s %-24s step %-9d %-11s %9s%s"):format(item.tag == latest and "*" or " ", item.tag,
-      item.step, item.world_size and item.world_size .. " rank(s)" or "", size(item.bytes),
+      item.step, ranks_string(item.world_size), size(item.bytes),
       item.fault and "  " .. item.fault or item.tag == latest and "  latest" or ""))
   end
+end
+
+--- Tensors as lines: of a parameter's vectors in the optimizer ("exp_avg/NAME"), one for all.
+local function lines_of(tensors)
+  local lines, of = {}, {}
+  for _, t in ipairs(tensors) do
+    local vector, name = t.name:match "^([%w_]+)/(.*)$"
+    local line = t.part == "optim" and vector and of[name]
+    if line then
+      line.bytes = line.bytes + t.bytes
+      table.insert(line.vectors, vector)
+    else
+      line = { part = t.part, name = t.name, dtype = t.dtype, shape = t.shape, bytes = t.bytes,
+        vectors = {} }
+      if t.part == "optim" and vector then
+        line.name, line.vectors, of[name] = name, { vector }, line
+      end
+      lines[#lines + 1] = line
+    end
+  end
+  return lines
 end
 
 local function print_one(c)
@@ -69,9 +94,9 @@ local function print_one(c)
   for _, f in ipairs(c.files) do
     print(("  %s  %12.0f  %s"):format(f.hash, f.bytes, f.path))
   end
-  for _, t in ipairs(c.tensors) do
-    print(("  %-8s %-52s %-5s %-16s %9s"):format(t.part, t.name, t.dtype,
-      border.shape_string(t.shape), size(t.bytes)))
+  for _, t in ipairs(lines_of(c.tensors)) do
+    print(("  %-8s %-52s %-5s %-16s %10s  %s"):format(t.part, t.name, t.dtype,
+      border.shape_string(t.shape), size(t.bytes), table.concat(t.vectors, " ")))
   end
 end
 
