@@ -95,8 +95,9 @@ local function print_one(c)
     print(("  %s  %12.0f  %s"):format(f.hash, f.bytes, f.path))
   end
   for _, t in ipairs(lines_of(c.tensors)) do
-    print(("  %-8s %-52s %-5s %-16s %10s  %s"):format(t.part, t.name, t.dtype,
-      border.shape_string(t.shape), size(t.bytes), table.concat(t.vectors, " ")))
+    local line = ("  %-8s %-52s %-5s %-16s %10s  %s"):format(t.part, t.name, t.dtype,
+      border.shape_string(t.shape), size(t.bytes), table.concat(t.vectors, " "))
+    print((line:gsub(" +$", "")))
   end
 end
 

@@ -99,7 +99,8 @@ describe("dsrun inspect", function()
     assert.truthy(out:find("%* global_step2 +step 2 .* latest"), out)
     assert.truthy(out:find("dtype +bf16"), out)
     assert.truthy(out:find(proj .. " +bf16 +%[96 x 24%]"), out)
-    assert.truthy(out:find "optim +exp_avg/h%.0%.mlp%.c_proj%.weight +f32 +%[24 x 96%]", out)
+    assert.truthy(out:find("optim +h%.0%.mlp%.c_proj%.weight +f32 +%[24 x 96%] +27.0 KiB  "
+      .. "fp32 exp_avg exp_avg_sq\n"), out)
   end)
 
   it("gives JSON", function()
