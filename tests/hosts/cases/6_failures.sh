@@ -44,7 +44,7 @@ END
   grep -q 'rank 3 (worker-2, slot 1): .*greedy.lua:3: out of memory: wanted 16.0 GiB' err ||
     wrong "the error does not say where, and how much"
 }
-if [ -z "${ASAN_OPTIONS-}" ]; then
+if ! "$dsrun" env | grep -q sanitizers; then
   it "a rank runs out of memory" memory_runs_out
 else
   skip "a rank runs out of memory" "sanitizers reserve more than any limit"
