@@ -1,5 +1,7 @@
 /* test_file.c - files: what is written is what is read, in every mode; failures leave the old file;
  * folders; safetensors headers, good and bad. */
+#include "tests/c/disk.h"
+
 #include "runner/file.h"
 
 #include <errno.h>
@@ -14,38 +16,6 @@
 #include <unistd.h>
 
 #include <cmocka.h>
-
-static char folder[256]; /* of this test, fresh */
-static ds_io system_io;
-
-/* A path in the test's folder; two may be in use at once. */
-static const char *in(const char *name)
-{
-    static char paths[2][DS_PATH];
-    static int turn;
-
-    turn ^= 1;
-    snprintf(paths[turn], DS_PATH, "%s/%s", folder, name);
-    return paths[turn];
-}
-
-static int setup(void **state)
-{
-    const char *base = getenv("TMPDIR");
-
-    (void)state;
-    snprintf(folder, sizeof folder, "%s/dsfileXXXXXX", base ? base : "/tmp");
-    system_io = *ds_io_now();
-    return mkdtemp(folder) ? 0 : -1;
-}
-
-static int teardown(void **state)
-{
-    (void)state;
-    *ds_io_now() = system_io;
-    unsetenv("DS_IO");
-    return ds_remove(folder);
-}
 
 static int count_files(void)
 {

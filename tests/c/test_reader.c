@@ -1,4 +1,6 @@
 /* test_reader.c - a file read once: every byte arrives, in every mode, and the hash is that of the file. */
+#include "tests/c/disk.h"
+
 #include "runner/file.h"
 
 #include <errno.h>
@@ -13,28 +15,6 @@
 
 #include "kernels/error.h"
 
-static char folder[256];
-static char path[DS_PATH];
-
-static int setup(void **state)
-{
-    const char *base = getenv("TMPDIR");
-
-    (void)state;
-    snprintf(folder, sizeof folder, "%s/dsreaderXXXXXX", base ? base : "/tmp");
-    if (!mkdtemp(folder))
-        return -1;
-    snprintf(path, sizeof path, "%s/file", folder);
-    return 0;
-}
-
-static int teardown(void **state)
-{
-    (void)state;
-    unsetenv("DS_IO");
-    return ds_remove(folder);
-}
-
 /* Some pieces are taken, some passed over. */
 static void check(const char *data, int64_t bytes, int64_t step, const char *want)
 {
@@ -42,7 +22,7 @@ static void check(const char *data, int64_t bytes, int64_t step, const char *wan
     ds_reader *r;
     int turn = 0;
 
-    assert_int_equal(ds_reader_open(&r, path), 0);
+    assert_int_equal(ds_reader_open(&r, in("file")), 0);
     for (int64_t at = 0, n; at < bytes; at += n, turn++) {
         n = bytes - at < step ? bytes - at : step;
         if (turn == 7)
@@ -76,7 +56,7 @@ static void test_all_of_it_arrives(void **state)
 
         for (int64_t k = 0; k < sizes[i]; k++)
             data[k] = (char)(k * 2654435761u >> 13);
-        assert_int_equal(ds_file_put(path, data, sizes[i], 1, hash), 0);
+        assert_int_equal(ds_file_put(in("file"), data, sizes[i], 1, hash), 0);
         for (int m = 0; m < 3; m++) {
             setenv("DS_IO", modes[m], 1);
             check(data, sizes[i], 100003, hash);
@@ -95,17 +75,17 @@ static void test_too_much_and_too_short_are_errors(void **state)
     ds_reader *r;
 
     (void)state;
-    assert_int_equal(ds_reader_open(&r, path), DS_ENOENT);
+    assert_int_equal(ds_reader_open(&r, in("file")), DS_ENOENT);
     assert_int_equal(ds_reader_open(&r, folder), DS_ECORRUPT);
-    assert_int_equal(ds_file_put(path, data, sizeof data, 1, NULL), 0);
-    assert_int_equal(ds_reader_open(&r, path), 0);
+    assert_int_equal(ds_file_put(in("file"), data, sizeof data, 1, NULL), 0);
+    assert_int_equal(ds_reader_open(&r, in("file")), 0);
     assert_int_equal(ds_reader_read(r, data, 50000), 0);
     assert_int_equal(ds_reader_read(r, data, 50001), DS_ERANGE);
     assert_int_equal(ds_reader_read(r, data, -1), DS_ERANGE);
     assert_int_equal(ds_reader_end(r, NULL), 0); /* half-read */
-    assert_int_equal(ds_file_put(path, all, bytes, 1, NULL), 0);
-    assert_int_equal(ds_reader_open(&r, path), 0);
-    assert_int_equal(truncate(path, 4096), 0);
+    assert_int_equal(ds_file_put(in("file"), all, bytes, 1, NULL), 0);
+    assert_int_equal(ds_reader_open(&r, in("file")), 0);
+    assert_int_equal(truncate(in("file"), 4096), 0);
     assert_int_equal(ds_reader_end(r, hash), DS_ECORRUPT);
     assert_non_null(strstr(ds_error(), "became shorter"));
     free(all);

@@ -1,4 +1,6 @@
 /* test_writer.c - files that a thread writes while memory stays, and after it was released. */
+#include "tests/c/disk.h"
+
 #include "runner/file.h"
 
 #include <errno.h>
@@ -16,37 +18,6 @@
 #include "kernels/error.h"
 
 #define MB ((int64_t)1 << 20)
-
-static char folder[256]; /* of this test, fresh */
-static ds_io system_io;
-
-static const char *in(const char *name)
-{
-    static char paths[2][DS_PATH];
-    static int turn;
-
-    turn ^= 1;
-    snprintf(paths[turn], DS_PATH, "%s/%s", folder, name);
-    return paths[turn];
-}
-
-static int setup(void **state)
-{
-    const char *base = getenv("TMPDIR");
-
-    (void)state;
-    snprintf(folder, sizeof folder, "%s/dswriterXXXXXX", base ? base : "/tmp");
-    system_io = *ds_io_now();
-    return mkdtemp(folder) ? 0 : -1;
-}
-
-static int teardown(void **state)
-{
-    (void)state;
-    *ds_io_now() = system_io;
-    unsetenv("DS_IO");
-    return ds_remove(folder);
-}
 
 static void fill(char *p, int64_t bytes, unsigned seed)
 {
