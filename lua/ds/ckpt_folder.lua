@@ -354,6 +354,11 @@ local function name_it(dir, folder, tag, hash, later, options)
 end
 
 
+--- Raises, for who typed it, unless a folder is there.
+function M.need(path)
+  if not is_folder(path) then error(("the folder '%s' does not exist"):format(path), 0) end
+end
+
 M.check_tag, M.kind, M.is_folder, M.temporary, M.put = check_tag, kind, is_folder, temporary, put
 M.manifest_text, M.read_latest, M.find = manifest_text, read_latest, find
 M.clean, M.check_room, M.name_it = clean, check_room, name_it

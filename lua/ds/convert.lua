@@ -6,6 +6,7 @@
 local cli = require "ds.cli"
 local log = require "ds.log"
 local ckpt = require "ds.ckpt"
+local folders = require "ds.ckpt_folder"
 local scope = require "ds.scope"
 local tensor = require "ds.tensor"
 local size = require("ds.env").size
@@ -75,8 +76,12 @@ function M.run()
   parser:option("--to", "dtype of the weights", "fp32"):choices { "fp32", "bf16", "fp16" }
   parser:option("--tag", "which checkpoint; default: what `latest` names")
   local opt = parser:parse(_G.arg)
+  folders.need(opt.folder)
   local saved = ckpt.load(opt.folder, opt.tag)
-  if not saved then error(("'%s' has no checkpoint"):format(opt.folder), 0) end
+  if not saved then
+    error(("'%s' has no checkpoint that `latest` names; choose one with --tag"):format(
+      opt.folder), 0)
+  end
   local masters, weights, told, rounded = masters_of(saved), {}, {}, 0
   for _, name in ipairs(saved.names.weights) do
     local dtype = saved:info("weights", name)

@@ -125,7 +125,8 @@ end
 local function settle(self)
   for _, e in ipairs(self.named) do
     local p = e.parameter
-    if not p._engine and p.dtype ~= self.dtype and not p._unit then
+    if not p._engine and p._unit then require("ds.zero_params").unshard(p) end -- by ds.zero.init
+    if not p._engine and p.dtype ~= self.dtype then
       local grad = p.requires_grad
       p.requires_grad = false
       tensor.repoint(p, p:to(self.dtype))
@@ -419,6 +420,9 @@ function Engine:backward(loss, options)
     retain_graph = true, also = true, scale_wrt_gas = true,
   })
   local value = check_loss(self, "backward", loss)
+  if options.also and not options.also.zero then
+    raise("backward: { also = … }: that engine has no optimizer, so nothing of it trains")
+  end
   if options.also then self.precision:share(options.also.precision) end
   local gas = options.scale_wrt_gas == false and 1 or self.gas
   local seed = tensor.full(loss.shape, self:loss_scale() / gas,

@@ -108,8 +108,8 @@ function M.run()
   parser:option("--tag", "the one to show; default: what `latest` names")
   parser:flag("--json", "as JSON")
   local opt = parser:parse(_G.arg)
-  local list, latest, why = ckpt.list(opt.folder), nil, nil
-  if folders.is_folder(opt.folder) then latest, why = folders.read_latest(opt.folder) end
+  folders.need(opt.folder)
+  local list, latest, why = ckpt.list(opt.folder), folders.read_latest(opt.folder)
   latest = latest and latest.tag
   local tag = opt.tag and folders.check_tag(opt.tag, "inspect") or latest
   if not tag then

@@ -448,7 +448,7 @@ function Zero:gathered(params, f, ...) return self.hold(params, nil, f, ...) end
 
 --- A parameter that does not train, at stage 3: each rank keeps a share of it.
 function Zero:shard_frozen(p)
-  if self.stage == 3 and not p._unit and p:numel() >= self.ranks then self.sharded:shard(p) end
+  if self.stage == 3 and p:numel() >= self.ranks then self.sharded:shard(p) end
 end
 
 --- Values that a script gave a parameter, to its master copy.
@@ -473,23 +473,19 @@ function Zero:let_go()
   end
   for _, t in pairs(self.grads) do scope.release(t, why) end
   for _, p in ipairs(self.params) do
-    if p._unit then
-      local whole = self:gathered({ p }, function() return p:detach():clone() end)
-      p._unit.manager:release(p)
-      p.requires_grad = false
-      tensor.repoint(p, whole)
-      p.requires_grad = true
-    end
     p._zero, p._pending, p._reached = nil, nil, nil
     if p.grad then scope.release(p.grad, why) end
   end
+  if self.sharded then self.sharded:unshard_all() end
   for _, t in pairs(self.shards) do scope.release(t, why) end
 end
 
 --- The step is over: gradients are stale.
 function Zero:end_step()
-  for _, b in ipairs(self.buckets) do b.fresh = true end
-  for _, p in ipairs(self.params) do p._reached = nil end
+  if self.stage >= 2 then
+    for _, b in ipairs(self.buckets) do b.fresh = true end
+    for _, p in ipairs(self.params) do p._reached = nil end
+  end
   if self.sharded then self.sharded:end_step() end
 end
 

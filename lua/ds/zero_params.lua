@@ -369,4 +369,23 @@ function M.hold(params, root, f, ...)
   return done(xpcall(f, border.note, ...))
 end
 
+--- Gives a sharded parameter memory of its own, whole; it is sharded no more. Every rank calls it.
+function M.unshard(p)
+  local grad = p.requires_grad
+  local whole = M.hold({ p }, nil, function()
+    return scope.no_grad(function() return p:detach():clone() end):keep()
+  end)
+  p._unit.manager:release(p)
+  p.requires_grad = false
+  tensor.repoint(p, whole)
+  p.requires_grad = grad
+end
+
+--- The same for all parameters of this manager.
+function Params:unshard_all()
+  for _, unit in ipairs(self.units) do
+    while unit.params[1] do M.unshard(unit.params[1]) end
+  end
+end
+
 return M

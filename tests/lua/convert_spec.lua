@@ -80,7 +80,7 @@ describe("dsrun convert", function()
 
   it("says what is wrong", function()
     for words, text in pairs {
-      ["none out"] = "'none' has no checkpoint", ["ckpt"] = "missing argument 'out'",
+      ["none out"] = "the folder 'none' does not exist", ["ckpt"] = "missing argument 'out'",
       ["ckpt out --to fp8"] = "must be one of", ["ckpt out --tag none"] = "/none' does not exist",
       ["ckpt /proc/none"] = "cannot make the folder '/proc/none'" } do
       local code, _, err = place:sh("$D convert " .. words)
@@ -129,6 +129,9 @@ describe("dsrun inspect", function()
     local none, _, err = place:sh "$D inspect full"
     assert.equal(1, none)
     has(err, "no checkpoint that `latest` names")
+    none, _, err = place:sh "$D inspect nowhere"
+    assert.equal(1, none)
+    has(err, "the folder 'nowhere' does not exist")
   end)
 end)
 
