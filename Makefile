@@ -66,7 +66,7 @@ tests   := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/c/test_*.c))
 fuzzers := $(patsubst tests/fuzz/%.c,%,$(wildcard tests/fuzz/*.c))
 
 .PHONY: all setup demo test test-hosts soak bench bench-peers lint format asan fuzz install clean help \
-        c-tests fuzzers FORCE
+        c-tests fuzzers simt FORCE
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -120,6 +120,61 @@ $(BUILD)/%.flags: FORCE
 
 -include $(objects:.o=.d) $(tests:=.d) $(fuzzers:%=$(BUILD)/tests/fuzz/%.d)
 
+# ---- CUDA: a plugin, libds_cuda.so, wherever nvcc is found; CUDA=0 builds without. Machine code for
+# each of DSRUN_CUDA_ARCHS, and PTX of the first, which newer devices translate. NVCC_CCBIN: the host's
+# compiler for it.
+
+ifneq ($(CUDA),0)
+cuda_found := $(shell scripts/find-cuda | sed 's/ := /=/')
+$(foreach line,$(cuda_found),$(eval $(subst =, := ,$(line))))
+endif
+DSRUN_CUDA_ARCHS ?= 80 90a
+cuda_first  := $(firstword $(DSRUN_CUDA_ARCHS))
+cuda_codes  := $(foreach a,$(DSRUN_CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) \
+               -gencode arch=compute_$(cuda_first),code=compute_$(cuda_first)
+cuda_paths  := $(foreach d,$(sort $(CUDA_INCLUDE) $(CUDNN_INCLUDE) $(NCCL_INCLUDE)),-isystem $(d))
+NVCCFLAGS   ?= -O3 -lineinfo
+cuda_flags   = -std=c++17 -I. $(cuda_paths) $(NVCCFLAGS) $(cuda_codes) -Xcompiler -fPIC,-Wall,-Wextra \
+               $(if $(NVCC_CCBIN),-ccbin $(NVCC_CCBIN)) $(if $(WERROR),--Werror all-warnings)
+cuda_sources := $(wildcard kernels/cuda/*.cu)
+cuda_objects := $(cuda_sources:%.cu=$(BUILD)/%.o)
+
+ifneq ($(and $(NVCC),$(CUDA_LIB)),)
+all: $(BUILD)/libds_cuda.so
+endif
+
+# cuBLASLt is linked; cuDNN and NCCL are opened when they are wanted. The driver is never linked.
+$(BUILD)/libds_cuda.so: $(cuda_objects) $(BUILD)/cuda.flags
+	$(call quiet,link,$@)$(NVCC) -shared -cudart static -o $@ $(cuda_objects) -L$(CUDA_LIB) -lcublasLt \
+	  -Xlinker -rpath,'$$ORIGIN:$(CUDA_LIB)'
+
+$(BUILD)/%.o: %.cu $(BUILD)/cuda.flags
+	@mkdir -p $(@D)
+	$(call quiet,nvcc,$<)$(NVCC) $(cuda_flags) -MMD -MP -c -o $@ $<
+
+# The same sources for the host, with threads that are simulated: tests where there is no GPU.
+simt_objects := $(cuda_sources:%.cu=$(BUILD)/simt/%.o) \
+                $(patsubst tests/simt/%.cpp,$(BUILD)/simt/tests/%.o,$(wildcard tests/simt/*.cpp))
+simt_flags    = -std=c++17 -I. -DDS_SIMT -isystem $(CUDA_INCLUDE) -Wall -Wextra $(STRICT) -fPIC -O2 -g \
+                -fno-strict-aliasing -Wno-unknown-pragmas $(CHECKED)
+
+simt: $(BUILD)/simt/libds_cuda.so
+
+$(BUILD)/simt/libds_cuda.so: $(simt_objects) $(BUILD)/simt.flags
+	$(call quiet,link,$@)$(CXX) -shared -Wl,-Bsymbolic $(CHECKED) -o $@ $(simt_objects)
+
+$(BUILD)/simt/%.o: %.cu $(BUILD)/simt.flags
+	@mkdir -p $(@D)
+	$(call quiet,simt,$<)$(CXX) -x c++ $(simt_flags) -include tests/simt/simt.h -MMD -MP -c -o $@ $<
+
+$(BUILD)/simt/tests/%.o: tests/simt/%.cpp $(BUILD)/simt.flags
+	@mkdir -p $(@D)
+	$(call quiet,simt,$<)$(CXX) $(simt_flags) -MMD -MP -c -o $@ $<
+
+text_cuda := $(NVCC) $(cuda_flags) $(CUDA_LIB) $(cuda_objects)
+text_simt := $(CXX) $(simt_flags) $(simt_objects)
+-include $(cuda_objects:.o=.d) $(simt_objects:.o=.d)
+
 # ---- targets
 
 setup:
@@ -133,7 +188,7 @@ demo:
 
 test:
 	@scripts/setup test hosts
-	@$(MAKE) all c-tests
+	@$(MAKE) all c-tests $(if $(CUDA_LIB),simt)
 	@BUILD=$(BUILD) scripts/test
 
 test-hosts:
@@ -146,7 +201,7 @@ lint:
 	@scripts/lint
 
 format:
-	clang-format -i $(shell find kernels runner tests -name '*.[ch]')
+	clang-format -i $(shell find kernels runner tests -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cpp')
 
 asan:
 	@scripts/setup test hosts

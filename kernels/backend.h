@@ -37,7 +37,23 @@ typedef struct ds_backend {
     void (*memory_give)(void *data, size_t bytes);
     /* Waits for all that was asked of the device. */
     int (*synchronize)(void);
+    /* Of a device with memory of its own; NULL on the CPU. upload: `from` may change when it returns,
+     * the bytes are there for all kernels that are called later. download: after all kernels called
+     * before; they are there when it returns. */
+    int (*upload)(void *to, const void *from, size_t bytes);
+    int (*download)(void *to, const void *from, size_t bytes);
+    /* Page-locked host memory, from which transfers are fastest. */
+    int (*pinned_take)(void **out, size_t bytes);
+    void (*pinned_give)(void *data);
+    void (*describe)(char *text, size_t bytes); /* "NVIDIA H200, 140 GiB, …" */
+    const ds_device_counters *counters;
 } ds_backend;
+
+/* What a plugin (libds_cuda.so) offers under this name: the backend of this rank's device; NULL, with
+ * ds_error(), where there is no driver or no device for it. local_rank of local_size: among the ranks
+ * of this host. */
+typedef const ds_backend *ds_backend_open(int local_rank, int local_size);
+#define DS_CUDA_OPEN "ds_cuda_backend"
 
 /* The CPU backend at the chosen level. Levels: "x86-64-v2", "x86-64-v3", "x86-64-v4", "x86-64-v4-bf16",
  * or "portable" elsewhere. `level` NULL: the highest that this processor has, or a lower one that

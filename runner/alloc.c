@@ -63,21 +63,6 @@ static struct pool pools[] = {
 /* What an allocation is for: Lua says it there, whatever the device. */
 static const ds_memory *const asked = &pools[DS_CPU].memory;
 
-const ds_backend *ds_backend_of(int device)
-{
-    if (device == DS_CPU)
-        return ds_cpu_backend(NULL);
-    ds_fail(DS_ENOSYS, "there is no cuda backend in this build; use device \"cpu\"");
-    return NULL;
-}
-
-const ds_ops *ds_ops_of(int device)
-{
-    const ds_backend *backend = ds_backend_of(device);
-
-    return backend ? &backend->ops : NULL;
-}
-
 /* ---- for the address sanitizer: what no tensor has is out of bounds */
 
 static void forbid(const ds_storage *s, int64_t from)

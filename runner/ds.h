@@ -21,7 +21,7 @@
 /* ---- errors (kernels/error.c) */
 const char *ds_error(void);
 
-/* ---- tensors and memory (tensor.c, alloc.c) */
+/* ---- tensors and memory (tensor.c, alloc.c, devices.c) */
 
 /* A new dense tensor, contents undefined. *out is overwritten, what it held is not released. On the
  * meta device there is a shape and a storage without data, whose bytes are counted as if there were.
@@ -81,8 +81,14 @@ void ds_memory_reset_peak(int device); /* to what is live */
 int64_t ds_memory_rss(void);           /* resident bytes of this process now; -1 unknown */
 int64_t ds_page_faults(void);          /* minor + major faults of this process */
 
-/* The kernels of a device; NULL if there is no such backend (ds_error() says why). */
+/* The kernels of a device; NULL if there is no such backend (ds_error() says why). `copy` also goes from
+ * one device to another. */
 const struct ds_ops *ds_ops_of(int device);
+/* Waits for all that was asked of a device; what went wrong there is the error. */
+int ds_device_synchronize(int device);
+/* "NVIDIA H200, 140 GiB, …"; "" for the CPU. DS_ENOSYS: there is no such device, ds_error() says why. */
+int ds_device_describe(char *text, int64_t bytes, int device);
+ds_device_counters ds_device_count(int device);
 const char *ds_cpu_level(void);
 const char *const *ds_cpu_levels(void);
 

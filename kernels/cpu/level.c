@@ -126,7 +126,10 @@ static int synchronize(void)
 /* ---- choosing */
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static ds_backend backend = {"cpu", {0}, memory_take, memory_give, synchronize};
+static ds_backend backend = {.name = "cpu",
+                             .memory_take = memory_take,
+                             .memory_give = memory_give,
+                             .synchronize = synchronize};
 static const struct level *chosen;
 static const char *available[MAX_LEVELS + 1];
 

@@ -1,0 +1,223 @@
+/* device.cu - opens the GPU, gives its memory, waits for it, and tells what went wrong on it. */
+#include "kernels/cuda/device.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels/cuda/table.h"
+
+ds_cuda_device ds_cuda;
+
+/* ---- errors */
+
+int ds_cuda_check(cudaError_t code, const char *what)
+{
+    if (code == cudaSuccess)
+        return 0;
+    cudaGetLastError(); /* it is told now, and not again */
+    if (code == cudaErrorMemoryAllocation)
+        return ds_fail(DS_ENOMEM, "out of memory on the GPU");
+    return ds_fail(DS_EIO, "%s: CUDA: %s (%s)%s", what, cudaGetErrorString(code),
+                   cudaGetErrorName(code),
+                   ds_cuda.sync ? ""
+                                : "; kernels run later than they are called: DS_SYNC=1 tells which "
+                                  "one it was");
+}
+
+/* What a kernel left in the record of faults; it is empty again afterwards. */
+static int take_fault(void)
+{
+    volatile ds_cuda_fault *f = ds_cuda.fault;
+    const char *name;
+    long long value, bound;
+
+    if (!f->set)
+        return 0;
+    name = f->name;
+    value = f->value;
+    bound = f->bound;
+    f->set = 0;
+    return ds_fail(DS_ERANGE, "%s: index %lld is not in 0 to %lld%s", name, value, bound - 1,
+                   ds_cuda.sync ? ""
+                                : "; it was used before this line: DS_SYNC=1 tells by which one");
+}
+
+int ds_cuda_wait(const char *what)
+{
+    ds_cuda.counters.waits++;
+    int rc = ds_cuda_check(cudaStreamSynchronize(ds_cuda.stream), what);
+
+    return rc < 0 ? rc : take_fault();
+}
+
+int ds_cuda_launched(const char *name)
+{
+    ds_cuda.counters.launches++;
+    cudaError_t code = cudaGetLastError();
+
+    if (code != cudaSuccess)
+        return ds_cuda_check(code, name);
+    return ds_cuda.sync ? ds_cuda_wait(name) : 0;
+}
+
+/* ---- memory */
+
+static int memory_take(void **out, size_t bytes)
+{
+    ds_cuda.counters.takes++;
+    return ds_cuda_check(cudaMalloc(out, bytes), "memory");
+}
+
+/* Kernels that use it may still be queued: cudaFree waits for them. */
+static void memory_give(void *data, size_t bytes)
+{
+    (void)bytes;
+    ds_cuda.counters.gives++;
+    cudaFree(data);
+}
+
+static int pinned_take(void **out, size_t bytes)
+{
+    return ds_cuda_check(cudaHostAlloc(out, bytes, cudaHostAllocDefault), "page-locked memory");
+}
+
+static void pinned_give(void *data)
+{
+    cudaFreeHost(data);
+}
+
+void *ds_cuda_scratch(int slot, size_t bytes)
+{
+    static struct {
+        void *data;
+        size_t bytes;
+    } blocks[DS_CUDA_SLOTS];
+    size_t size = (size_t)1 << 20;
+
+    if (blocks[slot].data && bytes <= blocks[slot].bytes)
+        return blocks[slot].data;
+    while (size < bytes)
+        size *= 2;
+    if (blocks[slot].data)
+        memory_give(blocks[slot].data, blocks[slot].bytes);
+    ds_cuda.counters.scratch -= (int64_t)blocks[slot].bytes;
+    blocks[slot].data = NULL;
+    blocks[slot].bytes = 0;
+    if (memory_take(&blocks[slot].data, size) < 0)
+        return NULL;
+    blocks[slot].bytes = size;
+    ds_cuda.counters.scratch += (int64_t)size;
+    return blocks[slot].data;
+}
+
+/* ---- transfers */
+
+/* From memory that is not page-locked CUDA takes a copy before it returns. */
+static int upload(void *to, const void *from, size_t bytes)
+{
+    ds_cuda.counters.uploads++;
+    return ds_cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, ds_cuda.stream),
+                         "to the GPU");
+}
+
+static int download(void *to, const void *from, size_t bytes)
+{
+    ds_cuda.counters.downloads++;
+    DS_TRY(ds_cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, ds_cuda.stream),
+                         "from the GPU"));
+    return ds_cuda_wait("from the GPU");
+}
+
+static int synchronize(void)
+{
+    int rc = ds_cuda_wait("synchronize");
+
+    return rc < 0 ? rc : ds_cuda_check(cudaDeviceSynchronize(), "synchronize");
+}
+
+/* ---- opening */
+
+static void describe(char *text, size_t bytes)
+{
+    cudaDeviceProp p;
+
+    if (cudaGetDeviceProperties(&p, ds_cuda.index) != cudaSuccess) {
+        snprintf(text, bytes, "CUDA device %d", ds_cuda.index);
+        return;
+    }
+    snprintf(text, bytes, "%s, %.0f GiB, %d processors, compute capability %d.%d", p.name,
+             (double)p.totalGlobalMem / (1 << 30), p.multiProcessorCount, p.major, p.minor);
+}
+
+/* Which of the devices that CUDA shows is this rank's. */
+static int choose(int *index, int local_rank, int local_size)
+{
+    const char *share = getenv("DS_SHARE_GPU"), *visible = getenv("CUDA_VISIBLE_DEVICES");
+    int count = 0, driver = 0;
+    cudaError_t code = cudaGetDeviceCount(&count);
+
+    if (code == cudaErrorInsufficientDriver) {
+        cudaDriverGetVersion(&driver);
+        if (driver == 0)
+            return ds_fail(DS_ENOENT, "there is no NVIDIA driver here (libcuda.so.1)");
+        return ds_fail(
+            DS_ENOENT, "the NVIDIA driver is for CUDA up to %d.%d, and this build needs %d.%d",
+            driver / 1000, driver % 1000 / 10, CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
+    }
+    if (code == cudaErrorNoDevice || (code == cudaSuccess && count == 0))
+        return ds_fail(DS_ENOENT, "CUDA sees no GPU%s%s%s",
+                       visible ? " (CUDA_VISIBLE_DEVICES is \"" : "", visible ? visible : "",
+                       visible ? "\")" : "");
+    DS_TRY(ds_cuda_check(code, "opening the GPU"));
+    if (local_size > count && !(share && !strcmp(share, "1")))
+        return ds_fail(DS_EINVAL,
+                       "this host runs %d ranks and CUDA sees %d GPU%s: each rank needs one of its "
+                       "own (DS_SHARE_GPU=1 lets ranks share, for tests)",
+                       local_size, count, count == 1 ? "" : "s");
+    *index = local_rank % count;
+    return 0;
+}
+
+static ds_backend backend;
+
+static int open_device(int local_rank, int local_size)
+{
+    const char *sync = getenv("DS_SYNC");
+
+    DS_TRY(choose(&ds_cuda.index, local_rank, local_size));
+    DS_TRY(ds_cuda_check(cudaSetDevice(ds_cuda.index), "opening the GPU"));
+    DS_TRY(ds_cuda_check(
+        cudaDeviceGetAttribute(&ds_cuda.processors, cudaDevAttrMultiProcessorCount, ds_cuda.index),
+        "opening the GPU"));
+    DS_TRY(ds_cuda_check(cudaDeviceGetAttribute(&ds_cuda.shared_most,
+                                                cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                                ds_cuda.index),
+                         "opening the GPU"));
+    DS_TRY(ds_cuda_check(cudaStreamCreateWithFlags(&ds_cuda.stream, cudaStreamNonBlocking),
+                         "opening the GPU"));
+    DS_TRY(ds_cuda_check(cudaStreamCreateWithFlags(&ds_cuda.copies, cudaStreamNonBlocking),
+                         "opening the GPU"));
+    DS_TRY(ds_cuda_check(cudaHostAlloc((void **)&ds_cuda.fault, sizeof *ds_cuda.fault,
+                                       cudaHostAllocMapped | cudaHostAllocPortable),
+                         "opening the GPU"));
+    memset(ds_cuda.fault, 0, sizeof *ds_cuda.fault);
+    ds_cuda.sync = sync && *sync && strcmp(sync, "0");
+    backend.name = "cuda";
+    ds_cuda_fill_table(&backend.ops);
+    backend.memory_take = memory_take;
+    backend.memory_give = memory_give;
+    backend.synchronize = synchronize;
+    backend.upload = upload;
+    backend.download = download;
+    backend.pinned_take = pinned_take;
+    backend.pinned_give = pinned_give;
+    backend.describe = describe;
+    backend.counters = &ds_cuda.counters;
+    return 0;
+}
+
+extern "C" const ds_backend *ds_cuda_backend(int local_rank, int local_size)
+{
+    return open_device(local_rank, local_size) == 0 ? &backend : NULL;
+}

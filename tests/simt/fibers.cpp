@@ -1,0 +1,295 @@
+/* fibers.cpp - runs a kernel's blocks, one after the other, its threads as fibers. */
+#include "simt.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <vector>
+
+namespace simt
+{
+
+place now;
+
+namespace
+{
+
+const size_t STACK = 256 << 10, MOST_THREADS = 1024;
+
+#ifdef __x86_64__
+/* Saves what a call must keep, and goes on with another stack: some 20 ns, where swapcontext() asks
+ * the system. */
+extern "C" void simt_switch(void **from, void *to);
+__asm__(".text\n"
+        ".type simt_switch,@function\n"
+        "simt_switch:\n"
+        "  push %rbp; push %rbx; push %r12; push %r13; push %r14; push %r15\n"
+        "  mov %rsp, (%rdi)\n"
+        "  mov %rsi, %rsp\n"
+        "  pop %r15; pop %r14; pop %r13; pop %r12; pop %rbx; pop %rbp\n"
+        "  ret\n");
+struct context {
+    void *stack_pointer;
+};
+static void go(context *from, context *to)
+{
+    simt_switch(&from->stack_pointer, to->stack_pointer);
+}
+static void prepare(context *c, char *stack, void (*entry)())
+{
+    void **top = (void **)(stack + STACK);
+
+    *--top = NULL; /* so that the entry's stack is aligned as after a call */
+    *--top = (void *)entry;
+    for (int i = 0; i < 6; i++)
+        *--top = NULL;
+    c->stack_pointer = top;
+}
+#else
+struct context {
+    ucontext_t c;
+};
+static void go(context *from, context *to)
+{
+    swapcontext(&from->c, &to->c);
+}
+static void prepare(context *c, char *stack, void (*entry)())
+{
+    getcontext(&c->c);
+    c->c.uc_stack.ss_sp = stack;
+    c->c.uc_stack.ss_size = STACK;
+    c->c.uc_link = NULL;
+    makecontext(&c->c, entry, 0);
+}
+#endif
+
+enum state { READY, AT_BARRIER, IN_WARP, DONE };
+
+struct fiber {
+    context at;
+    state is;
+    uint3 thread;
+    int votes; /* of the block's vote under way */
+};
+
+struct warp {
+    unsigned present; /* lanes that are not done */
+    unsigned arrived; /* at the operation under way */
+    unsigned mask;
+    unsigned generation;
+    uint64_t value[2][32];
+};
+
+struct {
+    const char *name;
+    std::function<void()> *body;
+    char *stacks;
+    context scheduler;
+    fiber fibers[MOST_THREADS];
+    warp warps[MOST_THREADS / 32];
+    int threads, current, alive, at_barrier;
+    unsigned barriers; /* generation */
+    int vote[3], vote_result[2][3];
+    std::vector<char> shared;
+    bool moved;
+} b;
+
+[[noreturn]] void wrong(const char *what)
+{
+    fprintf(stderr, "simt: %s: thread %d of block %u: %s\n", b.name, b.current, now.block.x, what);
+    abort();
+}
+
+void yield()
+{
+    int me = b.current;
+    place mine = now;
+
+    go(&b.fibers[me].at, &b.scheduler);
+    now = mine;
+    b.current = me;
+}
+
+void entry()
+{
+    (*b.body)();
+    fiber &f = b.fibers[b.current];
+
+    f.is = DONE;
+    b.alive--;
+    b.moved = true;
+    warp &w = b.warps[b.current / 32];
+    w.present &= ~(1u << b.current % 32);
+    if (w.arrived && (w.mask & ~w.present & ~w.arrived))
+        wrong("ended while lanes of its warp wait for it");
+    go(&f.at, &b.scheduler);
+}
+
+void run_block()
+{
+    b.alive = b.threads;
+    b.at_barrier = 0;
+    for (int i = 0; i < b.threads; i++) {
+        fiber &f = b.fibers[i];
+
+        f.is = READY;
+        f.thread.x = (unsigned)i % now.threads.x;
+        f.thread.y = (unsigned)i / now.threads.x % now.threads.y;
+        f.thread.z = (unsigned)i / now.threads.x / now.threads.y;
+        prepare(&f.at, b.stacks + (size_t)i * STACK, entry);
+    }
+    for (int i = 0; i < (b.threads + 31) / 32; i++) {
+        int lanes = b.threads - i * 32 < 32 ? b.threads - i * 32 : 32;
+
+        b.warps[i] = warp();
+        b.warps[i].present = lanes == 32 ? 0xffffffffu : (1u << lanes) - 1;
+    }
+    while (b.alive) {
+        b.moved = false;
+        for (int i = 0; i < b.threads; i++) {
+            fiber &f = b.fibers[i];
+
+            if (f.is == DONE)
+                continue;
+            b.current = i;
+            now.thread = f.thread;
+            go(&b.scheduler, &f.at);
+        }
+        if (!b.moved)
+            wrong(
+                "the block waits for ever: some threads are at a barrier that others do not reach");
+    }
+}
+
+} // namespace
+
+void launch_now(const char *name, dim3 grid, dim3 block, size_t shared, std::function<void()> body)
+{
+    size_t threads = (size_t)block.x * block.y * block.z;
+
+    b.name = name;
+    b.current = 0;
+    if (threads < 1 || threads > MOST_THREADS || !grid.x || !grid.y || !grid.z || block.z > 64)
+        wrong("a block has 1 to 1024 threads, and a grid some blocks");
+    if (grid.y > 65535 || grid.z > 65535 || grid.x > 0x7fffffff)
+        wrong("the grid is too large");
+    if (shared > 227 << 10)
+        wrong("too much shared memory");
+    if (!b.stacks)
+        b.stacks = (char *)mmap(NULL, STACK * MOST_THREADS, PROT_READ | PROT_WRITE,
+                                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    b.threads = (int)threads;
+    b.body = &body;
+    b.shared.assign(shared + 128, (char)0xff); /* whatever was there: NaN */
+    now.threads = block;
+    now.blocks = grid;
+    for (now.block.z = 0; now.block.z < grid.z; now.block.z++)
+        for (now.block.y = 0; now.block.y < grid.y; now.block.y++)
+            for (now.block.x = 0; now.block.x < grid.x; now.block.x++) {
+                memset(b.shared.data(), 0xff, b.shared.size());
+                run_block();
+            }
+}
+
+void *dynamic_shared()
+{
+    return (void *)(((uintptr_t)b.shared.data() + 127) & ~(uintptr_t)127);
+}
+
+/* Until all threads that are not done are here. */
+void block_barrier()
+{
+    unsigned mine = b.barriers;
+
+    b.moved = true;
+    b.at_barrier++;
+    while (b.barriers == mine) {
+        if (b.at_barrier >= b.alive) {
+            b.at_barrier = 0;
+            b.barriers++;
+            memcpy(b.vote_result[mine & 1], b.vote, sizeof b.vote);
+            b.vote[0] = 0, b.vote[1] = 0, b.vote[2] = 0;
+            b.moved = true;
+            break;
+        }
+        yield();
+    }
+}
+
+int block_vote(int kind, int predicate)
+{
+    unsigned mine = b.barriers;
+
+    b.vote[0] |= predicate != 0;
+    b.vote[1] |= predicate == 0;
+    b.vote[2] += predicate != 0;
+    block_barrier();
+    return kind == 1 ? !b.vote_result[mine & 1][1] : b.vote_result[mine & 1][kind];
+}
+
+namespace
+{
+
+/* All lanes of the mask come here; values of two rounds are kept, as a fast lane may be one ahead. */
+warp &meet(unsigned mask, uint64_t value, unsigned *round)
+{
+    warp &w = b.warps[b.current / 32];
+    int lane = b.current % 32;
+
+    if (!(mask >> lane & 1))
+        wrong("a lane is not in its own mask");
+    if (mask & ~w.present) {
+        unsigned all = b.threads - b.current / 32 * 32 >= 32 ? 0xffffffffu : 0;
+        if (all || (mask & ~w.present & ((1u << b.threads % 32) - 1)))
+            wrong("a warp operation wants lanes that are done");
+    }
+    mask &= w.present;
+    if (w.arrived && w.mask != mask)
+        wrong("lanes of a warp are at operations with different masks");
+    w.mask = mask;
+    *round = w.generation;
+    w.value[w.generation & 1][lane] = value;
+    w.arrived |= 1u << lane;
+    b.moved = true;
+    while (w.generation == *round) {
+        if (w.arrived == mask) {
+            w.arrived = 0;
+            w.generation++;
+            break;
+        }
+        yield();
+    }
+    return w;
+}
+
+} // namespace
+
+uint64_t exchange(unsigned mask, uint64_t value, int from)
+{
+    unsigned round;
+    warp &w = meet(mask, value, &round);
+
+    return w.value[round & 1][from & 31];
+}
+
+void warp_barrier(unsigned mask)
+{
+    unsigned round;
+
+    meet(mask, 0, &round);
+}
+
+unsigned ballot(unsigned mask, int predicate)
+{
+    unsigned round, bits = 0;
+    warp &w = meet(mask, predicate != 0, &round);
+
+    for (int i = 0; i < 32; i++)
+        if (mask >> i & 1)
+            bits |= (unsigned)(w.value[round & 1][i] != 0) << i;
+    return bits;
+}
+
+} // namespace simt
