@@ -7,29 +7,21 @@
  */
 #include "kernels/cpu/level.h"
 
-#include <math.h>
-#include <string.h>
-
 #include "kernels/cpu/simd.h"
+#include "kernels/optim_rules.h"
 #include "kernels/scalar.h"
 #include "kernels/scratch.h"
 
 #define BLOCK 512 /* elements: few, so that widening and rounding overlap with reading the next */
 #define PIECE (32 * BLOCK) /* elements with sums of their own, which threads do not share */
 
-typedef struct hyper {
-    double lr, beta1, beta2, eps, weight_decay, c1, c2, gscale;
-    double momentum, dampening;
-    int decoupled, nesterov, first;
-} hyper;
-
-typedef void rule(void *p, void *a, void *b, const void *g, int64_t n, const hyper *h);
+typedef void rule(void *p, void *a, void *b, const void *g, int64_t n, const ds_hyper *h);
 
 #define REAL float
 #define SQRT sqrtf
 #define FMA DS_FMA
 #define NAME(rule) rule##_f32
-#include "kernels/cpu/optim_rules.h"
+#include "kernels/cpu/optim_loops.h"
 #undef REAL
 #undef SQRT
 #undef FMA
@@ -39,7 +31,17 @@ typedef void rule(void *p, void *a, void *b, const void *g, int64_t n, const hyp
 #define SQRT sqrt
 #define FMA(a, b, c) ((a) * (b) + (c))
 #define NAME(rule) rule##_f64
-#include "kernels/cpu/optim_rules.h"
+#include "kernels/cpu/optim_loops.h"
+
+/* [t]: n numbers in f32. */
+static int check_numbers(const char *what, const char *name, const ds_tensor *t, int64_t n)
+{
+    if (t && (t->dtype != DS_F32 || t->numel != n || !t->dense || t->device != DS_CPU))
+        return ds_fail(DS_EINVAL, "%s: %s is %lld numbers in %s, must be %lld in f32, dense%s",
+                       what, name, (long long)t->numel, ds_name_of(t->dtype), (long long)n,
+                       t->device == DS_CPU ? "" : ", on the weights' device");
+    return 0;
+}
 
 /* state: the rest of what must lie beside p, may hold NULLs. */
 static int check(const char *what, const ds_tensor *p, const ds_tensor *const state[2],
@@ -79,7 +81,7 @@ static void *at(const ds_tensor *t, int64_t i)
 }
 
 static void pass_f32(rule *step, const ds_tensor *p, const ds_tensor *const state[2],
-                     const ds_tensor *low, const ds_tensor *g, const hyper *h)
+                     const ds_tensor *low, const ds_tensor *g, const ds_hyper *h)
 {
     int64_t begin, end;
     float wide[BLOCK];
@@ -99,15 +101,27 @@ static void pass_f32(rule *step, const ds_tensor *p, const ds_tensor *const stat
     }
 }
 
-static int run(const char *what, rule *f32, rule *f64, ds_tensor *p, ds_tensor *a, ds_tensor *b,
-               ds_tensor *low, const ds_tensor *g, const hyper *h)
+/* What the kernels have in common before they start: 0, 1 where the step is to be left out, or an
+ * error. *h gets what factor and rates say. */
+static int prepare(const char *what, const ds_tensor *p, const ds_tensor *a, const ds_tensor *b,
+                   const ds_tensor *low, const ds_tensor *g, const ds_tensor *factor,
+                   const ds_tensor *rates, ds_hyper *h)
 {
     const ds_tensor *const state[2] = {a, b};
     int rc = check(what, p, state, low, g);
+
+    if (rc < 0 || (rc = check_numbers(what, "factor", factor, 1)) < 0 ||
+        (rc = check_numbers(what, "rates", rates, 3)) < 0)
+        return rc;
+    return !ds_hyper_read(h, factor ? factor->data : NULL, rates ? rates->data : NULL);
+}
+
+static void run(rule *f32, rule *f64, const ds_tensor *p, const ds_tensor *a, const ds_tensor *b,
+                const ds_tensor *low, const ds_tensor *g, const ds_hyper *h)
+{
+    const ds_tensor *const state[2] = {a, b};
     int threads = ds_threads(p->numel * 4);
 
-    if (rc < 0)
-        return rc;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         if (p->dtype == DS_F64) {
@@ -119,70 +133,88 @@ static int run(const char *what, rule *f32, rule *f64, ds_tensor *p, ds_tensor *
             pass_f32(f32, p, state, low, g, h);
         }
     }
-    return 0;
 }
 
-/* What Adam and Lamb have in common. */
-static hyper moments(double lr, double beta1, double beta2, double eps, double weight_decay,
-                     double c1, double c2, double gscale)
+/* What an elementwise rule is: everything above. */
+static int step(const char *what, rule *f32, rule *f64, const ds_tensor *p, const ds_tensor *a,
+                const ds_tensor *b, const ds_tensor *low, const ds_tensor *g,
+                const ds_tensor *factor, const ds_tensor *rates, ds_hyper *h)
 {
-    return (hyper){.lr = lr,
-                   .beta1 = beta1,
-                   .beta2 = beta2,
-                   .eps = eps,
-                   .weight_decay = weight_decay,
-                   .c1 = c1,
-                   .c2 = c2,
-                   .gscale = gscale};
+    int rc = prepare(what, p, a, b, low, g, factor, rates, h);
+
+    if (rc == 0)
+        run(f32, f64, p, a, b, low, g, h);
+    return rc < 0 ? rc : 0;
 }
 
 int DS_CPU(adam)(ds_tensor *p, ds_tensor *m, ds_tensor *v, ds_tensor *low, const ds_tensor *g,
                  double lr, double beta1, double beta2, double eps, double weight_decay, double c1,
-                 double c2, double gscale, int decoupled)
+                 double c2, double gscale, int decoupled, const ds_tensor *factor,
+                 const ds_tensor *rates)
 {
-    hyper h = moments(lr, beta1, beta2, eps, weight_decay, c1, c2, gscale);
+    ds_hyper h = {.lr = lr,
+                  .beta1 = beta1,
+                  .beta2 = beta2,
+                  .eps = eps,
+                  .weight_decay = weight_decay,
+                  .c1 = c1,
+                  .c2 = c2,
+                  .gscale = gscale,
+                  .decoupled = decoupled};
 
-    h.decoupled = decoupled;
-    return run("adam", adam_f32, adam_f64, p, m, v, low, g, &h);
+    return step("adam", adam_pass_f32, adam_pass_f64, p, m, v, low, g, factor, rates, &h);
 }
 
 int DS_CPU(sgd)(ds_tensor *p, ds_tensor *momentum_buffer, ds_tensor *low, const ds_tensor *g,
                 double lr, double momentum, double dampening, double weight_decay, int nesterov,
-                int first, double gscale)
+                int first, double gscale, const ds_tensor *factor, const ds_tensor *rates)
 {
-    hyper h = {.lr = lr,
-               .momentum = momentum,
-               .dampening = dampening,
-               .weight_decay = weight_decay,
-               .gscale = gscale,
-               .nesterov = nesterov,
-               .first = first};
+    ds_hyper h = {.lr = lr,
+                  .momentum = momentum,
+                  .dampening = dampening,
+                  .weight_decay = weight_decay,
+                  .c1 = 1,
+                  .c2 = 1,
+                  .gscale = gscale,
+                  .nesterov = nesterov,
+                  .first = first};
 
     if (!momentum_buffer && momentum != 0)
         return ds_fail(DS_EINVAL, "sgd: momentum %g needs a momentum buffer", momentum);
-    return run("sgd", sgd_f32, sgd_f64, p, momentum_buffer, NULL, low, g, &h);
+    return step("sgd", sgd_pass_f32, sgd_pass_f64, p, momentum_buffer, NULL, low, g, factor, rates,
+                &h);
 }
 
 int DS_CPU(lion)(ds_tensor *p, ds_tensor *m, ds_tensor *low, const ds_tensor *g, double lr,
-                 double beta1, double beta2, double weight_decay, double gscale)
+                 double beta1, double beta2, double weight_decay, double gscale,
+                 const ds_tensor *factor, const ds_tensor *rates)
 {
-    hyper h = {
-        .lr = lr, .beta1 = beta1, .beta2 = beta2, .weight_decay = weight_decay, .gscale = gscale};
+    ds_hyper h = {.lr = lr,
+                  .beta1 = beta1,
+                  .beta2 = beta2,
+                  .weight_decay = weight_decay,
+                  .c1 = 1,
+                  .c2 = 1,
+                  .gscale = gscale,
+                  .decoupled = 1};
 
-    return run("lion", lion_f32, lion_f64, p, m, NULL, low, g, &h);
+    return step("lion", lion_pass_f32, lion_pass_f64, p, m, NULL, low, g, factor, rates, &h);
 }
 
 int DS_CPU(adagrad)(ds_tensor *p, ds_tensor *sum, ds_tensor *low, const ds_tensor *g, double lr,
-                    double eps, double weight_decay, double gscale)
+                    double eps, double weight_decay, double gscale, const ds_tensor *factor,
+                    const ds_tensor *rates)
 {
-    hyper h = {.lr = lr, .eps = eps, .weight_decay = weight_decay, .gscale = gscale};
+    ds_hyper h = {
+        .lr = lr, .eps = eps, .weight_decay = weight_decay, .c1 = 1, .c2 = 1, .gscale = gscale};
 
-    return run("adagrad", adagrad_f32, adagrad_f64, p, sum, NULL, low, g, &h);
+    return step("adagrad", adagrad_pass_f32, adagrad_pass_f64, p, sum, NULL, low, g, factor, rates,
+                &h);
 }
 
 /* One piece of Lamb's first pass; sums: of squares of weights and update. */
 static void lamb_piece(const ds_tensor *p, const ds_tensor *m, const ds_tensor *v,
-                       const ds_tensor *g, int64_t begin, const hyper *h, double sums[2])
+                       const ds_tensor *g, int64_t begin, const ds_hyper *h, double sums[2])
 {
     int64_t end = begin + PIECE < p->numel ? begin + PIECE : p->numel;
     float wide[BLOCK];
@@ -193,42 +225,40 @@ static void lamb_piece(const ds_tensor *p, const ds_tensor *m, const ds_tensor *
         const void *gi = at(g, i);
 
         if (p->dtype == DS_F64) {
-            lamb_moments_f64(at(p, i), at(m, i), at(v, i), gi, n, h, sums);
+            lamb_moments_pass_f64(at(p, i), at(m, i), at(v, i), gi, n, h, sums);
             continue;
         }
         if (g->dtype != DS_F32) {
             ds_row_load(wide, gi, g->dtype, n, 1);
             gi = wide;
         }
-        lamb_moments_f32(at(p, i), at(m, i), at(v, i), gi, n, h, sums);
+        lamb_moments_pass_f32(at(p, i), at(m, i), at(v, i), gi, n, h, sums);
     }
-}
-
-/* How far a tensor moves along its update, as DeepSpeed bounds it, from sums of squares: 1 where one
- * is 0. A NaN passes through, to show in the weights. */
-static double trust(double weights, double updates, double least, double most)
-{
-    double ratio;
-
-    if (weights == 0 || updates == 0)
-        return 1;
-    ratio = sqrt(weights) / sqrt(updates);
-    return ratio > most ? most : ratio < least ? least : ratio;
 }
 
 int DS_CPU(lamb)(ds_tensor *p, ds_tensor *m, ds_tensor *v, ds_tensor *low, const ds_tensor *g,
                  double lr, double beta1, double beta2, double eps, double weight_decay, double c1,
-                 double c2, double min_coeff, double max_coeff, double gscale)
+                 double c2, double min_coeff, double max_coeff, double gscale,
+                 const ds_tensor *factor, const ds_tensor *rates)
 {
-    const ds_tensor *const state[2] = {m, v};
-    hyper h = moments(lr, beta1, beta2, eps, weight_decay, c1, c2, gscale);
-    int rc = check("lamb", p, state, low, g);
+    ds_hyper h = {.lr = lr,
+                  .beta1 = beta1,
+                  .beta2 = beta2,
+                  .eps = eps,
+                  .weight_decay = weight_decay,
+                  .c1 = c1,
+                  .c2 = c2,
+                  .gscale = gscale,
+                  .least = min_coeff,
+                  .most = max_coeff,
+                  .decoupled = 1};
+    int rc = prepare("lamb", p, m, v, low, g, factor, rates, &h);
     int threads = ds_threads(p->numel * 4);
     int64_t pieces = (p->numel + PIECE - 1) / PIECE;
     double *sums, weights = 0, updates = 0;
 
-    if (rc < 0)
-        return rc;
+    if (rc != 0)
+        return rc < 0 ? rc : 0;
     sums = ds_scratch(DS_SCRATCH_SUMS, (size_t)(pieces + 1) * 2 * sizeof *sums);
     if (!sums)
         return DS_ENOMEM;
@@ -239,6 +269,47 @@ int DS_CPU(lamb)(ds_tensor *p, ds_tensor *m, ds_tensor *v, ds_tensor *low, const
         weights += sums[2 * i];
         updates += sums[2 * i + 1];
     }
-    h.lr = lr * trust(weights, updates, min_coeff, max_coeff);
-    return run("lamb", lamb_apply_f32, lamb_apply_f64, p, m, v, low, g, &h);
+    h.lr *= ds_lamb_trust(&h, weights, updates);
+    run(lamb_apply_pass_f32, lamb_apply_pass_f64, p, m, v, low, g, &h);
+    return 0;
+}
+
+/* ---- the norm of all gradients, and the factor that clips it: numbers that stay on the device */
+
+int DS_CPU(square_sum)(ds_tensor *y, const ds_tensor *x, int accumulate)
+{
+    double sum;
+    int rc;
+
+    if (y->numel != 1 || (y->dtype != DS_F32 && !(y->dtype == DS_F64 && x->dtype == DS_F64)))
+        return ds_fail(DS_EINVAL, "square_sum: the result is %lld numbers in %s, must be 1 in f32",
+                       (long long)y->numel, ds_name_of(y->dtype));
+    if (!ds_is_float(x->dtype))
+        return ds_fail(DS_EINVAL, "square_sum: not for %s", ds_name_of(x->dtype));
+    if (!x->dense)
+        return ds_fail(DS_EINVAL, "square_sum: the input is not dense (call contiguous() first)");
+    rc = DS_CPU(sum_squares)(&sum, x);
+    if (rc < 0)
+        return rc;
+    if (y->dtype == DS_F64)
+        *(double *)y->data = sum + (accumulate ? *(double *)y->data : 0);
+    else
+        *(float *)y->data = (float)sum + (accumulate ? *(float *)y->data : 0);
+    return 0;
+}
+
+int DS_CPU(clip_factor)(ds_tensor *factor, ds_tensor *norm, const ds_tensor *squares,
+                        double max_norm, double scale, int skip)
+{
+    double length;
+    int rc;
+
+    if ((rc = check_numbers("clip_factor", "factor", factor, 1)) < 0 ||
+        (rc = check_numbers("clip_factor", "norm", norm, 1)) < 0 ||
+        (rc = check_numbers("clip_factor", "the sum of squares", squares, 1)) < 0)
+        return rc;
+    length = ds_clip_norm(*(float *)squares->data, scale);
+    *(float *)norm->data = (float)length;
+    *(float *)factor->data = (float)ds_clip_factor(length, max_norm, scale, skip);
+    return 0;
 }

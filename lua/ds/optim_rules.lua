@@ -21,7 +21,7 @@ local function adam(decoupled_default)
       if h.bias_correction ~= false then c1, c2 = 1 - b1 ^ h.step, 1 - b2 ^ h.step end
       run("adam", s.p.device, s.p._c, s.state.exp_avg._c, s.state.exp_avg_sq._c, handle(s.low),
         s.g._c, h.lr, b1, b2, h.eps, h.weight_decay, c1, c2, gscale,
-        (decoupled_default or h.adam_w_mode ~= false) and 1 or 0)
+        (decoupled_default or h.adam_w_mode ~= false) and 1 or 0, nil, nil)
     end,
   }
 end
@@ -37,7 +37,7 @@ rule("SGD", {
     end
     run("sgd", s.p.device, s.p._c, h.momentum ~= 0 and s.state.momentum_buffer._c or nil,
       handle(s.low), s.g._c, h.lr, h.momentum, h.dampening, h.weight_decay,
-      h.nesterov and 1 or 0, h.step == 1 and 1 or 0, gscale)
+      h.nesterov and 1 or 0, h.step == 1 and 1 or 0, gscale, nil, nil)
   end,
 })
 
@@ -46,7 +46,7 @@ rule("Lion", {
   defaults = { lr = 1e-4, betas = { 0.9, 0.99 }, weight_decay = 0 },
   fused = function(s, h, gscale)
     run("lion", s.p.device, s.p._c, s.state.exp_avg._c, handle(s.low), s.g._c, h.lr,
-      h.betas[1], h.betas[2], h.weight_decay, gscale)
+      h.betas[1], h.betas[2], h.weight_decay, gscale, nil, nil)
   end,
 })
 
@@ -56,7 +56,7 @@ rule("Adagrad", {
   initial = { sum = "initial_accumulator_value" },
   fused = function(s, h, gscale)
     run("adagrad", s.p.device, s.p._c, s.state.sum._c, handle(s.low), s.g._c, h.lr, h.eps,
-      h.weight_decay, gscale)
+      h.weight_decay, gscale, nil, nil)
   end,
 })
 
@@ -71,7 +71,8 @@ rule("Lamb", {
     local c1, c2 = 1, 1
     if h.bias_correction then c1, c2 = 1 - b1 ^ h.step, 1 - b2 ^ h.step end
     run("lamb", s.p.device, s.p._c, s.state.exp_avg._c, s.state.exp_avg_sq._c, handle(s.low),
-      s.g._c, h.lr, b1, b2, h.eps, h.weight_decay, c1, c2, h.min_coeff, h.max_coeff, gscale)
+      s.g._c, h.lr, b1, b2, h.eps, h.weight_decay, c1, c2, h.min_coeff, h.max_coeff, gscale,
+      nil, nil)
   end,
 })
 

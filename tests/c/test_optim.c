@@ -119,7 +119,7 @@ static void adam_steps(setting *s, int decoupled)
 
         differentiate(s);
         step_ok(kernels()->adam(&s->p, &s->a, &s->b, low_of(s), &s->g, lr, beta1, beta2, eps, wd,
-                                c1, c2, s->gscale, decoupled));
+                                c1, c2, s->gscale, decoupled, NULL, NULL));
         for (int64_t i = 0; i < s->n; i++) {
             double g = get_at(&s->g, i) * s->gscale;
 
@@ -144,7 +144,7 @@ static void sgd_steps(setting *s, double momentum, int nesterov)
     for (int t = 0; t < STEPS; t++) {
         differentiate(s);
         step_ok(kernels()->sgd(&s->p, momentum ? &s->a : NULL, low_of(s), &s->g, lr, momentum, damp,
-                               wd, nesterov, t == 0, s->gscale));
+                               wd, nesterov, t == 0, s->gscale, NULL, NULL));
         for (int64_t i = 0; i < s->n; i++) {
             double d = get_at(&s->g, i) * s->gscale + wd * s->p_d[i];
 
@@ -165,7 +165,7 @@ static void lion_steps(setting *s)
     for (int t = 0; t < STEPS; t++) {
         differentiate(s);
         step_ok(kernels()->lion(&s->p, &s->a, low_of(s), &s->g, lr, beta1, beta2, s->weight_decay,
-                                s->gscale));
+                                s->gscale, NULL, NULL));
         for (int64_t i = 0; i < s->n; i++) {
             double g = get_at(&s->g, i) * s->gscale, c = beta1 * s->a_d[i] + (1 - beta1) * g;
 
@@ -183,7 +183,7 @@ static void adagrad_steps(setting *s)
     for (int t = 0; t < STEPS; t++) {
         differentiate(s);
         step_ok(kernels()->adagrad(&s->p, &s->a, low_of(s), &s->g, lr, eps, s->weight_decay,
-                                   s->gscale));
+                                   s->gscale, NULL, NULL));
         for (int64_t i = 0; i < s->n; i++) {
             double d = get_at(&s->g, i) * s->gscale + s->weight_decay * s->p_d[i];
 
@@ -207,7 +207,7 @@ static void lamb_steps(setting *s, double least, double most)
 
         differentiate(s);
         step_ok(kernels()->lamb(&s->p, &s->a, &s->b, low_of(s), &s->g, lr, beta1, beta2, eps, wd,
-                                c1, c2, least, most, s->gscale));
+                                c1, c2, least, most, s->gscale, NULL, NULL));
         for (int64_t i = 0; i < s->n; i++) {
             double g = get_at(&s->g, i) * s->gscale;
 
@@ -287,7 +287,7 @@ static void lamb_does_not_depend_on_threads(void **unused)
             set_at(&v, i, 0);
         }
         step_ok(kernels()->lamb(&p, &m, &v, NULL, &g, 0.1, 0.9, 0.99, 1e-6, 0.1, 0.1, 0.01, 0.01,
-                                10, 1));
+                                10, 1, NULL, NULL));
         if (threads == 1)
             memcpy(first, p.data, (size_t)n * sizeof *first);
         assert_memory_equal(first, p.data, (size_t)n * sizeof *first);
@@ -320,13 +320,13 @@ static void nan_gradients_show(void **unused)
         set_at(&s->g, 13, NAN);
         if (rule == 0)
             kernels()->adam(&s->p, &s->a, &s->b, NULL, &s->g, 0.1, 0.9, 0.99, 1e-8, 0, 0.1, 0.01, 1,
-                            1);
+                            1, NULL, NULL);
         else if (rule == 1)
-            kernels()->sgd(&s->p, NULL, NULL, &s->g, 0.1, 0, 0, 0, 0, 1, 1);
+            kernels()->sgd(&s->p, NULL, NULL, &s->g, 0.1, 0, 0, 0, 0, 1, 1, NULL, NULL);
         else if (rule == 2)
-            kernels()->lion(&s->p, &s->a, NULL, &s->g, 0.1, 0.9, 0.99, 0, 1);
+            kernels()->lion(&s->p, &s->a, NULL, &s->g, 0.1, 0.9, 0.99, 0, 1, NULL, NULL);
         else
-            kernels()->adagrad(&s->p, &s->a, NULL, &s->g, 0.1, 1e-10, 0, 1);
+            kernels()->adagrad(&s->p, &s->a, NULL, &s->g, 0.1, 1e-10, 0, 1, NULL, NULL);
         assert_true(isnan(get_at(&s->p, 13)));
         assert_false(isnan(get_at(&s->p, 12)));
         drop(s);
@@ -339,27 +339,212 @@ static void wrong_calls_are_refused(void **unused)
 
     (void)unused;
     s->a.numel = 19;
-    fails(kernels()->lion(&s->p, &s->a, NULL, &s->g, 0.1, 0.9, 0.99, 0, 1), DS_EINVAL,
+    fails(kernels()->lion(&s->p, &s->a, NULL, &s->g, 0.1, 0.9, 0.99, 0, 1, NULL, NULL), DS_EINVAL,
           "19 elements");
     s->a.numel = 20;
     s->g.dense = 0;
-    fails(kernels()->lion(&s->p, &s->a, NULL, &s->g, 0.1, 0.9, 0.99, 0, 1), DS_EINVAL, "not dense");
+    fails(kernels()->lion(&s->p, &s->a, NULL, &s->g, 0.1, 0.9, 0.99, 0, 1, NULL, NULL), DS_EINVAL,
+          "not dense");
     s->g.dense = 1;
     s->p.dtype = DS_BF16;
-    fails(kernels()->lion(&s->p, &s->a, NULL, &s->g, 0.1, 0.9, 0.99, 0, 1), DS_EINVAL, "bf16");
+    fails(kernels()->lion(&s->p, &s->a, NULL, &s->g, 0.1, 0.9, 0.99, 0, 1, NULL, NULL), DS_EINVAL,
+          "bf16");
     s->p.dtype = DS_F32;
     s->low.dtype = DS_F32;
-    fails(kernels()->lion(&s->p, &s->a, &s->low, &s->g, 0.1, 0.9, 0.99, 0, 1), DS_EINVAL,
-          "f32 copy");
+    fails(kernels()->lion(&s->p, &s->a, &s->low, &s->g, 0.1, 0.9, 0.99, 0, 1, NULL, NULL),
+          DS_EINVAL, "f32 copy");
     s->low.dtype = DS_BF16;
     s->a.dtype = DS_BF16;
-    fails(
-        kernels()->lamb(&s->p, &s->a, &s->b, NULL, &s->g, 0.1, 0.9, 0.99, 0, 0, 1, 1, 0.01, 10, 1),
-        DS_EINVAL, "state is bf16");
+    fails(kernels()->lamb(&s->p, &s->a, &s->b, NULL, &s->g, 0.1, 0.9, 0.99, 0, 0, 1, 1, 0.01, 10, 1,
+                          NULL, NULL),
+          DS_EINVAL, "state is bf16");
     s->a.dtype = DS_F32;
-    fails(kernels()->sgd(&s->p, NULL, NULL, &s->g, 0.1, 0.9, 0, 0, 0, 1, 1), DS_EINVAL,
+    fails(kernels()->sgd(&s->p, NULL, NULL, &s->g, 0.1, 0.9, 0, 0, 0, 1, 1, NULL, NULL), DS_EINVAL,
           "momentum buffer");
     drop(s);
+}
+
+/* ---- numbers on the device */
+
+/* One step of a rule: lr, c1, c2 and gscale as scalars, factor and rates as tensors or NULL. */
+static int one_step(int rule, setting *s, double lr, double c1, double c2, double gscale,
+                    const ds_tensor *factor, const ds_tensor *rates)
+{
+    ds_tensor *low = low_of(s);
+
+    switch (rule) {
+    case 0:
+        return kernels()->adam(&s->p, &s->a, &s->b, low, &s->g, lr, 0.9, 0.99, 1e-8, 0.1, c1, c2,
+                               gscale, 1, factor, rates);
+    case 1:
+        return kernels()->sgd(&s->p, &s->a, low, &s->g, lr, 0.9, 0, 0.1, 0, 0, gscale, factor,
+                              rates);
+    case 2:
+        return kernels()->lion(&s->p, &s->a, low, &s->g, lr, 0.9, 0.99, 0.1, gscale, factor, rates);
+    case 3:
+        return kernels()->adagrad(&s->p, &s->a, low, &s->g, lr, 1e-10, 0.1, gscale, factor, rates);
+    default:
+        return kernels()->lamb(&s->p, &s->a, &s->b, low, &s->g, lr, 0.9, 0.99, 1e-8, 0.1, c1, c2,
+                               0.01, 10, gscale, factor, rates);
+    }
+}
+
+static ds_tensor numbers(int64_t n, double a, double b, double c)
+{
+    ds_tensor t = vector(DS_F32, n);
+    double all[] = {a, b, c};
+
+    for (int64_t i = 0; i < n; i++)
+        set_at(&t, i, all[i]);
+    return t;
+}
+
+static setting *started(uint64_t seed)
+{
+    setting *s;
+
+    random_state = seed;
+    s = make(1000, DS_F32, DS_BF16, DS_BF16, 1, 0);
+    differentiate(s);
+    step_ok(one_step(4, s, 1, 1, 1, 1, NULL, NULL));
+    return s;
+}
+
+static void same_bits(const setting *one, const setting *other)
+{
+    assert_memory_equal(one->p.data, other->p.data, (size_t)one->n * 4);
+    assert_memory_equal(one->a.data, other->a.data, (size_t)one->n * 4);
+    assert_memory_equal(one->b.data, other->b.data, (size_t)one->n * 4);
+    assert_memory_equal(one->low.data, other->low.data, (size_t)one->n * 2);
+}
+
+/* Tensors say the same as scalars. All numbers are exact in f32. */
+static void numbers_on_the_device_count(void **unused)
+{
+    ds_tensor factor = numbers(1, 0.5, 0, 0), rates = numbers(3, 0.25, 0.75, 0.5);
+
+    (void)unused;
+    for (int rule = 0; rule < 5; rule++)
+        for (int kind = 1; kind < 4; kind++) {
+            setting *one = started(7), *other = started(7);
+            int f = kind & 1, r = kind & 2;
+
+            step_ok(one_step(rule, one, 0.25, 0.75, 0.5, 2, NULL, NULL));
+            step_ok(one_step(rule, other, r ? NAN : 0.25, r ? NAN : 0.75, r ? NAN : 0.5, f ? 4 : 2,
+                             f ? &factor : NULL, r ? &rates : NULL));
+            same_bits(one, other);
+            drop(one);
+            drop(other);
+        }
+    free(factor.data);
+    free(rates.data);
+}
+
+/* A factor that is no number: the step is left out, and no buffer changes. */
+static void steps_are_skipped_on_the_device(void **unused)
+{
+    static const double bad[] = {NAN, INFINITY, -INFINITY};
+
+    (void)unused;
+    for (int rule = 0; rule < 5; rule++)
+        for (int i = 0; i < 3; i++) {
+            setting *one = started(3), *other = started(3);
+            ds_tensor factor = numbers(1, bad[i], 0, 0);
+
+            step_ok(one_step(rule, other, 0.25, 0.75, 0.5, 1, &factor, NULL));
+            same_bits(one, other);
+            drop(one);
+            drop(other);
+            free(factor.data);
+        }
+}
+
+static void wrong_numbers_are_refused(void **unused)
+{
+    setting *s = started(5);
+    ds_tensor two = numbers(2, 1, 1, 0), half = vector(DS_BF16, 1);
+
+    (void)unused;
+    for (int rule = 0; rule < 5; rule++) {
+        fails(one_step(rule, s, 1, 1, 1, 1, &two, NULL), DS_EINVAL, "factor is 2 numbers in f32");
+        fails(one_step(rule, s, 1, 1, 1, 1, &half, NULL), DS_EINVAL, "must be 1 in f32");
+        fails(one_step(rule, s, 1, 1, 1, 1, NULL, &two), DS_EINVAL, "rates is 2 numbers");
+    }
+    half.device = DS_CUDA;
+    fails(one_step(0, s, 1, 1, 1, 1, &half, NULL), DS_EINVAL, "on the weights' device");
+    fails(kernels()->square_sum(&two, &s->g, 0), DS_EINVAL, "2 numbers");
+    fails(kernels()->square_sum(&half, &s->g, 0), DS_EINVAL, "bf16");
+    half.dtype = DS_I32;
+    two.numel = 1;
+    fails(kernels()->square_sum(&two, &half, 0), DS_EINVAL, "not for i32");
+    s->g.dense = 0;
+    fails(kernels()->square_sum(&two, &s->g, 0), DS_EINVAL, "not dense");
+    fails(kernels()->clip_factor(&two, &half, &two, 1, 1, 0), DS_EINVAL, "norm is");
+    fails(kernels()->clip_factor(&half, &two, &two, 1, 1, 0), DS_EINVAL, "factor is");
+    fails(kernels()->clip_factor(&two, &two, &half, 1, 1, 0), DS_EINVAL, "sum of squares is");
+    drop(s);
+    free(two.data);
+    free(half.data);
+}
+
+static void square_sum_adds_squares(void **unused)
+{
+    static const int64_t sizes[] = {0, 1, 5, 1000, MOST};
+
+    (void)unused;
+    for (int size = 0; size < 5; size++)
+        for (int dtype = DS_F32; dtype <= DS_F64; dtype++)
+            for (int accumulate = 0; accumulate < 2; accumulate++) {
+                ds_tensor x = vector(dtype, sizes[size]),
+                          y = vector(dtype == DS_F64 ? dtype : 0, 1);
+                double want = accumulate ? 3 : 0;
+
+                set_at(&y, 0, accumulate ? 3 : NAN);
+                for (int64_t i = 0; i < sizes[size]; i++) {
+                    set_at(&x, i, uniform(-1, 1));
+                    want += get_at(&x, i) * get_at(&x, i);
+                }
+                assert_int_equal(kernels()->square_sum(&y, &x, accumulate), 0);
+                near(get_at(&y, 0), want, want * (dtype == DS_F64 ? 1e-13 : 1e-6), "square_sum",
+                     sizes[size]);
+                free(x.data);
+                free(y.data);
+            }
+}
+
+static void clip_factor_bounds_the_norm(void **unused)
+{
+    static const struct {
+        double squares, max_norm, scale;
+        int skip;
+        double norm, factor;
+    } cases[] = {
+        {16, 0, 1, 0, 4, 1},
+        {16, 0, 8, 1, 0.5, 0.125},
+        {16, 8, 1, 0, 4, 1},
+        {16, 2, 1, 0, 4, 2 / (4 + 1e-6)},
+        {256, 2, 4, 1, 4, 0.25 * 2 / (4 + 1e-6)},
+        {0, 2, 4, 1, 0, 0.25},
+        {INFINITY, 0, 4, 1, INFINITY, NAN},
+        {NAN, 2, 4, 1, NAN, NAN},
+        {NAN, 2, 4, 0, NAN, 0.25},
+        {INFINITY, 2, 4, 0, INFINITY, 0},
+    };
+
+    (void)unused;
+    for (int i = 0; i < (int)(sizeof cases / sizeof *cases); i++) {
+        ds_tensor squares = numbers(1, cases[i].squares, 0, 0), norm = numbers(1, -1, 0, 0),
+                  factor = numbers(1, -1, 0, 0);
+
+        assert_int_equal(kernels()->clip_factor(&factor, &norm, &squares, cases[i].max_norm,
+                                                cases[i].scale, cases[i].skip),
+                         0);
+        near(get_at(&norm, 0), cases[i].norm, 1e-6, "norm", i);
+        near(get_at(&factor, 0), cases[i].factor, 1e-7, "factor", i);
+        free(squares.data);
+        free(norm.data);
+        free(factor.data);
+    }
 }
 
 int main(int argc, char **argv)
@@ -371,6 +556,11 @@ int main(int argc, char **argv)
         cmocka_unit_test(empty_buffers_are_fine),
         cmocka_unit_test(nan_gradients_show),
         cmocka_unit_test(wrong_calls_are_refused),
+        cmocka_unit_test(numbers_on_the_device_count),
+        cmocka_unit_test(steps_are_skipped_on_the_device),
+        cmocka_unit_test(wrong_numbers_are_refused),
+        cmocka_unit_test(square_sum_adds_squares),
+        cmocka_unit_test(clip_factor_bounds_the_norm),
     };
     int done = each_level(argv);
 
