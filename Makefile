@@ -57,7 +57,8 @@ march_portable :=
 # ---- what is built
 
 single  := kernels/cpu/level.c kernels/cpu/dnnl.c
-once    := $(wildcard kernels/*.c runner/*.c $(single))
+plugin  := $(wildcard runner/comm_nccl*.c)
+once    := $(filter-out $(plugin),$(wildcard kernels/*.c runner/*.c $(single)))
 leveled := $(filter-out $(single),$(wildcard kernels/cpu/*.c))
 objects := $(once:%.c=$(BUILD)/%.o) \
            $(foreach level,$(LEVELS),$(leveled:%.c=$(BUILD)/%.$(level).o))
@@ -138,6 +139,10 @@ cuda_flags   = -std=c++17 -I. $(cuda_paths) $(NVCCFLAGS) $(cuda_codes) -Xcompile
                $(if $(NVCC_CCBIN),-ccbin $(NVCC_CCBIN)) $(if $(WERROR),--Werror all-warnings)
 cuda_sources := $(wildcard kernels/cuda/*.cu)
 cuda_objects := $(cuda_sources:%.cu=$(BUILD)/%.o)
+ifneq ($(NCCL_INCLUDE),)
+cuda_objects += $(plugin:%.c=$(BUILD)/cuda/%.o)
+nccl_simt    := $(BUILD)/simt/libnccl.so.2
+endif
 
 ifneq ($(and $(NVCC),$(CUDA_LIB)),)
 all: $(BUILD)/libds_cuda.so
@@ -146,22 +151,38 @@ endif
 # cuBLASLt is linked; cuDNN and NCCL are opened when they are wanted. The driver is never linked.
 $(BUILD)/libds_cuda.so: $(cuda_objects) $(BUILD)/cuda.flags
 	$(call quiet,link,$@)$(NVCC) -shared -cudart static -o $@ $(cuda_objects) -L$(CUDA_LIB) -lcublasLt \
-	  -Xlinker -rpath,'$$ORIGIN:$(CUDA_LIB)'
+	  -Xlinker -rpath,'$$ORIGIN:$(CUDA_LIB)$(if $(NCCL_LIB),:$(NCCL_LIB))'
+
+# Its files that are no kernels.
+$(BUILD)/cuda/%.o: %.c $(BUILD)/cuda.flags
+	@mkdir -p $(@D)
+	$(call quiet,cc,$<)$(CC) $(BASE) $(STRICT) $(CFLAGS) $(cuda_paths) -fPIC -MMD -MP -c -o $@ $<
 
 $(BUILD)/%.o: %.cu $(BUILD)/cuda.flags
 	@mkdir -p $(@D)
 	$(call quiet,nvcc,$<)$(NVCC) $(cuda_flags) -MMD -MP -c -o $@ $<
 
 # The same sources for the host, with threads that are simulated: tests where there is no GPU.
+simt_alone   := tests/simt/nccl.cpp
 simt_objects := $(cuda_sources:%.cu=$(BUILD)/simt/%.o) \
-                $(patsubst tests/simt/%.cpp,$(BUILD)/simt/tests/%.o,$(wildcard tests/simt/*.cpp))
-simt_flags    = -std=c++17 -I. -DDS_SIMT -isystem $(CUDA_INCLUDE) -Wall -Wextra $(STRICT) -fPIC -O2 -g \
+                $(patsubst tests/simt/%.cpp,$(BUILD)/simt/tests/%.o,$(filter-out $(simt_alone),$(wildcard tests/simt/*.cpp))) \
+                $(if $(NCCL_INCLUDE),$(plugin:%.c=$(BUILD)/simt/%.o))
+simt_flags    = -std=c++17 -I. -DDS_SIMT $(cuda_paths) -Wall -Wextra $(STRICT) -fPIC -O2 -g \
                 -fno-strict-aliasing -Wno-unknown-pragmas $(CHECKED)
 
-simt: $(BUILD)/simt/libds_cuda.so
+simt: $(BUILD)/simt/libds_cuda.so $(nccl_simt)
 
 $(BUILD)/simt/libds_cuda.so: $(simt_objects) $(BUILD)/simt.flags
-	$(call quiet,link,$@)$(CXX) -shared -Wl,-Bsymbolic $(CHECKED) -o $@ $(simt_objects)
+	$(call quiet,link,$@)$(CXX) -shared -Wl,-Bsymbolic $(CHECKED) -o $@ $(simt_objects) \
+	  -Wl,--disable-new-dtags,-rpath,'$$ORIGIN'
+
+# In NCCL's place, and found before it, as the folder is looked at before LD_LIBRARY_PATH.
+$(BUILD)/simt/libnccl.so.2: $(BUILD)/simt/tests/nccl.o $(BUILD)/simt/libds_cuda.so
+	$(call quiet,link,$@)$(CXX) -shared $(CHECKED) -o $@ $< -L$(@D) -l:libds_cuda.so -Wl,-rpath,'$$ORIGIN'
+
+$(BUILD)/simt/%.o: %.c $(BUILD)/simt.flags
+	@mkdir -p $(@D)
+	$(call quiet,simt,$<)$(CC) $(BASE) $(STRICT) $(CFLAGS) $(cuda_paths) -fPIC -MMD -MP -c -o $@ $<
 
 $(BUILD)/simt/%.o: %.cu $(BUILD)/simt.flags
 	@mkdir -p $(@D)
@@ -173,7 +194,7 @@ $(BUILD)/simt/tests/%.o: tests/simt/%.cpp $(BUILD)/simt.flags
 
 text_cuda := $(NVCC) $(cuda_flags) $(CUDA_LIB) $(cuda_objects)
 text_simt := $(CXX) $(simt_flags) $(simt_objects)
--include $(cuda_objects:.o=.d) $(simt_objects:.o=.d)
+-include $(cuda_objects:.o=.d) $(simt_objects:.o=.d) $(BUILD)/simt/tests/nccl.d
 
 # ---- targets
 

@@ -117,15 +117,17 @@ static ds_comm *_Atomic world;
 
 static void close_group(ds_comm *c)
 {
-    for (int device = 0; device < DS_META; device++)
+    for (int device = DS_META - 1; device >= 0; device--) /* the CPU's waits for the other ranks */
         if (c->transport[device]->close)
             c->transport[device]->close(c);
     free(c);
 }
 
+/* In the place of the transport between GPUs until one is wanted. */
+static const ds_transport no_cuda = {.name = "CUDA on several ranks"};
+
 static int open_world(ds_comm **out)
 {
-    static const ds_transport no_cuda = {.name = "CUDA on several ranks"};
     static const ds_transport *const alone[DS_META] = {&ds_transport_self, &ds_transport_self};
     static const ds_transport *const many[DS_META] = {&ds_transport_mpi, &no_cuda};
     ds_comm *c = new_group(launched() ? many : alone);
@@ -201,6 +203,8 @@ int ds_comm_split(ds_comm **out, ds_comm *parent, int color, int key)
     c = new_group(parent->transport);
     if (!c)
         return ds_fail(DS_ENOMEM, "out of memory: a group of ranks");
+    if (c->transport[DS_CPU] != &ds_transport_self) /* by its own size */
+        c->transport[DS_CUDA] = &no_cuda;
     number = count(parent, DS_SPLIT);
     inside(parent, DS_SPLIT, number);
     if (checked(parent))
@@ -298,6 +302,16 @@ void ds_comm_waits_for(int rank)
     all_groups.peer = rank;
 }
 
+void ds_comm_prepares(ds_comm *c)
+{
+    c->running = all_groups.running = DS_COLLECTIVES;
+}
+
+int ds_comm_is_world(const ds_comm *c)
+{
+    return c == world;
+}
+
 void ds_comm_where(ds_comm_place *out)
 {
     *out = (ds_comm_place){.kind = all_groups.running,
@@ -349,6 +363,11 @@ static int check_reduction(const ds_call *call)
     return 0;
 }
 
+static int64_t own_part(const ds_comm *c, const ds_call *call)
+{
+    return call->borders[c->rank + 1] - call->borders[c->rank];
+}
+
 /* Dtype, device, sizes and places of the two tensors against each other. */
 static int check_pair(const ds_comm *c, const ds_call *call)
 {
@@ -362,7 +381,9 @@ static int check_pair(const ds_comm *c, const ds_call *call)
     if (in->dtype != out->dtype || in->device != out->device)
         return ds_fail(DS_EINVAL, "%s: %s in and %s out; both have one dtype and one device", name,
                        ds_dtype_name(in->dtype), ds_dtype_name(out->dtype));
-    if (in->numel % parts_in || in->numel / parts_in * parts_out != out->numel)
+    if (call->kind == DS_REDUCE_PARTS && out != in
+            ? out->numel != own_part(c, call)
+            : in->numel % parts_in || in->numel / parts_in * parts_out != out->numel)
         return ds_fail(DS_EINVAL, "%s: %lld elements in and %lld out don't fit %d ranks", name,
                        (long long)in->numel, (long long)out->numel, c->size);
     if (kinds[call->kind].in_place && a == b)
@@ -401,10 +422,10 @@ static int check_call(const ds_comm *c, const ds_call *call)
         rc = check_tensor(call, call->out, "output");
     if (rc == 0 && kinds[call->kind].reduces)
         rc = check_reduction(call);
-    if (rc == 0 && kinds[call->kind].in && kinds[call->kind].out)
-        rc = check_pair(c, call);
     if (rc == 0 && call->borders)
         rc = check_borders(c, call);
+    if (rc == 0 && kinds[call->kind].in && kinds[call->kind].out)
+        rc = check_pair(c, call);
     return rc;
 }
 
@@ -412,6 +433,18 @@ static void log_if_done(const ds_work *work)
 {
     if (work->entry && work->done && work->code == 0)
         ds_comm_log_end(work->entry, ds_seconds() - work->begun);
+}
+
+static const ds_transport *transport_for(ds_comm *c, int device)
+{
+    if (c->transport[device] == &no_cuda) {
+        const ds_transport *found = c->size == 1 ? &ds_transport_self : ds_cuda_transport();
+
+        if (!found)
+            return NULL;
+        c->transport[device] = found;
+    }
+    return c->transport[device];
 }
 
 int ds_comm_start(ds_comm *c, const ds_call *call, ds_work *work)
@@ -426,7 +459,9 @@ int ds_comm_start(ds_comm *c, const ds_call *call, ds_work *work)
     *work = (ds_work){.comm = c, .kind = call->kind, .device = device, .done = 1, .code = rc};
     if (rc < 0)
         return rc;
-    transport = c->transport[device];
+    transport = transport_for(c, device);
+    if (!transport)
+        return work->code = DS_ENOSYS; /* ds_error() says why */
     if (!transport->start[call->kind])
         return work->code =
                    ds_fail(DS_ENOSYS, "%s has no %s", transport->name, kinds[call->kind].name);
@@ -503,6 +538,12 @@ int ds_reduce_parts(ds_tensor *buffer, const int64_t *borders, int op, double sc
     return reduce(DS_REDUCE_PARTS, buffer, buffer, borders, op, scale, wire, c, work);
 }
 
+int ds_reduce_part(ds_tensor *out, const ds_tensor *in, const int64_t *borders, int op,
+                   double scale, int wire, ds_comm *c, ds_work *work)
+{
+    return reduce(DS_REDUCE_PARTS, out, in, borders, op, scale, wire, c, work);
+}
+
 int ds_all_gather(ds_tensor *out, const ds_tensor *in, ds_comm *c, ds_work *work)
 {
     return ds_comm_start(c, &(ds_call){.kind = DS_ALL_GATHER, .out = out, .in = in}, work);
@@ -565,9 +606,17 @@ static void self_close(ds_comm *c)
     (void)c;
 }
 
+/* What this rank's part begins with: of reduce_part, which has borders and two tensors, some of `in`. */
+static void *self_part(const ds_call *call)
+{
+    int64_t skipped = call->borders && call->out != call->in ? call->borders[0] : 0;
+
+    return (char *)call->in->data + skipped * ds_dtype_size(call->in->dtype);
+}
+
 static int self_scale(const ds_call *call, const ds_ops *ops)
 {
-    const void *const parts[] = {call->in->data};
+    const void *const parts[] = {self_part(call)};
 
     if (!ops->reduce_ranks)
         return ds_fail(DS_ENOSYS, "this device has no kernel to scale what ranks reduce");
@@ -594,6 +643,8 @@ static int self_copy(ds_comm *c, const ds_call *call, ds_work *work)
         return work->code = ds_fail(DS_ENOSYS, "this device has no copy kernel");
     out = *call->out; /* dense, so shapes may be flattened: kernels compare them */
     in = *call->in;
+    in.data = self_part(call);
+    in.numel = out.numel;
     out.ndim = in.ndim = 1;
     out.shape[0] = in.shape[0] = in.numel;
     out.stride[0] = in.stride[0] = 1;

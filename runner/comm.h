@@ -2,7 +2,8 @@
  *
  * comm.c checks arguments, counts collectives and says which is running, once for all transports;
  * a transport moves bytes. A group has one transport a device: shared memory and MPI for tensors on
- * the CPU, NCCL for those on GPUs. With one rank both are `self`, and MPI is never initialised.
+ * the CPU, NCCL for those on GPUs, which is looked for when the first of those comes. With one rank
+ * both are `self`, and MPI is never initialised.
  *
  * To add a transport: a file comm_<name>.c with a ds_transport, one line in comm.c's list.
  */
@@ -32,13 +33,15 @@ enum ds_collective {
  * of sizes that fit; they stay where they are until the work is done. */
 typedef struct ds_call {
     int kind;
-    int op;                 /* enum ds_reduction; of what reduces */
-    int peer;               /* root, receiver or sender; of broadcast, send, recv */
-    ds_tensor *out;         /* NULL for send and barrier */
-    const ds_tensor *in;    /* NULL for broadcast, recv and barrier */
-    const int64_t *borders; /* [size + 1]; of reduce_parts and gather_parts */
-    double scale;           /* of what reduces */
-    int wire;               /* a dtype, of what reduces: addends are rounded to it */
+    int op;              /* enum ds_reduction; of what reduces */
+    int peer;            /* root, receiver or sender; of broadcast, send, recv */
+    ds_tensor *out;      /* NULL for send and barrier */
+    const ds_tensor *in; /* NULL for broadcast, recv and barrier */
+    const int64_t
+        *borders; /* [size + 1]; of reduce_parts and gather_parts. Of reduce_parts `out` is
+                             * `in`, or this rank's part alone */
+    double scale; /* of what reduces */
+    int wire;     /* a dtype, of what reduces: addends are rounded to it */
 } ds_call;
 
 typedef struct ds_transport {
@@ -84,6 +87,10 @@ struct ds_comm {
 
 extern const ds_transport ds_transport_self, ds_transport_mpi;
 
+/* Between GPUs: the CUDA plugin's (devices.c). NULL: it has none, ds_error() says why. */
+#define DS_CUDA_TRANSPORT "ds_transport_nccl"
+const ds_transport *ds_cuda_transport(void);
+
 const char *ds_collective_name(int kind);
 const char *ds_reduction_name(int op);
 
@@ -105,8 +112,13 @@ typedef struct ds_comm_place {
 } ds_comm_place;
 void ds_comm_where(ds_comm_place *out);
 
-/* What a transport says while it waits for that rank. */
+/* What a transport says while it waits for that rank; and that it is busy, for longer than a rank may
+ * wait while nothing moves. */
 void ds_comm_waits_for(int rank);
+void ds_comm_prepares(ds_comm *c);
+
+/* Whether it is the group of all ranks. */
+int ds_comm_is_world(const ds_comm *c);
 
 /* What a transport adds as it sends. */
 void ds_comm_moved(ds_comm *c, int64_t bytes);

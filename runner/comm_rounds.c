@@ -330,7 +330,8 @@ static int make_plan(plan *p, ds_lane *l, const ds_call *call)
     p->ops = ds_ops_of(DS_CPU);
     if (!p->ops)
         return DS_ENOSYS;
-    if (call->kind != DS_REDUCE_SCATTER)
+    if (call->kind != DS_REDUCE_SCATTER &&
+        !(call->kind == DS_REDUCE_PARTS && call->out != call->in))
         p->mine += at(p, l->cut[me]);
     switch (call->kind) {
     case DS_ALL_REDUCE:

@@ -14,10 +14,12 @@
 #include <unistd.h>
 
 #include "runner/alloc.h"
+#include "runner/comm.h"
 #include "runner/rank.h"
 
 static pthread_once_t opened_cuda = PTHREAD_ONCE_INIT;
 static const ds_backend *cuda; /* NULL: why_not says why */
+static void *library;          /* the plugin */
 static char why_not[512];
 
 static void plugin_path(char *path, size_t bytes)
@@ -40,7 +42,7 @@ static void open_cuda(void)
     char path[PATH_MAX + 16];
     ds_backend_open *open_backend;
     ds_rank rank;
-    void *library, *symbol;
+    void *symbol;
 
     plugin_path(path, sizeof path);
     if (access(path, F_OK) != 0) {
@@ -74,6 +76,15 @@ const ds_backend *ds_backend_of(int device)
     }
     ds_fail(DS_ENOSYS, "there is no device %d", device);
     return NULL;
+}
+
+const ds_transport *ds_cuda_transport(void)
+{
+    const ds_transport *found = ds_backend_of(DS_CUDA) ? dlsym(library, DS_CUDA_TRANSPORT) : NULL;
+
+    if (!found && cuda)
+        ds_fail(DS_ENOSYS, "this build has no NCCL, by which ranks with GPUs talk");
+    return found;
 }
 
 /* ---- copies */

@@ -423,7 +423,9 @@ void ds_comm_abort(ds_comm *c, const char *why);
  * other way round; all_to_all sends share i to rank i. all_reduce may have out == in; nothing else
  * may overlap. Sums are in order of rank, in f32 (f64 for f64), and rounded once. `op` is an enum
  * ds_reduction, mean is for floating dtypes. work NULL: returns when it is done here; else when it
- * is begun, and on a CPU only send and recv leave anything to wait for. */
+ * is begun, and on a CPU only send and recv leave anything to wait for. On CUDA (comm_nccl.c) it is
+ * done for kernels that are called afterwards, the host waits for nothing, and sums are in NCCL's
+ * order. */
 int ds_all_reduce(ds_tensor *out, const ds_tensor *in, int op, ds_comm *c, ds_work *work);
 int ds_reduce_scatter(ds_tensor *out, const ds_tensor *in, int op, ds_comm *c, ds_work *work);
 int ds_all_gather(ds_tensor *out, const ds_tensor *in, ds_comm *c, ds_work *work);
@@ -440,6 +442,9 @@ int ds_barrier(ds_comm *c, ds_work *work);
  * lower precision than the buffer has the addends rounded to it, and so travel (-1: as they are). */
 int ds_reduce_parts(ds_tensor *buffer, const int64_t *borders, int op, double scale, int wire,
                     ds_comm *c, ds_work *work);
+/* reduce_parts, but rank r's part goes to `out`, of its size, and `in` stays as it is. */
+int ds_reduce_part(ds_tensor *out, const ds_tensor *in, const int64_t *borders, int op,
+                   double scale, int wire, ds_comm *c, ds_work *work);
 int ds_gather_parts(ds_tensor *buffer, const int64_t *borders, ds_comm *c, ds_work *work);
 int ds_all_reduce_scaled(ds_tensor *out, const ds_tensor *in, int op, double scale, int wire,
                          ds_comm *c, ds_work *work);
@@ -451,7 +456,8 @@ void ds_comm_about(ds_comm *c, int64_t about);
 /* Collectives begun and bytes sent by this rank so far; c NULL: in all groups. */
 void ds_comm_stats(int64_t *collectives, int64_t *bytes, const ds_comm *c);
 
-int ds_wait(ds_work *work); /* what the collective returned; again is harmless */
+/* What the collective returned; again is harmless. On CUDA kernels wait, the host does not. */
+int ds_wait(ds_work *work);
 int ds_test(ds_work *work); /* 1 done, 0 not yet, negative: it failed */
 
 /* ---- a log of collectives (comm_log.c) */

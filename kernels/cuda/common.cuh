@@ -154,7 +154,7 @@ static inline int launch(const char *name, void (*kernel)(P...), dim3 grid, dim3
                                                   (int)shared),
                              name));
 #ifdef DS_SIMT
-    simt::launch(name, grid, block, shared, [=] { kernel((P)args...); });
+    simt::launch(ds_cuda.stream, name, grid, block, shared, [=] { kernel((P)args...); });
 #else
     kernel<<<grid, block, shared, ds_cuda.stream>>>((P)args...);
 #endif

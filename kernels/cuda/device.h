@@ -13,10 +13,14 @@
 #include <math.h>
 #include <stdint.h>
 
+#ifdef __cplusplus
 extern "C" {
+#endif
 #include "kernels/backend.h"
 #include "kernels/error.h"
+#ifdef __cplusplus
 }
+#endif
 #include "kernels/dtype.h"
 
 #define DS_TRY(call)                                                                               \
@@ -25,6 +29,10 @@ extern "C" {
         if (rc_ < 0)                                                                               \
             return rc_;                                                                            \
     } while (0)
+
+#ifdef __cplusplus
+extern "C" {
+#endif
 
 /* What a kernel found wrong with its data; the first one counts. Host memory that the device sees. */
 typedef struct ds_cuda_fault {
@@ -66,5 +74,9 @@ enum ds_cuda_slot {
     DS_CUDA_SLOTS
 };
 void *ds_cuda_scratch(int slot, size_t bytes);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

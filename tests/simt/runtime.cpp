@@ -1,16 +1,23 @@
 /* runtime.cpp - the part of CUDA's runtime that the backend calls, on a machine without a GPU: all work
  * is done at once, in the order of the calls, unless a stream is being captured.
  *
+ * A stream with a priority (the one that ranks reduce in) does its work as late as CUDA allows: when
+ * another stream or the host waits for an event behind it. So who reads a result without waiting reads
+ * what was there before, and who writes to what is still being sent, sends that.
+ *
  * Device memory is host memory, filled with bytes that are NaN, so that what nobody wrote shows.
  * DS_SIMT_DEVICES: how many devices there are (1). DS_SIMT_MEMORY: bytes that each has (8 GiB).
  */
 #include "simt.h"
 
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <time.h>
 
+#include <deque>
 #include <map>
+#include <set>
 #include <vector>
 
 namespace simt
@@ -23,24 +30,102 @@ static cudaError_t last = cudaSuccess;
 static std::map<void *, size_t> blocks;
 static size_t taken;
 
-/* Now, or when the graph is launched. */
-static void run(std::function<void()> work)
+/* ---- streams */
+
+struct stream {
+    bool late;
+    std::deque<std::function<bool()>> work; /* of a late one, in order; true: it is done */
+    uint64_t queued, done;
+};
+struct event {
+    double ms;
+    stream *in; /* NULL, or a late one, up to whose work number it reaches */
+    uint64_t number;
+};
+static std::set<stream *> late_streams;
+
+static bool advance(stream *s)
 {
-    if (capturing)
+    if (s->work.empty() || !s->work.front()())
+        return false;
+    s->work.pop_front();
+    s->done++;
+    return true;
+}
+
+/* Where that has to wait for another process the other streams go on. */
+static void run_until(stream *s, uint64_t number)
+{
+    while (s && s->done < number) {
+        bool some = advance(s);
+
+        for (stream *other : late_streams)
+            if (!some && other != s)
+                some = advance(other);
+        if (!some)
+            sched_yield();
+    }
+}
+
+static void run_all()
+{
+    for (stream *s : late_streams)
+        run_until(s, s->queued);
+}
+
+/* Now, when the graph is launched, or when somebody waits for it. */
+void enqueue(cudaStream_t in, std::function<void()> work)
+{
+    stream *s = (stream *)in;
+
+    if (s && s->late) {
+        s->work.push_back([=] {
+            work();
+            return true;
+        });
+        s->queued++;
+    } else if (capturing) {
         capturing->push_back(work);
-    else
+    } else {
         work();
+    }
 }
 
-/* For libraries that stand in for NVIDIA's. */
-void enqueue(std::function<void()> work)
+void enqueue_steps(cudaStream_t in, std::function<bool()> step)
 {
-    run(work);
+    stream *s = (stream *)in;
+
+    if (s && s->late) {
+        s->work.push_back(step);
+        s->queued++;
+    } else {
+        while (!step())
+            sched_yield();
+    }
 }
 
-void launch(const char *name, dim3 grid, dim3 block, size_t shared, std::function<void()> body)
+void launch(cudaStream_t in, const char *name, dim3 grid, dim3 block, size_t shared,
+            std::function<void()> body)
 {
-    run([=] { launch_now(name, grid, block, shared, body); });
+    enqueue(in, [=] { launch_now(name, grid, block, shared, body); });
+}
+
+bool is_device(const void *data, size_t bytes)
+{
+    auto next = blocks.upper_bound((void *)data);
+
+    if (next == blocks.begin())
+        return false;
+    --next;
+    return (const char *)data + bytes <= (char *)next->first + next->second;
+}
+
+static double now_ms()
+{
+    struct timespec t;
+
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec * 1e3 + (double)t.tv_nsec * 1e-6;
 }
 
 static cudaError_t fails(cudaError_t code)
@@ -149,6 +234,7 @@ cudaError_t cudaMalloc(void **out, size_t bytes)
 cudaError_t cudaFree(void *p)
 {
     if (p) {
+        run_all();
         taken -= blocks[p];
         blocks.erase(p);
         free(p);
@@ -169,23 +255,24 @@ cudaError_t cudaFreeHost(void *p)
     free(p);
     return cudaSuccess;
 }
-cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind, cudaStream_t)
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind,
+                            cudaStream_t s)
 {
-    run([=] { memmove(to, from, bytes); });
+    enqueue(s, [=] { memmove(to, from, bytes); });
     return cudaSuccess;
 }
 cudaError_t cudaMemcpy2DAsync(void *to, size_t tp, const void *from, size_t fp, size_t width,
-                              size_t height, cudaMemcpyKind, cudaStream_t)
+                              size_t height, cudaMemcpyKind, cudaStream_t s)
 {
-    run([=] {
+    enqueue(s, [=] {
         for (size_t i = 0; i < height; i++)
             memmove((char *)to + i * tp, (const char *)from + i * fp, width);
     });
     return cudaSuccess;
 }
-cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t)
+cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t s)
 {
-    run([=] { memset(p, value, bytes); });
+    enqueue(s, [=] { memset(p, value, bytes); });
     return cudaSuccess;
 }
 
@@ -193,12 +280,17 @@ cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t)
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned)
 {
-    *out = (cudaStream_t)malloc(1);
+    *out = (cudaStream_t) new stream{};
     return cudaSuccess;
 }
-cudaError_t cudaStreamCreateWithPriority(cudaStream_t *out, unsigned flags, int)
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t *out, unsigned flags, int priority)
 {
-    return cudaStreamCreateWithFlags(out, flags);
+    cudaStreamCreateWithFlags(out, flags);
+    if (priority) {
+        ((stream *)*out)->late = true;
+        late_streams.insert((stream *)*out);
+    }
+    return cudaSuccess;
 }
 cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest)
 {
@@ -207,54 +299,74 @@ cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest)
 }
 cudaError_t cudaStreamDestroy(cudaStream_t s)
 {
-    free(s);
+    run_until((stream *)s, ((stream *)s)->queued);
+    late_streams.erase((stream *)s);
+    delete (stream *)s;
     return cudaSuccess;
 }
-cudaError_t cudaStreamSynchronize(cudaStream_t)
+cudaError_t cudaStreamSynchronize(cudaStream_t s)
 {
-    return capturing ? fails(cudaErrorStreamCaptureUnsupported) : cudaSuccess;
-}
-cudaError_t cudaStreamQuery(cudaStream_t)
-{
+    if (capturing)
+        return fails(cudaErrorStreamCaptureUnsupported);
+    if (s)
+        run_until((stream *)s, ((stream *)s)->queued);
     return cudaSuccess;
+}
+cudaError_t cudaStreamQuery(cudaStream_t s)
+{
+    return cudaStreamSynchronize(s);
 }
 cudaError_t cudaDeviceSynchronize()
 {
-    return capturing ? fails(cudaErrorStreamCaptureUnsupported) : cudaSuccess;
+    if (capturing)
+        return fails(cudaErrorStreamCaptureUnsupported);
+    run_all();
+    return cudaSuccess;
 }
-cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned)
+cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t e, unsigned)
 {
+    event before = *(event *)e;
+
+    if (s && ((stream *)s)->late)
+        enqueue_steps(s, [=] { return !before.in || before.in->done >= before.number; });
+    else
+        enqueue(s, [=] { run_until(before.in, before.number); });
     return cudaSuccess;
 }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *out, unsigned)
 {
-    *out = (cudaEvent_t)calloc(1, sizeof(double));
+    *out = (cudaEvent_t) new event{};
     return cudaSuccess;
 }
 cudaError_t cudaEventDestroy(cudaEvent_t e)
 {
-    free(e);
+    delete (event *)e;
     return cudaSuccess;
 }
-cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t)
+cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t in)
 {
-    struct timespec t;
+    stream *s = (stream *)in;
+    event *at = (event *)e;
 
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    *(double *)e = (double)t.tv_sec * 1e3 + (double)t.tv_nsec * 1e-6;
+    at->in = s && s->late ? s : NULL;
+    at->number = at->in ? s->queued : 0;
+    at->ms = now_ms();
     return cudaSuccess;
 }
-cudaError_t cudaEventQuery(cudaEvent_t)
+cudaError_t cudaEventQuery(cudaEvent_t e)
 {
+    event *at = (event *)e;
+
+    run_until(at->in, at->number);
     return cudaSuccess;
 }
-cudaError_t cudaEventSynchronize(cudaEvent_t)
+cudaError_t cudaEventSynchronize(cudaEvent_t e)
 {
-    return capturing ? fails(cudaErrorStreamCaptureUnsupported) : cudaSuccess;
+    return capturing ? fails(cudaErrorStreamCaptureUnsupported) : cudaEventQuery(e);
 }
 cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t a, cudaEvent_t b)
 {
-    *ms = (float)(*(double *)b - *(double *)a);
+    *ms = (float)(((event *)b)->ms - ((event *)a)->ms);
     return cudaSuccess;
 }
 

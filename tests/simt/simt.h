@@ -34,7 +34,14 @@ struct place {
 };
 extern place now;
 
-void launch(const char *name, dim3 grid, dim3 block, size_t shared, std::function<void()> body);
+void launch(cudaStream_t stream, const char *name, dim3 grid, dim3 block, size_t shared,
+            std::function<void()> body);
+/* Work of a library that stands in for one of NVIDIA's. Steps are called until one returns true: what
+ * waits for another process returns false meanwhile. */
+void enqueue(cudaStream_t stream, std::function<void()> work);
+void enqueue_steps(cudaStream_t stream, std::function<bool()> step);
+/* Whether these bytes lie in one block of the simulated device's memory. */
+bool is_device(const void *data, size_t bytes);
 void *dynamic_shared();
 void block_barrier();
 int block_vote(int kind, int predicate); /* 0 or, 1 and, 2 count */
