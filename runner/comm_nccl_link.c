@@ -319,32 +319,32 @@ void ds_nccl_quit(ds_comm *world, int code)
     pthread_mutex_unlock(&all.lock);
 }
 
-/* Whether the ranks have ended the link, together. */
-static int finalized(ds_nccl_link *l)
+/* Whether all ranks of the link are at its end. */
+static int is_over(ds_nccl_link *l)
+{
+    ncclResult_t state;
+
+    return ds_nccl.CommGetAsyncError(l->comm, &state) != ncclSuccess || state != ncclInProgress;
+}
+
+/* With the group of all ranks; those of other groups stay until then. All links begin to end before any
+ * is waited for, as ranks have them in different orders. What does not end in time is left to the end
+ * of the process, which comes next. */
+void ds_nccl_close_all(void)
 {
     const struct timespec moment = {.tv_nsec = 200000};
     double until = ds_seconds() + END_SECONDS;
-    ncclResult_t code = ds_nccl.CommFinalize(l->comm);
 
-    while (code == ncclInProgress && ds_seconds() < until) {
-        ncclResult_t state = ncclInternalError;
-
-        nanosleep(&moment, NULL);
-        code =
-            ds_nccl.CommGetAsyncError(l->comm, &state) == ncclSuccess ? state : ncclInternalError;
-    }
-    return code == ncclSuccess;
-}
-
-/* With the group of all ranks; those of other groups stay until then. The process ends next: what does
- * not end in time is left to that. */
-void ds_nccl_close_all(void)
-{
     for (ds_nccl_link *l = all.links; l && all.over == 0; l = l->next)
         cudaStreamSynchronize(l->stream);
     ds_nccl_lock();
-    for (ds_nccl_link *l = all.links; l && all.over == 0; l = l->next) {
-        if (l->comm && l->ready && finalized(l))
+    for (ds_nccl_link *l = all.over == 0 ? all.links : NULL; l; l = l->next)
+        if (l->comm && l->ready)
+            ds_nccl.CommFinalize(l->comm);
+    for (ds_nccl_link *l = all.over == 0 ? all.links : NULL; l; l = l->next) {
+        while (l->comm && l->ready && !is_over(l) && ds_seconds() < until)
+            nanosleep(&moment, NULL);
+        if (l->comm && l->ready && is_over(l))
             ds_nccl.CommDestroy(l->comm);
         l->comm = NULL;
     }
