@@ -147,7 +147,7 @@ end
 --- How long each call took the rank that was there last, and this rank beyond that.
 local function straggled(e)
   return scope.no_grad(function()
-    local own = tensor.tensor(e.ms, "f64")
+    local own = tensor.tensor(e.ms, { dtype = "f64", device = "cpu" })
     local least = require("ds.comm").all_reduce(own:clone(), "min"):tolist()
     local over, total, extra = {}, 0, 0
     for k, ms in ipairs(e.ms) do

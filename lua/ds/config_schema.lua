@@ -187,8 +187,9 @@ local zero_fields = {
   idle("allgather_partitions", "boolean", true, "all-gather instead of broadcasts"),
   { "allgather_bucket_size", "integer", 5e8, "most elements of updated weights gathered at a " ..
     "time; never more than a bucket", min = 1 },
-  idle("overlap_comm", "boolean", nil, "reduce while kernels run; on CPUs both want the same " ..
-    "cores"),
+  { "overlap_comm", "boolean", true, "on GPUs, reduce and gather while kernels run; on CPUs both " ..
+    "want the same cores, and it changes nothing. A script that changes gradients itself before " ..
+    "step(), at stages 0 and 1, sets it to false." },
   idle("compute_grad_norm", "boolean", true, "the norm is always known here"),
   idle("load_from_fp32_weights", "boolean", true, "resume from the fp32 weights; always so here"),
   idle("elastic_checkpoint", "boolean", false, "resume on another number of ranks; always " ..

@@ -111,7 +111,7 @@ local function partition(self)
     sub_group_size = c.sub_group_size, small = c.stage3_param_persistence_threshold,
     most_small = c.stage3_model_persistence_threshold, prefetch = c.stage3_prefetch_bucket_size,
     max_live = c.stage3_max_live_parameters, max_reuse = c.stage3_max_reuse_distance,
-    store = self.offload,
+    store = self.offload, overlap = c.overlap_comm,
   })
   self.params = self.zero.params
   for _, p in ipairs(self.params) do p._engine = self end

@@ -13,13 +13,14 @@ local C, check, raise = border.C, border.check, border.raise
 local M = {}
 
 local PLACE = 64 -- bytes of a place's name that are compared
+local bytes = { dtype = "u8", device = "cpu" } -- wherever other tensors are
 
 local function gather(out, mine, what)
   check(C.ds_all_gather(out._c, mine._c, comm.world(), nil), what)
 end
 
 local function bytes_of(text, size)
-  local t = tensor.zeros(size, { dtype = "u8" })
+  local t = tensor.zeros(size, bytes)
   ffi.copy(t._c.data, text, math.min(#text, size))
   return t
 end
@@ -31,11 +32,11 @@ function M.texts(text)
   local ranks = comm.world_size()
   if ranks == 1 then return { text } end
   return scope.no_grad(function()
-    local lengths = tensor.zeros(ranks, { dtype = "i64" })
-    gather(lengths, tensor.tensor({ #text }, "i64"))
+    local lengths = tensor.zeros(ranks, { dtype = "i64", device = "cpu" })
+    gather(lengths, tensor.tensor({ #text }, { dtype = "i64", device = "cpu" }))
     local numbers, most = lengths:tolist(), 1
     for _, n in ipairs(numbers) do most = math.max(most, n) end
-    local all = tensor.zeros(ranks * most, { dtype = "u8" })
+    local all = tensor.zeros(ranks * most, bytes)
     gather(all, bytes_of(text, most))
     local out = {}
     for r = 1, ranks do
@@ -73,7 +74,7 @@ function M.meet(place)
   if ranks == 1 then return end
   local same, places = true, {}
   scope.no_grad(function()
-    local all = tensor.zeros(ranks * PLACE, { dtype = "u8" })
+    local all = tensor.zeros(ranks * PLACE, bytes)
     gather(all, bytes_of(place, PLACE), place)
     for r = 0, ranks - 1 do
       local text = ffi.string(ffi.cast("char *", all._c.data) + r * PLACE, PLACE)

@@ -37,8 +37,10 @@ Zero.__index = Zero
 zero_grads.extend(Zero)
 
 -- A bucket is at most so many elements, or one parameter: what is reduced, gathered and, at stage
--- 3, whole at a time. Exchanging as much takes far longer than to start the exchange.
+-- 3, whole at a time. Exchanging as much takes far longer than to start the exchange, which between
+-- GPUs takes more.
 local BUCKET = 2 ^ 20
+local CUDA_BUCKET = 2 ^ 23
 M.BUCKET = BUCKET
 
 -- ---- the map
@@ -85,7 +87,8 @@ local function make_map(self, groups, options)
     whole[g - 1] = self.whole[g] and 1 or 0
   end
   local most = self.ranks == 1 and max(1, total)
-    or options.contiguous == false and 1 or min(options.reduce_bucket_size, BUCKET)
+    or options.contiguous == false and 1
+    or min(options.reduce_bucket_size, self.device == "cuda" and CUDA_BUCKET or BUCKET)
   local box = ffi.new("ds_zero *[1]")
   check(C.ds_zero_make(box, n, ffi.new("int64_t[?]", n, numel), ffi.new("int32_t[?]", n, group_of),
     ffi.new("int32_t[?]", n, small), whole, #groups, self.ranks, most,
@@ -176,6 +179,7 @@ local function lay_gradients(self)
     for _, b in ipairs(self.buckets) do b.own, b.fresh = by_bucket[b], true end
   else
     self.grads, by_bucket = buffers(self, self.grad_dtype, whole_size)
+    if self.early then self:lay_parts(buffers, own_size) end
     for _, b in ipairs(self.buckets) do
       b.grad = by_bucket[b]
       b.own = b.grad and own_part(b, b.grad)
@@ -292,7 +296,8 @@ end
 --   gradients travel in, if another than their own), reduce_scatter, contiguous, round_robin
 --   (booleans); in elements reduce_bucket_size, allgather_bucket_size, sub_group_size, small (a
 --   parameter with fewer is never split), most_small (all of those together), prefetch, max_live,
---   max_reuse; store (where the segments' own vectors lie, if not in memory: ds/offload.lua)
+--   max_reuse; store (where the segments' own vectors lie, if not in memory: ds/offload.lua);
+--   overlap: false: on GPUs, too, kernels wait for each exchange
 function M.new(groups, options)
   local ranks = comm.world_size()
   local self = setmetatable({
@@ -305,9 +310,12 @@ function M.new(groups, options)
     allgather_bucket_size = max(16, floor(options.allgather_bucket_size / 16) * 16),
     rank = comm.rank(), ranks = ranks, store = options.store,
   }, Zero)
+  self.overlap = ranks > 1 and self.device == "cuda" and options.overlap ~= false
+  self.early = self.overlap and self.stage < 2 and (self.reduce_scatter or self.stage == 0)
   if self.stage == 3 or any_unit(groups) then
     local zero_params = require "ds.zero_params"
-    self.sharded = zero_params.new { device = self.device, prefetch = options.prefetch,
+    self.sharded = zero_params.new { device = self.device, overlap = self.overlap,
+      prefetch = options.prefetch,
       max_live = options.max_live, max_reuse = options.max_reuse }
     self.hold = zero_params.hold
   end
@@ -317,7 +325,7 @@ function M.new(groups, options)
   if self.store then self.store:lay(self.segments, groups) end
   lay_gradients(self)
   scope.no_grad(move_in, self)
-  if self.stage >= 2 then self:shard_gradients() end
+  if self.stage >= 2 or self.early then self:watch_gradients() end
   return self
 end
 
@@ -327,6 +335,7 @@ function Zero:set_grad_dtype(dtype)
   self.grad_dtype = dtype
   scope.no_grad(function()
     for _, p in ipairs(self.params) do autograd.move_out(p) end
+    self:forget_reduced()
     local before = {}
     for i, b in ipairs(self.buckets) do before[i] = self.stage >= 2 and b.own or b.grad end
     local fresh = {}
@@ -393,22 +402,28 @@ function Zero:unreached()
   return names
 end
 
---- Combines the gradients of a whole bucket, in place; this rank's part is valid after it.
-function Zero:reduce_bucket(b)
-  C.ds_comm_about(self.world, -b.index)
-  if self.reduce_scatter or self.stage == 0 then
-    check(C.ds_reduce_parts(b.grad._c, b.borders, self.op, 1, self.wire, self.world, nil), "step")
+--- Combines the gradients of a whole bucket.
+-- @tparam table b
+-- @tparam[opt] Tensor out where this rank's part goes; nil: in place, where it is then valid
+-- @tparam[opt] cdata work ds_work; nil: kernels wait for it
+function Zero:reduce_bucket(b, out, work)
+  local op, wire, world = self.op, self.wire, self.world
+  C.ds_comm_about(world, -b.index)
+  if out then
+    check(C.ds_reduce_part(out._c, b.grad._c, b.borders, op, 1, wire, world, work), "step")
+  elseif self.reduce_scatter or self.stage == 0 then
+    check(C.ds_reduce_parts(b.grad._c, b.borders, op, 1, wire, world, work), "step")
   else
-    check(C.ds_all_reduce_scaled(b.grad._c, b.grad._c, self.op, 1, self.wire, self.world, nil),
-      "step")
+    check(C.ds_all_reduce_scaled(b.grad._c, b.grad._c, op, 1, wire, world, work), "step")
   end
 end
 
---- Combines the gradients of all ranks, bucket by bucket; at stages 2 and 3 backward did.
+--- Combines the gradients of all ranks, bucket by bucket; at stages 2 and 3 backward did, and where
+-- it has begun to below that, this is the rest.
 function Zero:reduce()
   if self.ranks == 1 or self.stage >= 2 then return end
   for _, b in ipairs(self.buckets) do
-    self:reduce_bucket(b)
+    if not self:take_reduced(b) then self:reduce_bucket(b) end
     if self.stage == 0 then
       check(C.ds_gather_parts(b.grad._c, b.borders, self.world, nil), "step")
     end
@@ -431,13 +446,15 @@ end
 --- The updated weights of all ranks to all, as far as they are kept whole.
 function Zero:gather()
   if self.ranks == 1 or self.stage == 0 then return end
+  local works = {} -- they follow each other, and kernels wait for all of them
   for _, b in ipairs(self.buckets) do
-    if b.weights then
-      for _, s in ipairs(stretches(self, b)) do
-        check(C.ds_gather_parts(s[1]._c, s[2], self.world, nil), "step")
-      end
+    for _, s in ipairs(b.weights and stretches(self, b) or {}) do
+      local work = self.overlap and ffi.new "ds_work" or nil
+      check(C.ds_gather_parts(s[1]._c, s[2], self.world, work), "step")
+      works[#works + 1] = work
     end
   end
+  for _, work in ipairs(works) do check(C.ds_wait(work), "step") end
   if self.sharded then self.sharded:close_all() end
 end
 
@@ -467,11 +484,12 @@ function Zero:let_go()
   end
   if self.store then self.store:close() end
   for _, b in ipairs(self.buckets) do
-    for _, t in ipairs { b.grad or false, b.own or false } do
+    for _, t in ipairs { b.grad or false, b.own or false, b.part or false } do
       if t then scope.release(t, why) end
     end
   end
   for _, t in pairs(self.grads) do scope.release(t, why) end
+  for _, t in pairs(self.parts or {}) do scope.release(t, why) end
   for _, p in ipairs(self.params) do
     p._zero, p._pending, p._reached = nil, nil, nil
     if p.grad then scope.release(p.grad, why) end
@@ -486,6 +504,7 @@ function Zero:end_step()
     for _, b in ipairs(self.buckets) do b.fresh = true end
     for _, p in ipairs(self.params) do p._reached = nil end
   end
+  self:forget_reduced()
   if self.sharded then self.sharded:end_step() end
 end
 

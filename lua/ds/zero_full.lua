@@ -183,6 +183,7 @@ function M.set_full(p, values, name)
     return scope.no_grad(function()
       run("mul_scalar", p.device, p.grad._c, values:to(p.grad.dtype)._c, engine:loss_scale(), 0)
       p._fresh = false
+      engine.zero:outdate(p)
     end)
   end
   scope.no_grad(function()

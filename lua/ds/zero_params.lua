@@ -10,7 +10,8 @@
 -- That sequence is recorded over a step. While the next one follows it, units are fetched ahead
 -- (prefetch_bucket_size) and a closed one stays resident if it is used again soon enough
 -- (max_reuse_distance); both as far as max_live_parameters allows. A step that leaves the sequence
--- goes on without either, and is the record for the next.
+-- goes on without either, and is the record for the next. On GPUs what is fetched ahead comes while
+-- kernels run; those that are called after it is opened wait for it.
 
 local ffi = require "ffi"
 local border = require "ds.ffi"
@@ -28,12 +29,16 @@ local M = {}
 local Params = {}
 Params.__index = Params
 
+local PREFETCH = 5e7 -- elements fetched ahead on GPUs, if the config does not say
+
 --- The sharded parameters of an engine, or of models that no engine has yet.
--- @tparam table options device; prefetch, max_live, max_reuse: elements
+-- @tparam table options device; prefetch, max_live, max_reuse: elements; overlap: what is fetched
+--   ahead is not waited for
 function M.new(options)
   return setmetatable({
     units = {}, open = {}, clock = 0, live = 0, inside = 0, device = options.device,
-    prefetch = options.prefetch or 0, max_live = options.max_live or math.huge,
+    prefetch = options.prefetch or options.overlap and PREFETCH or 0, overlap = options.overlap,
+    max_live = options.max_live or math.huge,
     max_reuse = options.max_reuse or 0, record = {}, at = 1, world = comm.world(),
     stats = { gathers = 0, prefetched = 0, reused = 0, most_live = 0 },
   }, Params)
@@ -74,16 +79,27 @@ local function own_part(unit)
   return slice(unit.whole, unit.from, unit.shard.shape)
 end
 
+--- Its values are there, for kernels that are called from now on.
+local function arrive(unit)
+  local work = unit.work
+  unit.work = nil
+  if work then check(C.ds_wait(work), "gather parameters") end
+end
+
 --- Makes a closed unit resident.
-local function fetch(self, unit)
+-- @tparam[opt] boolean ahead it is not needed yet: arrive() comes before its use
+local function fetch(self, unit, ahead)
   local whole = new_whole(self, unit)
   if unit.shard then run("copy", self.device, own_part(unit)._c, unit.shard._c) end
   C.ds_comm_about(self.world, unit.index)
-  check(C.ds_gather_parts(whole._c, unit.borders, self.world, nil), "gather parameters")
+  local work = ahead and self.overlap and ffi.new "ds_work" or nil
+  check(C.ds_gather_parts(whole._c, unit.borders, self.world, work), "gather parameters")
+  unit.work = work
   self.stats.gathers = self.stats.gathers + 1
 end
 
 local function drop(self, unit)
+  arrive(unit)
   scope.release(unit.whole)
   unit.whole = nil
   self.live = self.live - unit.numel
@@ -193,7 +209,7 @@ local function fetch_ahead(self)
     if left < 0 then return end
     if not unit.whole then
       if self.live + unit.numel > self.max_live then return end
-      fetch(self, unit)
+      fetch(self, unit, true)
       self.stats.prefetched = self.stats.prefetched + 1
     end
     k = k + 1
@@ -213,6 +229,7 @@ local function open_units(self, units, more)
     if not unit.is_open then
       if self.recording then follow(self, unit) end
       if unit.whole then
+        arrive(unit)
         self.stats.reused = self.stats.reused + 1
       else
         fetch(self, unit)
