@@ -4,7 +4,7 @@
  * is done, so that every wait is a loop of ours, which sees that the job was ended. A wait of CUDA is
  * none: a host that waits for a kernel of NCCL's whose peer is gone would wait for ever. So a thread
  * looks every 50 ms whether the job was ended, or NCCL has noticed that a peer is gone, and then aborts
- * all communicators: their kernels end, and with them the waits.
+ * all communicators: their kernels end, and with them the waits, which are told by ds_cuda.ended.
  *
  * Communicators live until the process ends, also those of groups that were closed: to end one, the
  * ranks of a host wait for each other, and garbage is collected at different times on each.
@@ -126,6 +126,7 @@ ncclDataType_t ds_nccl_type(int dtype)
 /* Under the lock, which is given up for as long as NCCL takes: it may wait for ranks of this host. */
 static void abort_all(ncclResult_t code)
 {
+    ds_cuda.ended = 1; /* for hosts that wait, and now go on */
     for (ds_nccl_link *l = all.links; l; l = l->next) {
         ncclComm_t comm = l->comm;
 

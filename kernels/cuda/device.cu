@@ -48,6 +48,8 @@ int ds_cuda_wait(const char *what)
     ds_cuda.counters.waits++;
     int rc = ds_cuda_check(cudaStreamSynchronize(ds_cuda.stream), what);
 
+    if (rc == 0 && ds_cuda.ended)
+        rc = ds_fail(DS_ECOMM, "%s: the job was ended while this rank waited for others", what);
     return rc < 0 ? rc : take_fault();
 }
 

@@ -187,9 +187,9 @@ local zero_fields = {
   idle("allgather_partitions", "boolean", true, "all-gather instead of broadcasts"),
   { "allgather_bucket_size", "integer", 5e8, "most elements of updated weights gathered at a " ..
     "time; never more than a bucket", min = 1 },
-  { "overlap_comm", "boolean", true, "on GPUs, reduce and gather while kernels run; on CPUs both " ..
-    "want the same cores, and it changes nothing. A script that changes gradients itself before " ..
-    "step(), at stages 0 and 1, sets it to false." },
+  { "overlap_comm", "boolean", true, "on GPUs, reduce and gather while kernels run; it changes " ..
+    "nothing on CPUs, where both want the same cores. A script that changes gradients itself " ..
+    "before step(), at stages 0 and 1, sets it to false." },
   idle("compute_grad_norm", "boolean", true, "the norm is always known here"),
   idle("load_from_fp32_weights", "boolean", true, "resume from the fp32 weights; always so here"),
   idle("elastic_checkpoint", "boolean", false, "resume on another number of ranks; always " ..
@@ -349,8 +349,7 @@ M.groups = {
       "clip. On by default, as in DeepSpeed.", min = 0 },
     { "seed", "integer", nil, "seed of weights, dropout and data order; not given: that of --seed",
       min = 0 },
-    { "device", "string", "cpu", "where the model lives", enum = { "cpu", "cuda" },
-      later = { cuda = GPUS } },
+    { "device", "string", "cpu", "where the model lives", enum = { "cpu", "cuda" } },
     { "nan_check", "boolean", true, "stop with the step's number when the loss is NaN" },
     { "steps_per_print", "integer", 10, "optimizer steps between two progress lines; 0: none",
       min = 0 },

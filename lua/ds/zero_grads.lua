@@ -22,7 +22,7 @@ local scope = require "ds.scope"
 local tensor = require "ds.tensor"
 local autograd = require "ds.autograd"
 
-local check, run = border.check, tensor.run
+local C, check, run = border.C, border.check, tensor.run
 local slice = tensor.view.slice_flat
 
 local M = {}

@@ -1,4 +1,4 @@
--- Every collective on GPUs against the same one on CPUs, which tests/dist checks: all ranks run this.
+-- Every collective on GPUs against the same one on CPUs, which tests/dist checks; run by all ranks.
 
 local ffi = require "ffi"
 local ds = require "ds"
@@ -110,9 +110,8 @@ local function reduce_parts(x, borders, op, scale, wire)
 end
 
 local function on_cuda(f, x, ...)
-  local t, code = cuda(x), nil
-  code = f(t, ...)
-  check(code)
+  local t = cuda(x)
+  check(f(t, ...))
   return t
 end
 

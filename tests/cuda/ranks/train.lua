@@ -1,5 +1,5 @@
--- Trains a small model and prints "LOSS NORM" a step, and "weights SUM" at the end: on any number of
--- ranks and at any stage the same, as all have the same batch.
+-- Trains a small model and prints "LOSS NORM" a step, and "weights SUM" at the end: the same on any
+-- number of ranks and at any stage, as all have the same batch.
 --
 --     dsrun --num_gpus 2 --device cuda tests/cuda/ranks/train.lua stage=2 [device=cpu] [overlap=0]
 --       [gas=2] [twice=1: two backwards a step] [checkpoint=1] [own=1: the script's own backward]
@@ -7,7 +7,7 @@
 
 local ds = require "ds"
 local tensor = require "ds.tensor"
-local nn, F = ds.nn, ds.F
+local nn = ds.nn
 
 local opt = { stage = 0, overlap = 1, gas = 1, device = "cuda", steps = 4, dtype = "fp32" }
 for _, word in ipairs(arg) do
