@@ -3,7 +3,8 @@
  *
  * A stream with a priority (the one that ranks reduce in) does its work as late as CUDA allows: when
  * another stream or the host waits for an event behind it. So who reads a result without waiting reads
- * what was there before, and who writes to what is still being sent, sends that.
+ * what was there before, and who writes to what is still being sent, sends that. DS_SIMT_LATE=kernels:
+ * the streams without a priority are late instead, so that what works beside them must wait for them.
  *
  * Device memory is host memory, filled with bytes that are NaN, so that what nobody wrote shows.
  * DS_SIMT_DEVICES: how many devices there are (1). DS_SIMT_MEMORY: bytes that each has (8 GiB).
@@ -18,6 +19,7 @@
 #include <deque>
 #include <map>
 #include <set>
+#include <string>
 #include <vector>
 
 namespace simt
@@ -78,14 +80,14 @@ void enqueue(cudaStream_t in, std::function<void()> work)
 {
     stream *s = (stream *)in;
 
-    if (s && s->late) {
+    if (capturing) {
+        capturing->push_back(work);
+    } else if (s && s->late) {
         s->work.push_back([=] {
             work();
             return true;
         });
         s->queued++;
-    } else if (capturing) {
-        capturing->push_back(work);
     } else {
         work();
     }
@@ -255,10 +257,17 @@ cudaError_t cudaFreeHost(void *p)
     free(p);
     return cudaSuccess;
 }
-cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind,
+/* What comes from the host is taken at once, as CUDA takes what is not page-locked. */
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind,
                             cudaStream_t s)
 {
-    enqueue(s, [=] { memmove(to, from, bytes); });
+    if (kind == cudaMemcpyHostToDevice && s && ((stream *)s)->late && !capturing) {
+        std::string taken((const char *)from, bytes);
+
+        enqueue(s, [=] { memcpy(to, taken.data(), bytes); });
+    } else {
+        enqueue(s, [=] { memmove(to, from, bytes); });
+    }
     return cudaSuccess;
 }
 cudaError_t cudaMemcpy2DAsync(void *to, size_t tp, const void *from, size_t fp, size_t width,
@@ -278,19 +287,21 @@ cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t s)
 
 /* ---- streams and events */
 
-cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned)
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t *out, unsigned, int priority)
 {
-    *out = (cudaStream_t) new stream{};
+    const char *late = getenv("DS_SIMT_LATE");
+    bool kernels = late && !strcmp(late, "kernels");
+    stream *s = new stream{};
+
+    s->late = kernels ? !priority : priority != 0;
+    if (s->late)
+        late_streams.insert(s);
+    *out = (cudaStream_t)s;
     return cudaSuccess;
 }
-cudaError_t cudaStreamCreateWithPriority(cudaStream_t *out, unsigned flags, int priority)
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned flags)
 {
-    cudaStreamCreateWithFlags(out, flags);
-    if (priority) {
-        ((stream *)*out)->late = true;
-        late_streams.insert((stream *)*out);
-    }
-    return cudaSuccess;
+    return cudaStreamCreateWithPriority(out, flags, 0);
 }
 cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest)
 {
