@@ -49,7 +49,8 @@ typedef struct ds_cuda_device {
     cudaStream_t stream; /* of all kernels */
     cudaStream_t copies; /* of transfers that overlap with them */
     ds_cuda_fault *fault;
-    volatile int ended; /* the job: what ranks exchange is not what it should be (comm_nccl_link.c) */
+    volatile int
+        ended; /* the job: what ranks exchange is not what it should be (comm_nccl_link.c) */
     ds_device_counters counters;
 } ds_cuda_device;
 
