@@ -48,7 +48,6 @@ typedef struct ds_nccl_link {
     cudaStream_t stream;
     int ready;                 /* its ranks have found each other */
     ncclResult_t code;         /* what ended it */
-    double begun;              /* when its ranks began to look for each other */
     struct ds_nccl_link *next; /* in the list of all */
 } ds_nccl_link;
 

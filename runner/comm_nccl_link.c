@@ -235,23 +235,25 @@ int ds_nccl_connect(ds_nccl_link *l, const ncclUniqueId *id, int size, int rank)
     l->next = all.links;
     all.links = l;
     ds_nccl_unlock();
-    l->begun = ds_seconds();
     return code == ncclSuccess || code == ncclInProgress ? 0 : failed(DS_ALL_REDUCE, code);
 }
 
-static int patience_ends(const ds_nccl_link *l, int kind)
+static int patience_ends(double begun, int kind)
 {
-    if (l->ready || ds_seconds() - l->begun < CONNECT_SECONDS)
+    if (ds_seconds() - begun < CONNECT_SECONDS)
         return 0;
-    return ds_fail(DS_ECOMM,
-                   "%s: NCCL has not connected the ranks within %d s; NCCL_DEBUG=INFO tells "
-                   "what it does",
-                   ds_collective_name(kind), CONNECT_SECONDS);
+    return ds_fail(
+        DS_ECOMM,
+        "%s: NCCL has not connected the ranks within %d s; NCCL_DEBUG=INFO tells what it "
+        "does",
+        ds_collective_name(kind), CONNECT_SECONDS);
 }
 
+/* Even with all ranks there NCCL takes seconds for some first calls. */
 int ds_nccl_settle(ds_nccl_link *l, ds_comm *c, int kind, ncclResult_t code, int block)
 {
     const struct timespec moment = {.tv_nsec = 50000};
+    double begun = ds_seconds();
 
     for (int turns = 0; code == ncclSuccess || code == ncclInProgress; turns++) {
         ncclResult_t state = ncclRemoteError;
@@ -271,11 +273,13 @@ int ds_nccl_settle(ds_nccl_link *l, ds_comm *c, int kind, ncclResult_t code, int
             continue;
         if (!block)
             return 0;
-        DS_TRY(patience_ends(l, kind));
-        if (turns < 1000)
+        DS_TRY(patience_ends(begun, kind));
+        if (turns < 1000) {
             sched_yield();
-        else
+        } else {
+            ds_comm_prepares(c);
             nanosleep(&moment, NULL);
+        }
     }
     if (ds_comm_aborted(c))
         return ds_comm_fail_aborted(c, kind);
