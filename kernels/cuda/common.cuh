@@ -243,7 +243,7 @@ template <typename Op> static __device__ inline float block_reduce(float x, floa
     if (threadIdx.x % 32 == 0)
         shared[threadIdx.x / 32] = x;
     __syncthreads();
-    x = threadIdx.x % 32 < warps ? shared[threadIdx.x % 32] : Op::none();
+    x = (int)(threadIdx.x % 32) < warps ? shared[threadIdx.x % 32] : Op::none();
     x = warp_reduce<Op>(x);
     __syncthreads();
     return x;
