@@ -1,0 +1,559 @@
+/* embedding.cu - rows by index, the sums that are their gradient, and rotary positions.
+ *
+ * The gradient must add rows of dy with equal indices in a fixed order, and read dy once. Tokens are
+ * sorted by index (least digit first, stable, so that equal ones stay in order); blocks take tiles of
+ * the sorted list, each thread a few columns, and add up runs of equal indices. A run within a tile is
+ * a row of dw. Runs that cross tiles leave their parts in scratch memory, for a second kernel that adds
+ * these in order: a token that is half of the text does not keep one block busy while others wait.
+ */
+#include "kernels/cuda/rows.cuh"
+
+#include <limits.h>
+
+#define TILE 64     /* sorted tokens whose rows a block adds up */
+#define SORTED 2048 /* tokens that a block sorts: 8 warps, 256 each */
+
+/* ---- indices */
+
+static __device__ inline int64_t index_at(const rows &index, int64_t i)
+{
+    const char *at = row_at(index, i);
+
+    if (index.dtype == DS_I64)
+        return *(const int64_t *)at;
+    return index.dtype == DS_I32 ? *(const int32_t *)at : *(const uint8_t *)at;
+}
+
+/* As on the CPU: rows […, C], w [V, C], index […]. */
+static int check(const char *name, const ds_tensor *rows, const ds_tensor *w,
+                 const ds_tensor *index)
+{
+    int bad =
+        w->ndim != 2 || rows->ndim != index->ndim + 1 || rows->shape[rows->ndim - 1] != w->shape[1];
+
+    DS_TRY(need_cuda(name, {rows, w, index}));
+    for (int i = 0; i < index->ndim && !bad; i++)
+        bad = rows->shape[i] != index->shape[i];
+    if (bad)
+        return ds_fail(DS_EINVAL,
+                       "%s: rows of %d dimensions and %lld elements do not fit %lld indices into a "
+                       "weight of %lld",
+                       name, rows->ndim, (long long)rows->numel, (long long)index->numel,
+                       (long long)w->numel);
+    if (index->dtype != DS_I64 && index->dtype != DS_I32 && index->dtype != DS_U8)
+        return ds_fail(DS_EINVAL, "%s: the index is %s, but it must be i64 or i32", name,
+                       ds_name_of(index->dtype));
+    return 0;
+}
+
+/* ---- embedding: pieces of P bytes, `pieces` a row; a row's threads are those of one threadIdx.y */
+
+template <typename P>
+static __global__ void __launch_bounds__(256)
+    look_up(rows y, rows w, rows index, int64_t count, int64_t bound, int64_t pieces,
+            ds_cuda_fault *faults, const char *name)
+{
+    for (int64_t r = (int64_t)blockIdx.x * blockDim.y + threadIdx.y; r < count;
+         r += (int64_t)gridDim.x * blockDim.y) {
+        int64_t at = index_at(index, r);
+        bool fine = (uint64_t)at < (uint64_t)bound;
+        P *to = (P *)row_at(y, r);
+        const P *from = (const P *)row_at(w, fine ? at : 0);
+
+        if (!fine && threadIdx.x == 0)
+            fault(faults, name, at, bound);
+#pragma unroll 4
+        for (int64_t i = threadIdx.x; i < pieces; i += blockDim.x)
+            to[i * y.column] = fine ? from[i * w.column] : P{};
+    }
+}
+
+extern "C" int ds_cuda_embedding(ds_tensor *y, const ds_tensor *w, const ds_tensor *index)
+{
+    static const char what[] = "embedding"; /* stays: the record of faults points to it */
+    int64_t bytes = ds_bytes_of(w->dtype), count = index->numel, bound = w->shape[0];
+    rows to, from, at;
+
+    DS_TRY(check(what, y, w, index));
+    if (w->dtype == DS_F64)
+        return ds_cuda_refuse(what, w->dtype);
+    if (y->dtype != w->dtype)
+        return ds_fail(DS_EINVAL, "embedding: the result is %s, but it must be %s",
+                       ds_name_of(y->dtype), ds_name_of(w->dtype));
+    if (y->numel == 0)
+        return 0;
+    to = rows_of(y, index->ndim);
+    from = rows_of(w, 1);
+    at = rows_of(index, index->ndim);
+    if (rows_plain(to) && rows_plain(from) && w->shape[1] * bytes % 16 == 0)
+        return launch(what, look_up<words>, grid_for(count, 8, 16), dim3(32, 8), 0, to, from, at,
+                      count, bound, w->shape[1] * bytes / 16, ds_cuda.fault, what);
+    return launch(what,
+                  bytes == 8   ? look_up<uint64_t>
+                  : bytes == 4 ? look_up<uint32_t>
+                  : bytes == 2 ? look_up<uint16_t>
+                               : look_up<uint8_t>,
+                  grid_for(count, 8, 16), dim3(32, 8), 0, to, from, at, count, bound, w->shape[1],
+                  ds_cuda.fault, what);
+}
+
+/* ---- tokens sorted by index: 8 bits a pass. Bad indices become `bound`, and lie at the end. */
+
+struct sorting {
+    uint32_t *key, *other_key; /* [count] */
+    int32_t *place, *other_place;
+    int32_t *start; /* [256, blocks] */
+    int64_t count, blocks;
+};
+
+static __global__ void take_keys(sorting s, rows index, int64_t bound, ds_cuda_fault *faults,
+                                 const char *name)
+{
+    for (int64_t i = global_thread(); i < s.count; i += global_threads()) {
+        int64_t at = index_at(index, i);
+        bool fine = (uint64_t)at < (uint64_t)bound;
+
+        if (!fine)
+            fault(faults, name, at, bound);
+        s.key[i] = (uint32_t)(fine ? at : bound);
+        s.place[i] = (int32_t)i;
+    }
+}
+
+/* How many of a block's tokens have each digit. */
+static __global__ void __launch_bounds__(256) count_digits(sorting s, int shift)
+{
+    __shared__ int counts[256];
+    int64_t begin = (int64_t)blockIdx.x * SORTED;
+
+    counts[threadIdx.x] = 0;
+    __syncthreads();
+    for (int64_t i = begin + threadIdx.x; i < begin + SORTED && i < s.count; i += blockDim.x)
+        atomicAdd(&counts[s.key[i] >> shift & 255], 1);
+    __syncthreads();
+    s.start[threadIdx.x * s.blocks + blockIdx.x] = counts[threadIdx.x];
+}
+
+/* Each number becomes the sum of those before it. One block of 1024 threads. */
+static __global__ void __launch_bounds__(1024) add_before(int32_t *x, int64_t n)
+{
+    __shared__ int sums[1024];
+    int64_t each = (n + 1023) / 1024, begin = threadIdx.x * each;
+    int64_t end = begin + each < n ? begin + each : n;
+    int mine = 0;
+
+    for (int64_t i = begin; i < end; i++)
+        mine += x[i];
+    sums[threadIdx.x] = mine;
+    __syncthreads();
+    for (int k = 1; k < 1024; k *= 2) {
+        int before = (int)threadIdx.x >= k ? sums[threadIdx.x - k] : 0;
+
+        __syncthreads();
+        sums[threadIdx.x] += before;
+        __syncthreads();
+    }
+    mine = sums[threadIdx.x] - mine;
+    for (int64_t i = begin; i < end; i++) {
+        int here = x[i];
+
+        x[i] = mine;
+        mine += here;
+    }
+}
+
+/* Lanes of this warp with the same digit as this one, among those that have a token. */
+static __device__ inline unsigned same_digit(int digit, bool has)
+{
+    unsigned same = __ballot_sync(0xffffffff, has);
+
+    for (int bit = 0; bit < 8; bit++) {
+        unsigned set = __ballot_sync(0xffffffff, digit >> bit & 1);
+
+        same &= digit >> bit & 1 ? set : ~set;
+    }
+    return same;
+}
+
+/* Each warp has 256 tokens that follow each other; where they go: after all with lower digits, after
+ * those of the blocks and warps before, in order. */
+static __global__ void __launch_bounds__(256) place_digits(sorting s, int shift)
+{
+    __shared__ int at[8][256];
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int64_t begin = (int64_t)blockIdx.x * SORTED + warp * 256;
+    int next = s.start[threadIdx.x * s.blocks + blockIdx.x];
+
+    for (int i = threadIdx.x; i < 8 * 256; i += blockDim.x)
+        at[i / 256][i % 256] = 0;
+    __syncthreads();
+    for (int pass = 0; pass < 2; pass++) { /* counts, then places */
+        for (int64_t i = begin + lane; i < begin + 256 + lane; i += 32) {
+            bool has = i < s.count;
+            uint32_t key = has ? s.key[i] : 0;
+            int digit = (int)(key >> shift & 255);
+            unsigned same = same_digit(digit, has), before = same & ((1u << lane) - 1);
+            int to = at[warp][digit] + __popc(before);
+
+            __syncwarp();
+            if (has && !before)
+                at[warp][digit] += __popc(same);
+            __syncwarp();
+            if (has && pass) {
+                s.other_key[to] = key;
+                s.other_place[to] = s.place[i];
+            }
+        }
+        __syncthreads();
+        for (int w = 0; w < 8 && !pass; w++) {
+            int count = at[w][threadIdx.x];
+
+            at[w][threadIdx.x] = next;
+            next += count;
+        }
+        __syncthreads();
+    }
+}
+
+/* Sorts; s->key and s->place are the result. */
+static int sort_tokens(sorting *s, const ds_tensor *index, int64_t bound)
+{
+    static const char what[] = "embedding_backward";
+    int64_t count = index->numel;
+    char *memory;
+
+    *s = sorting{};
+    s->count = count;
+    s->blocks = (count + SORTED - 1) / SORTED;
+    memory = (char *)ds_cuda_scratch(DS_CUDA_A, (size_t)(4 * count + 256 * s->blocks) * 4);
+    if (!memory)
+        return DS_ENOMEM;
+    s->key = (uint32_t *)memory;
+    s->other_key = s->key + count;
+    s->place = (int32_t *)(s->other_key + count);
+    s->other_place = s->place + count;
+    s->start = s->other_place + count;
+    DS_TRY(launch(what, take_keys, grid_for(count, 256, 8), 256, 0, *s, rows_of(index, index->ndim),
+                  bound, ds_cuda.fault, what));
+    for (int shift = 0; shift < 32 && bound >> shift; shift += 8) {
+        sorting now = *s;
+        dim3 blocks = blocks_for(s->blocks, 1);
+
+        DS_TRY(launch(what, count_digits, blocks, 256, 0, now, shift));
+        DS_TRY(launch(what, add_before, 1, 1024, 0, now.start, 256 * now.blocks));
+        DS_TRY(launch(what, place_digits, blocks, 256, 0, now, shift));
+        s->key = now.other_key;
+        s->other_key = now.key;
+        s->place = now.other_place;
+        s->other_place = now.place;
+    }
+    return 0;
+}
+
+/* ---- sums of rows by index */
+
+struct summing {
+    const uint32_t *key; /* sorted */
+    const int32_t *place;
+    rows dw, dy;
+    float
+        *partial; /* [tiles, 2, columns]: of the run that comes from the tile before, and of the one
+                       that begins here and goes on */
+    int64_t count, columns, bound;
+    int accumulate;
+};
+
+template <int N>
+static __device__ inline void write_sum(const summing &s, uint32_t key, int64_t c, float *sum)
+{
+    void *to = row_at(s.dw, key);
+    float had[N];
+
+    if (N == 1)
+        c *= s.dw.column;
+    if (s.accumulate)
+        load_many<N>(had, to, s.dw.dtype, c);
+    for (int j = 0; j < N; j++)
+        sum[j] += s.accumulate ? had[j] : 0;
+    store_many<N>(to, s.dw.dtype, c, sum);
+}
+
+/* blockIdx.x: the tile; a thread has N columns. */
+template <typename S, int N> static __global__ void __launch_bounds__(128) add_tiles(summing s)
+{
+    const int ahead = 4;               /* rows that are read before the first is used */
+    __shared__ uint32_t key[TILE + 2]; /* with the ones before and after */
+    __shared__ int32_t place[TILE];
+    int64_t begin = (int64_t)blockIdx.x * TILE;
+    int64_t c = ((int64_t)blockIdx.y * blockDim.x + threadIdx.x) * N;
+    int n = s.count - begin < TILE ? (int)(s.count - begin) : TILE, first = 0;
+    float *partial = s.partial + 2 * blockIdx.x * s.columns + c, sum[N] = {};
+
+    for (int i = threadIdx.x; i < n + 2; i += blockDim.x) {
+        int64_t at = begin + i - 1;
+
+        key[i] = at < 0 || at >= s.count ? UINT32_MAX : s.key[at];
+        if (i < n)
+            place[i] = s.place[begin + i];
+    }
+    __syncthreads();
+    if (c >= s.columns)
+        return;
+    for (int i0 = 0; i0 < n; i0 += ahead) {
+        float row[ahead][N];
+
+#pragma unroll
+        for (int q = 0; q < ahead; q++)
+            if (i0 + q < n)
+                load_packs<S, N>(row[q], row_at(s.dy, place[i0 + q]), N == 1 ? c * s.dy.column : c);
+#pragma unroll
+        for (int q = 0; q < ahead; q++) {
+            int i = i0 + q;
+            bool from_before = first == 0 && key[0] == key[1];
+
+            if (i >= n || key[i + 1] >= s.bound)
+                continue;
+            for (int j = 0; j < N; j++)
+                sum[j] += row[q][j];
+            if (i + 1 < n && key[i + 1] == key[i + 2])
+                continue;
+            if (from_before || key[i + 1] == key[i + 2])
+                store_many<N>(partial + (from_before ? 0 : s.columns), DS_F32, 0, sum);
+            else
+                write_sum<N>(s, key[i + 1], c, sum);
+            first = i + 1;
+            for (int j = 0; j < N; j++)
+                sum[j] = 0;
+        }
+    }
+}
+
+/* Where in the sorted list `key` would begin: how many are less. */
+static __device__ inline int64_t lower_bound(const uint32_t *keys, int64_t n, uint32_t key)
+{
+    int64_t low = 0;
+
+    while (low < n) {
+        int64_t middle = (low + n) / 2;
+
+        if (keys[middle] < key)
+            low = middle + 1;
+        else
+            n = middle;
+    }
+    return low;
+}
+
+/* blockIdx.x: a tile; what begins in it and goes on beyond is added up. */
+template <int N> static __global__ void __launch_bounds__(128) add_across(summing s)
+{
+    int64_t begin = (int64_t)blockIdx.x * TILE, end = begin + TILE, last;
+    int64_t c = ((int64_t)blockIdx.y * blockDim.x + threadIdx.x) * N;
+    uint32_t key = end < s.count ? s.key[end] : UINT32_MAX;
+    const float *partial = s.partial + 2 * blockIdx.x * s.columns + c;
+    float sum[N];
+
+    if (key >= s.bound || s.key[end - 1] != key || c >= s.columns ||
+        (begin > 0 && s.key[begin - 1] == key))
+        return;
+    last = (lower_bound(s.key, s.count, key + 1) - 1) / TILE;
+    load_packs<float, N>(sum, partial + s.columns, 0);
+#pragma unroll 4
+    for (int64_t t = blockIdx.x + 1; t <= last; t++) {
+        float more[N];
+
+        load_packs<float, N>(more, s.partial + 2 * t * s.columns + c, 0);
+        for (int j = 0; j < N; j++)
+            sum[j] += more[j];
+    }
+    write_sum<N>(s, key, c, sum);
+}
+
+/* Rows of dw that no token has become 0: 64 a block of 256 threads. */
+template <int N> static __global__ void __launch_bounds__(256) clear_rest(summing s)
+{
+    __shared__ int has[64];
+    int64_t first = (int64_t)blockIdx.x * 64;
+    float zero[N] = {};
+
+    if (threadIdx.x < 64) {
+        uint32_t key = (uint32_t)(first + threadIdx.x);
+        int64_t at = lower_bound(s.key, s.count, key);
+
+        has[threadIdx.x] = at < s.count && s.key[at] == key;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x / 32; i < 64 && first + i < s.bound; i += 8)
+        for (int64_t c = threadIdx.x % 32 * N; c < s.columns && !has[i]; c += 32 * N)
+            store_many<N>(row_at(s.dw, first + i), s.dw.dtype, N == 1 ? c * s.dw.column : c, zero);
+}
+
+template <typename S, int N> static int add_rows(const summing *s)
+{
+    static const char what[] = "embedding_backward";
+    int64_t tiles = (s->count + TILE - 1) / TILE, packs = s->columns / N;
+    int threads = packs < 128 ? (int)(packs + 31) / 32 * 32 : 128;
+    dim3 grid((unsigned)tiles, (unsigned)((packs + threads - 1) / threads));
+
+    if (!s->accumulate)
+        DS_TRY(launch(what, clear_rest<N>, blocks_for(s->bound, 64), 256, 0, *s));
+    if (tiles == 0)
+        return 0;
+    DS_TRY(launch(what, add_tiles<S, N>, grid, threads, 0, *s));
+    return tiles > 1 ? launch(what, add_across<N>, grid, threads, 0, *s) : 0;
+}
+
+template <typename S> static int by_width(summing *s)
+{
+    constexpr int N = per_16<S>;
+
+    if (rows_plain(s->dw) && rows_plain(s->dy) && s->columns % N == 0)
+        return add_rows<S, N>(s);
+    return add_rows<S, 1>(s);
+}
+
+extern "C" int ds_cuda_embedding_backward(ds_tensor *dw, const ds_tensor *dy,
+                                          const ds_tensor *index, int accumulate)
+{
+    static const char what[] = "embedding_backward";
+    int64_t tiles = (index->numel + TILE - 1) / TILE;
+    summing s = {};
+    sorting order = {};
+
+    DS_TRY(check(what, dy, dw, index));
+    if (dw->dtype > DS_F16)
+        return ds_cuda_refuse(what, dw->dtype);
+    if (dy->dtype > DS_F16)
+        return ds_cuda_refuse(what, dy->dtype);
+    if (index->numel > INT_MAX || dw->shape[0] >= UINT32_MAX || dw->shape[1] > INT_MAX)
+        return ds_fail(DS_EINVAL, "%s: %lld indices into %lld rows; on cuda there may be 2^31 - 1",
+                       what, (long long)index->numel, (long long)dw->shape[0]);
+    if (dw->numel == 0)
+        return 0;
+    if (index->numel)
+        DS_TRY(sort_tokens(&order, index, dw->shape[0]));
+    s.key = order.key;
+    s.place = order.place;
+    s.dw = rows_of(dw, 1);
+    s.dy = rows_of(dy, index->ndim);
+    s.count = index->numel;
+    s.columns = dw->shape[1];
+    s.bound = dw->shape[0];
+    s.accumulate = accumulate;
+    s.partial =
+        (float *)ds_cuda_scratch(DS_CUDA_PARTIAL, (size_t)(2 * tiles * s.columns) * sizeof(float));
+    if (!s.partial)
+        return DS_ENOMEM;
+    return DS_BY_FLOAT(what, dy->dtype, S, by_width<S>(&s));
+}
+
+/* ---- rotary (Su et al. 2021, "RoFormer"): pairs of a head's elements turned by an angle that grows
+ * with the position. Angles are in f64; a table of their cosines and sines serves all heads. */
+
+struct rotation {
+    const char *x;
+    char *y;
+    int64_t x_step[4], y_step[4]; /* in elements */
+    int64_t batches, positions, heads, half;
+    float *cosine, *sine; /* [positions, half] */
+    int interleaved;
+};
+
+static __global__ void __launch_bounds__(256)
+    turn_table(rotation r, int64_t offset, double base, int inverse)
+{
+    for (int64_t i = global_thread(); i < r.positions * r.half; i += global_threads()) {
+        double frequency = pow(base, -(double)(i % r.half) / (double)r.half);
+        double angle = (double)(offset + i / r.half) * frequency;
+        float sine = ds_sin_quarter_f32(angle, 0);
+
+        r.cosine[i] = ds_sin_quarter_f32(angle, 1);
+        r.sine[i] = inverse ? -sine : sine;
+    }
+}
+
+/* A thread turns N pairs of one head, in every batch that is its block's (blockIdx.y). */
+template <typename S, int N> static __global__ void __launch_bounds__(256) rotate(rotation r)
+{
+    int64_t packs = r.half / N, id = global_thread();
+    int64_t i = id % packs * N, h = id / packs % r.heads, t = id / (packs * r.heads);
+    int64_t first = r.interleaved ? 2 * i : i, second = r.interleaved ? first + N : i + r.half;
+    float c[N], s[N];
+
+    if (t >= r.positions)
+        return;
+    load_packs<float, N>(c, r.cosine, t * r.half + i);
+    load_packs<float, N>(s, r.sine, t * r.half + i);
+    for (int64_t b = blockIdx.y; b < r.batches; b += gridDim.y) {
+        const S *x = (const S *)r.x + b * r.x_step[0] + t * r.x_step[1] + h * r.x_step[2];
+        S *y = (S *)r.y + b * r.y_step[0] + t * r.y_step[1] + h * r.y_step[2];
+        float v[2 * N], turned[2 * N];
+
+        load_packs<S, N>(v, x, first * r.x_step[3]);
+        load_packs<S, N>(v + N, x, second * r.x_step[3]);
+        if (r.interleaved)
+            for (int j = 0; j < N; j++) {
+                turned[2 * j] = v[2 * j] * c[j] - v[2 * j + 1] * s[j];
+                turned[2 * j + 1] = v[2 * j] * s[j] + v[2 * j + 1] * c[j];
+            }
+        else
+            for (int j = 0; j < N; j++) {
+                turned[j] = v[j] * c[j] - v[j + N] * s[j];
+                turned[j + N] = v[j] * s[j] + v[j + N] * c[j];
+            }
+        store_packs<S, N>(y, first * r.y_step[3], turned);
+        store_packs<S, N>(y, second * r.y_step[3], turned + N);
+    }
+}
+
+template <typename S> static int turn(const rotation *r)
+{
+    constexpr int N = per_16<S>;
+    int64_t pairs = r->positions * r->heads * r->half, blocks;
+    bool packed = r->half % N == 0 && r->x_step[3] == 1 && r->y_step[3] == 1 && aligned_16(r->x) &&
+                  aligned_16(r->y);
+    unsigned batches;
+
+    for (int d = 0; d < 3; d++)
+        packed = packed && r->x_step[d] % N == 0 && r->y_step[d] % N == 0;
+    blocks = (pairs / (packed ? N : 1) + 255) / 256;
+    /* Batches share the table's lines: as many to a thread as leave the device full. */
+    batches = (unsigned)(ds_cuda.processors * 16 / blocks + 1);
+    if (batches > r->batches)
+        batches = (unsigned)r->batches;
+    return launch("rotary", packed ? rotate<S, N> : rotate<S, 1>, dim3((unsigned)blocks, batches),
+                  256, 0, *r);
+}
+
+extern "C" int ds_cuda_rotary(ds_tensor *y, const ds_tensor *x, int64_t offset, double base,
+                              int interleaved, int inverse)
+{
+    static const char what[] = "rotary";
+    rotation r = {};
+    int64_t entries;
+
+    if (x->dtype == DS_F64)
+        return ds_cuda_refuse(what, DS_F64);
+    if (x->ndim != 4 || y->ndim != 4 || memcmp(x->shape, y->shape, 4 * sizeof *x->shape) != 0 ||
+        x->shape[3] % 2 || !ds_is_float(x->dtype) || x->dtype != y->dtype)
+        return ds_fail(DS_EINVAL, "rotary: [B x T x H x D] of real numbers with D even is needed");
+    DS_TRY(need_cuda(what, {x, y}));
+    if (x->numel == 0)
+        return 0;
+    r.x = (const char *)x->data;
+    r.y = (char *)y->data;
+    memcpy(r.x_step, x->stride, sizeof r.x_step);
+    memcpy(r.y_step, y->stride, sizeof r.y_step);
+    r.batches = x->shape[0];
+    r.positions = x->shape[1];
+    r.heads = x->shape[2];
+    r.half = x->shape[3] / 2;
+    r.interleaved = interleaved;
+    entries = r.positions * r.half;
+    r.cosine = (float *)ds_cuda_scratch(DS_CUDA_A, (size_t)entries * 2 * sizeof(float) + 16);
+    if (!r.cosine)
+        return DS_ENOMEM;
+    r.sine = r.cosine + (entries + 3) / 4 * 4;
+    DS_TRY(launch(what, turn_table, grid_for(entries, 256, 8), 256, 0, r, offset, base, inverse));
+    return DS_BY_FLOAT(what, x->dtype, S, turn<S>(&r));
+}
