@@ -125,7 +125,7 @@ static int upload(ds_tensor *y, const ds_tensor *x)
     ds_tensor host = {0}, there = {0};
     int direct = x->dense && y->dense && y->dtype == x->dtype && y->numel == x->numel, rc = 0;
     /* f64 has no kernels there: it changes its type here. */
-    int dtype = x->dtype == DS_F64 && y->dtype != DS_F64 ? y->dtype : x->dtype;
+    int dtype = x->dtype == DS_F64 || y->dtype == DS_F64 ? y->dtype : x->dtype;
 
     if (!direct && (!x->dense || dtype != x->dtype)) {
         rc = ds_empty(&host, dtype, DS_CPU, x->ndim, x->shape);

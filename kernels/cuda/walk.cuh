@@ -63,10 +63,11 @@ static inline int walk_refuse(const char *name, int dtype)
     return ds_fail(DS_EINVAL, "%s: not for %s; use :float() first", name, ds_name_of(dtype));
 }
 
+/* t[0] is the result; NULL: there is none. */
 static inline int on_cuda(const char *name, int count, const ds_tensor *const *t)
 {
     for (int k = 0; k < count; k++)
-        if (t[k]->device != DS_CUDA)
+        if (t[k] && t[k]->device != DS_CUDA)
             return ds_fail(DS_EINVAL, "%s: %s is not on cuda; use :to(\"cuda\")", name,
                            k ? "an operand" : "the result");
     return 0;
@@ -121,6 +122,7 @@ static inline int walk_start(walk *w, const char *name, int count, const ds_tens
     const ds_tensor *y = t[0];
     char want[128], have[128];
 
+    DS_TRY(on_cuda(name, count, t));
     w->name = name;
     w->count = count;
     w->ndim = y->ndim;
@@ -134,8 +136,6 @@ static inline int walk_start(walk *w, const char *name, int count, const ds_tens
         memset(w->op[k].stride, 0, sizeof w->op[k].stride);
         w->op[k].data = t[k] ? (char *)t[k]->data : NULL;
         w->op[k].size = t[k] ? ds_bytes_of(t[k]->dtype) : 0;
-        if (t[k])
-            DS_TRY(on_cuda(name, 1, &t[k]));
         for (int i = 0; i < y->ndim && t[k] && !bad; i++) {
             int64_t size = i < lead ? 1 : t[k]->shape[i - lead];
 
@@ -320,6 +320,29 @@ static __device__ inline void place(int64_t (&at)[N], const places &p, uint32_t 
 #pragma unroll
     for (int k = 0; k < N; k++)
         at[k] += (int64_t)unit * p.op[k].stride[0];
+}
+
+/* The same among n units of any number: for what counts its elements, and so is not cut. */
+template <int N>
+static __device__ inline void place_of_many(int64_t (&at)[N], const places &p, int64_t unit,
+                                            int64_t n)
+{
+    if (n <= WALK_MOST) {
+        place(at, p, (uint32_t)unit);
+        return;
+    }
+#pragma unroll
+    for (int k = 0; k < N; k++)
+        at[k] = 0;
+#pragma unroll 1
+    for (int d = p.ndim - 1; d >= 0; d--) {
+        int64_t above = d ? unit / p.size[d].d : 0, i = unit - above * p.size[d].d;
+
+        unit = above;
+#pragma unroll
+        for (int k = 0; k < N; k++)
+            at[k] += i * p.op[k].stride[d];
+    }
 }
 
 /* ---- loads, stores, widening */

@@ -271,7 +271,7 @@ function methods:isnan() return self:ne(self) end
 local cast = define("to", {
   args = { "dtype", "device" }, kernel = "copy", call = { "y", "x" },
   infer = function(x, dtype, device) return new(x.shape, dtype, device) end,
-  backward = function(r, dy) return dy:to(r.x.dtype) end,
+  backward = function(r, dy) return dy:to(r.x.dtype, r.x.device) end,
 })
 --- Another dtype or device: `x:to("bf16")`, `x:to("meta")`; x itself if it is so already. What is
 -- on the meta device stays there: it has no values to take elsewhere.
