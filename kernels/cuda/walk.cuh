@@ -364,9 +364,16 @@ template <> struct word_of<16> {
     using type = uint4;
 };
 
-/* As one word, whatever the compiler makes of a struct of small integers. */
+/* As one word, whatever the compiler makes of a struct of small integers. It must be aligned, which
+ * only GPUs and their simulation mind. */
+#ifdef DS_SIMT
+#define MUST_ALIGN(p, bytes) simt::must_align(p, bytes)
+#else
+#define MUST_ALIGN(p, bytes) (void)0
+#endif
 template <typename P> static __device__ inline P load_as_word(const void *from)
 {
+    MUST_ALIGN(from, sizeof(P));
     typename word_of<sizeof(P)>::type word = *(const typename word_of<sizeof(P)>::type *)from;
     P pack;
 
@@ -377,6 +384,7 @@ template <typename P> static __device__ inline void store_as_word(void *to, cons
 {
     typename word_of<sizeof(P)>::type word;
 
+    MUST_ALIGN(to, sizeof(P));
     memcpy(&word, &pack, sizeof pack);
     *(typename word_of<sizeof(P)>::type *)to = word;
 }

@@ -55,6 +55,21 @@ local function without_values(op, ...)
   end
 end
 
+--- Raises if some of the inputs are on different devices that both have values; for a kernel of one
+-- device the memory of another is no memory. What the meta device has, `infer` judges.
+local function mixed_devices(op, ...)
+  local device
+  for i = 1, select("#", ...) do
+    local t = select(i, ...)
+    if t and t.device ~= "meta" then
+      if device and t.device ~= device then
+        raise("%s: tensors on %s and %s", op.name, device, t.device)
+      end
+      device = t.device
+    end
+  end
+end
+
 --- The kernels of a device once it is known that this op has one there.
 local function first_use(op, device)
   local ops = tensor.kernels(device)
@@ -106,7 +121,7 @@ local function generate(op)
   local function put(...) lines[#lines + 1] = (...):format(select(2, ...)) end
   local produced = concat(op.outputs, op.saved)
   put("local op, infer, scope, state, memory, tables, first_use, revive_all, bad, check, "
-    .. "Record, setmetatable, refuse_nan, without_values = ...")
+    .. "Record, setmetatable, refuse_nan, without_values, mixed_devices = ...")
   put("return function(%s)", table.concat(concat(op.inputs, op.args), ", "))
   put("local meta = false")
   for i, name in ipairs(op.inputs) do
@@ -123,6 +138,16 @@ local function generate(op)
   end
   if #closed > 0 then
     put("if %s then revive_all('%s', %s) meta = true end", table.concat(closed, " or "), op.name,
+      table.concat(op.inputs, ", "))
+  end
+  local apart = {}
+  for i = 2, #op.inputs do
+    local name = op.inputs[i]
+    apart[i - 1] = ("c_%s.device ~= c_%s.device"):format(name, op.inputs[1])
+    if op.optional[name] then apart[i - 1] = ("c_%s and %s"):format(name, apart[i - 1]) end
+  end
+  if #apart > 0 then
+    put("if %s then mixed_devices(op, %s) end", table.concat(apart, " or "),
       table.concat(op.inputs, ", "))
   end
   put("memory.tag = %d", op.id)
@@ -204,7 +229,8 @@ function M.define(name, spec)
   function op.call_(...) -- the first call makes the function; most scripts use few operations
     local chunk = assert(loadstring(generate(op), "=op " .. name))
     op.call_ = chunk(op, spec.infer, scope, state, memory, op.tables, first_use,
-      tensor.revive_all, bad_argument, check, Record, setmetatable, refuse_nan, without_values)
+      tensor.revive_all, bad_argument, check, Record, setmetatable, refuse_nan, without_values,
+      mixed_devices)
     return op.call_(...)
   end
   return function(a, b, c, d, e, f, g, h, i, j, k)
@@ -610,6 +636,8 @@ function tensor.methods:backward(gradient, options)
         self:numel(), border.shape_string(self.shape))
     end
     gradient = tensor.full(self.shape, 1, { dtype = self.dtype, device = self.device })
+  elseif gradient.device ~= self.device then
+    raise("backward: tensors on %s and %s", self.device, gradient.device)
   end
   local kept = self._keep
   self._keep = true -- the argument of backward survives

@@ -270,3 +270,54 @@ describe("what is refused", function()
   end)
 end)
 
+
+describe("tensors on two devices", function()
+  local function both()
+    return ds.ones(3, 4, { device = "cuda" }), ds.ones(3, 4, { device = "cpu" })
+  end
+  local apart = "tensors on cuda and cpu"
+
+  it("are refused by every operation of several inputs", function()
+    local x, y = both()
+    local mask, index = y:gt(0), ds.zeros(3, 4, { device = "cpu", dtype = "i64" })
+    local w, row = ds.ones(4, 4, { device = "cpu" }), ds.ones(4, { device = "cpu" })
+    local F = ds.F
+    for what, f in pairs {
+      ["add"] = function() return x + y end,
+      ["lt"] = function() return x:lt(y) end,
+      ["where"] = function() return ds.where(x:gt(0), y, y) end,
+      ["masked_fill"] = function() return x:masked_fill(mask, 1) end,
+      ["logical_and"] = function() return x:gt(0):logical_and(mask) end,
+      ["gather"] = function() return x:gather(1, index) end,
+      ["index_select"] = function() return x:index_select(1, index:select(1, 1)) end,
+      ["masked_select"] = function() return x:masked_select(mask) end,
+      ["matmul"] = function() return x:matmul(w) end,
+      ["linear"] = function() return F.linear(x, w) end,
+      ["embedding"] = function() return F.embedding(index, x) end,
+      ["cross_entropy"] = function() return F.cross_entropy(x, index:select(2, 1)) end,
+      ["layer_norm"] = function() return F.layer_norm(x, row, row) end,
+      ["add_"] = function() return x:add_(y) end,
+      ["mul_"] = function() return x:mul_(y) end,
+      ["scatter_"] = function() return x:scatter_(1, index, x) end,
+      ["scatter_add_"] = function() return x:scatter_add_(1, index:to "cuda", y) end,
+      ["cat"] = function() return ds.cat({ x, y }, 1) end,
+      ["backward"] = function()
+        ds.ones(3, 4, { device = "cuda", requires_grad = true }):exp():backward(y)
+      end,
+    } do
+      local ok, message = pcall(f)
+      assert.is_false(ok, what)
+      assert.is_truthy(message:find "tensors on cuda and cpu" or message:find
+        "tensors on cpu and cuda", what .. ": " .. tostring(message))
+    end
+    assert.error_matches(function() return x + y end, "add: " .. apart)
+  end)
+
+  it("may be copied, and moved", function()
+    local x, y = both()
+    x:copy_(y * 3)
+    assert.same({ 3, 3, 3, 3 }, x:select(1, 2):tolist())
+    y:copy_(x)
+    assert.same({ 3, 3, 3, 3 }, y:select(1, 2):tolist())
+  end)
+end)

@@ -198,6 +198,13 @@ void *dynamic_shared()
     return (void *)(((uintptr_t)b.shared.data() + 127) & ~(uintptr_t)127);
 }
 
+/* What the host reads anyway, and a GPU does not. */
+void must_align(const void *p, size_t bytes)
+{
+    if ((uintptr_t)p % bytes)
+        wrong("a load or store is not aligned");
+}
+
 /* Until all threads that are not done are here. */
 void block_barrier()
 {

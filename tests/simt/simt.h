@@ -43,6 +43,7 @@ void enqueue_steps(cudaStream_t stream, std::function<bool()> step);
 /* Whether these bytes lie in one block of the simulated device's memory. */
 bool is_device(const void *data, size_t bytes);
 void *dynamic_shared();
+void must_align(const void *p, size_t bytes);
 void block_barrier();
 int block_vote(int kind, int predicate); /* 0 or, 1 and, 2 count */
 /* Every lane of the mask gives 8 bytes and gets those of lane `from`. */
