@@ -219,7 +219,8 @@ static __global__ void __launch_bounds__(TILE_THREADS) tile_kernel(const __grid_
     constexpr int S = tile_side<W>, V = 16 / sizeof(W);
     constexpr int pitch = S + 4 / (sizeof(W) < 4 ? sizeof(W) : 4); /* a row begins a bank further */
     __shared__ W tile[S * pitch];
-    uint32_t across = t.p.size[t.p.ndim - 1].d, down = t.p.size[t.p.ndim - 2].d;
+    uint32_t across = (uint32_t)t.p.size[t.p.ndim - 1].d;
+    uint32_t down = (uint32_t)t.p.size[t.p.ndim - 2].d;
     int64_t top = blockIdx.x / across % down * S, left = (int64_t)(blockIdx.x % across) * S;
     int rows = (int)(t.rows - top < S ? t.rows - top : S);
     int columns = (int)(t.columns - left < S ? t.columns - left : S);

@@ -248,13 +248,16 @@ static inline int walk_bits(uint64_t *bits, const char *name, double value, int 
 /* Division of n < 2^31 by a constant (Granlund & Montgomery 1994, figure 4.1): with l = ceil(log2 d)
  * and m = floor(2^32 (2^l - d) / d) + 1, n / d = (high(n m) + n) >> l. */
 struct fast_div {
-    uint32_t d, m, l;
+    int64_t d; /* more than 2^31 only where place_of_many() divides */
+    uint32_t m, l;
 };
 
 static inline fast_div fast_div_of(int64_t d)
 {
-    fast_div f = {(uint32_t)d, 0, 0};
+    fast_div f = {d, 0, 0};
 
+    if (d > 0x7fffffff)
+        return f;
     while ((uint64_t)1 << f.l < (uint64_t)d)
         f.l++;
     f.m = (uint32_t)(((((uint64_t)1 << f.l) - (uint64_t)d) << 32) / (uint64_t)d + 1);
@@ -310,7 +313,7 @@ static __device__ inline void place(int64_t (&at)[N], const places &p, uint32_t 
 #pragma unroll 1
     for (int d = p.ndim - 1; d > 0; d--) {
         uint32_t above = divide(unit, p.size[d]);
-        int64_t i = unit - above * p.size[d].d;
+        int64_t i = unit - above * (uint32_t)p.size[d].d;
 
         unit = above;
 #pragma unroll

@@ -83,14 +83,14 @@ describe("copy", function()
   end)
 
   it("rounds to nearest, saturates, and makes NaN 0 as the CPU does", function()
-    local x = ds.tensor({ 0.5, 1.5, -1.5, 2.9, -2.9, 255.5, 256, -1, 1e10, -1e10, 1e20, -1e20, 1 / 0,
-      -1 / 0, 0 / 0, 1 + 2 ^ -8, 1 + 3 * 2 ^ -8, 1 + 2 ^ -11, 65519, 65520, 2 ^ -25, 3e-41 },
+    local x = ds.tensor({ 0.5, 1.5, -1.5, 2.9, -2.9, 255.5, 256, -1, 1e10, -1e10, 1e20, -1e20,
+      1 / 0, -1 / 0, 0 / 0, 1 + 2 ^ -8, 1 + 3 * 2 ^ -8, 1 + 2 ^ -11, 65519, 65520, 2 ^ -25, 3e-41 },
       { device = "cpu" })
     for _, to in ipairs(all) do
       helper.both("f32 to " .. to, function(v) return v:to(to) end, { x }, { tol = 0 })
     end
-    local whole = ds.tensor({ 2 ^ 53, 2 ^ 31, -2 ^ 31, 2 ^ 24 + 1, 2 ^ 25 + 3, 300, -1, 257, 65535 },
-      { device = "cpu", dtype = "i64" })
+    local whole = ds.tensor({ 2 ^ 53, 2 ^ 31, -2 ^ 31, 2 ^ 24 + 1, 2 ^ 25 + 3, 300, -1, 257,
+      65535 }, { device = "cpu", dtype = "i64" })
     for _, to in ipairs(all) do
       helper.both("i64 to " .. to, function(v) return v:to(to) end, { whole }, { tol = 0 })
     end

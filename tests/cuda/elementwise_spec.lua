@@ -1,4 +1,4 @@
--- Elementwise kernels: every operation of ops.def, in every dtype, over operands that lie in any way.
+-- Elementwise kernels: every operation of ops.def, in every dtype, however operands lie.
 
 local ds = require "ds"
 local tensor = require "ds.tensor"
@@ -279,18 +279,18 @@ describe("tensors on two devices", function()
 
   it("are refused by every operation of several inputs", function()
     local x, y = both()
-    local mask, index = y:gt(0), ds.zeros(3, 4, { device = "cpu", dtype = "i64" })
+    local positive, index = y:gt(0), ds.zeros(3, 4, { device = "cpu", dtype = "i64" })
     local w, row = ds.ones(4, 4, { device = "cpu" }), ds.ones(4, { device = "cpu" })
     local F = ds.F
     for what, f in pairs {
       ["add"] = function() return x + y end,
       ["lt"] = function() return x:lt(y) end,
       ["where"] = function() return ds.where(x:gt(0), y, y) end,
-      ["masked_fill"] = function() return x:masked_fill(mask, 1) end,
-      ["logical_and"] = function() return x:gt(0):logical_and(mask) end,
+      ["masked_fill"] = function() return x:masked_fill(positive, 1) end,
+      ["logical_and"] = function() return x:gt(0):logical_and(positive) end,
       ["gather"] = function() return x:gather(1, index) end,
       ["index_select"] = function() return x:index_select(1, index:select(1, 1)) end,
-      ["masked_select"] = function() return x:masked_select(mask) end,
+      ["masked_select"] = function() return x:masked_select(positive) end,
       ["matmul"] = function() return x:matmul(w) end,
       ["linear"] = function() return F.linear(x, w) end,
       ["embedding"] = function() return F.embedding(index, x) end,

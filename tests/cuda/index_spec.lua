@@ -156,7 +156,8 @@ describe("scatter_, scatter_add_, index_add", function()
 
   it("one_hot", function()
     for _, kind in ipairs { "i64", "i32", "u8" } do
-      helper.both(kind, function(i) return i:one_hot(9), i:t():one_hot(11), i:select(1, 1):one_hot(9)
+      helper.both(kind, function(i)
+        return i:one_hot(9), i:t():one_hot(11), i:select(1, 1):one_hot(9)
       end, { indices(9, { 5, 7 }, kind) })
     end
   end)

@@ -56,7 +56,8 @@ describe("random numbers", function()
     for _, dtype in ipairs { "i64", "i32", "u8", "bool" } do
       for _, n in ipairs(sizes) do
         both(("%s %d"):format(dtype, n), function(x)
-          return ds.randint(0, dtype == "bool" and 2 or 200, n, { dtype = dtype, device = x.device })
+          local options = { dtype = dtype, device = x.device }
+          return ds.randint(0, dtype == "bool" and 2 or 200, n, options)
         end, { start })
       end
     end
@@ -92,8 +93,9 @@ describe("dropout", function()
   it("drops the CPU's elements", function()
     for _, dtype in ipairs(floats) do
       for _, n in ipairs(sizes) do
-        both(("%s %d"):format(dtype, n), function(x) return drop(x, 0.3), drop(x, 0), drop(x, 1) end,
-          { helper.randn({ n }, { dtype = dtype }) })
+        both(("%s %d"):format(dtype, n), function(x)
+          return drop(x, 0.3), drop(x, 0), drop(x, 1)
+        end, { helper.randn({ n }, { dtype = dtype }) })
       end
       both(dtype, function(x) return drop(x:t(), 0.5), drop(x:narrow(2, 2, 9), 0.5) end,
         { helper.randn({ 31, 60 }, { dtype = dtype }) })
