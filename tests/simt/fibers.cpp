@@ -1,4 +1,8 @@
-/* fibers.cpp - runs a kernel's blocks, one after the other, its threads as fibers. */
+/* fibers.cpp - runs a kernel's blocks, one after the other, its threads as fibers.
+ *
+ * DS_SIMT_BACKWARDS set: the last block and the last thread come first. What depends on who comes
+ * first shows.
+ */
 #include "simt.h"
 
 #include <stdio.h>
@@ -93,7 +97,7 @@ struct {
     unsigned barriers; /* generation */
     int vote[3], vote_result[2][3];
     std::vector<char> shared;
-    bool moved;
+    bool moved, backwards;
 } b;
 
 [[noreturn]] void wrong(const char *what)
@@ -148,7 +152,8 @@ void run_block()
     }
     while (b.alive) {
         b.moved = false;
-        for (int i = 0; i < b.threads; i++) {
+        for (int n = 0; n < b.threads; n++) {
+            int i = b.backwards ? b.threads - 1 - n : n;
             fiber &f = b.fibers[i];
 
             if (f.is == DONE)
@@ -183,14 +188,19 @@ void launch_now(const char *name, dim3 grid, dim3 block, size_t shared, std::fun
     b.threads = (int)threads;
     b.body = &body;
     b.shared.assign(shared + 128, (char)0xff); /* whatever was there: NaN */
+    b.backwards = getenv("DS_SIMT_BACKWARDS") != NULL;
     now.threads = block;
     now.blocks = grid;
-    for (now.block.z = 0; now.block.z < grid.z; now.block.z++)
-        for (now.block.y = 0; now.block.y < grid.y; now.block.y++)
-            for (now.block.x = 0; now.block.x < grid.x; now.block.x++) {
-                memset(b.shared.data(), 0xff, b.shared.size());
-                run_block();
-            }
+    uint64_t blocks = (uint64_t)grid.x * grid.y * grid.z;
+    for (uint64_t n = 0; n < blocks; n++) {
+        uint64_t i = b.backwards ? blocks - 1 - n : n;
+
+        now.block.x = (unsigned)(i % grid.x);
+        now.block.y = (unsigned)(i / grid.x % grid.y);
+        now.block.z = (unsigned)(i / grid.x / grid.y);
+        memset(b.shared.data(), 0xff, b.shared.size());
+        run_block();
+    }
 }
 
 void *dynamic_shared()
