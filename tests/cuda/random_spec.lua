@@ -102,6 +102,14 @@ describe("dropout", function()
     end
   end)
 
+  it("keeps an element whose number is p", function()
+    both("p", function(x)
+      local u = ds.zeros_like(x)
+      tensor.run("uniform", x.device, u._c, 0, 1, 5, 3)
+      return drop(x, u:select(1, 6):item())
+    end, { helper.randn { 20 } })
+  end)
+
   it("works in place", function()
     both("in place", function(x)
       local y = x:clone()
