@@ -1,0 +1,158 @@
+/* attention.cuh - a call of attention, checked, and what its kernels share: places, masks, dropout.
+ *
+ * No T x S matrix is ever in memory: a block of threads has some rows (queries of one head) in shared
+ * memory and meets a tile of keys at a time, keeping the softmax online (Dao 2023, FlashAttention-2;
+ * Milakov & Gimelshein 2018). Three implementations, chosen in attention.cu:
+ *
+ *     attention_cudnn.cu                       cuDNN's graphs; bf16 and f16
+ *     attention_mma.cu, _mma_backward.cu       tensor cores; bf16 and f16, heads to 128, aligned rows
+ *     attention.cu, attention_backward.cu      fused multiply-add; everything
+ *
+ * All keep the same lse, so that a forward pass of one and a backward pass of another fit.
+ */
+#ifndef DS_CUDA_ATTENTION_CUH
+#define DS_CUDA_ATTENTION_CUH
+
+#include "kernels/cuda/common.cuh"
+#include "kernels/philox.h"
+
+#define ATTENTION_WIDEST 256 /* head */
+#define LOG2E 1.4426950408889634
+
+/* A tensor [B, n, heads, D] whose last dimension is dense; strides in elements. */
+struct head_tensor {
+    char *data;
+    int64_t batch, row, head;
+    int aligned; /* every row begins at 16 bytes */
+};
+
+/* By value to every kernel. */
+struct attention_call {
+    head_tensor q, k, v, y, dy, dq, dk, dv;
+    const char *mask; /* NULL: none */
+    int64_t mask_stride[4];
+    float *lse; /* over B, H, T; natural logarithm; -inf: the row sees nothing */
+    int64_t lse_stride[3];
+    float *delta; /* [B, H, T] dense: dy y summed over a row; of the backward pass */
+    int dtype, mask_dtype;
+    int B, T, S, H, G, D;
+    int ratio; /* H / G */
+    int causal;
+    float scale, scale2; /* scale2 = scale log2 e: exponents are of 2 */
+    /* dropout of the weights */
+    int drops;
+    int32_t least; /* a random number below it is dropped */
+    float kept;    /* 1 / (1 - p) */
+    uint64_t seed, offset;
+};
+
+/* 0 and *c, or a negative code. `what` begins messages. */
+int attention_check(attention_call *c, const char *what, const ds_tensor *q, const ds_tensor *k,
+                    const ds_tensor *v, const ds_tensor *lse, const ds_tensor *mask, int causal,
+                    double scale, double p, uint64_t seed, uint64_t offset);
+int attention_same(const char *what, const ds_tensor *x, const char *name, const ds_tensor *like);
+head_tensor attention_heads(const ds_tensor *x);
+/* A launch that needs more shared memory than the device has is refused by name. */
+int attention_fits(const char *what, size_t shared);
+
+/* Which implementation the environment asks for: DS_ATTENTION=own, fma or cudnn. */
+enum attention_choice { ATTENTION_ANY, ATTENTION_OWN, ATTENTION_FMA, ATTENTION_CUDNN };
+int attention_choice(void);
+
+/* ---- places */
+
+/* The query rows `first` … of a head, or the keys of a kv head, that a block of threads has in hand. */
+struct attention_place {
+    int batch, head, first;
+};
+
+/* Blocks of a head are next to each other, so that those which run at once share keys in the cache;
+ * the last rows, which causality lets see the most, come first. */
+static __device__ inline attention_place attention_rows_of(int tiles, int heads, int rows)
+{
+    int at = (int)(blockIdx.x / tiles), tile = tiles - 1 - (int)(blockIdx.x % tiles);
+
+    return attention_place{at / heads, at % heads, tile * rows};
+}
+
+/* Keys: the first are seen by most rows. */
+static __device__ inline attention_place attention_keys_of(int tiles, int heads, int keys)
+{
+    int at = (int)(blockIdx.x / tiles), tile = (int)(blockIdx.x % tiles);
+
+    return attention_place{at / heads, at % heads, tile * keys};
+}
+
+/* How many keys row t sees. */
+static __device__ inline int attention_seen(const attention_call &c, int t)
+{
+    int seen = c.causal ? t + 1 + c.S - c.T : c.S;
+
+    return seen < 0 ? 0 : seen > c.S ? c.S : seen;
+}
+
+/* The first row that sees a key. */
+static __device__ inline int attention_first_row(const attention_call &c, int key)
+{
+    int t = c.causal ? key - (c.S - c.T) : 0;
+
+    return t < 0 ? 0 : t;
+}
+
+static __device__ inline float *attention_lse(const attention_call &c, int batch, int head, int t)
+{
+    return c.lse + batch * c.lse_stride[0] + head * c.lse_stride[1] + t * c.lse_stride[2];
+}
+
+static __device__ inline int64_t attention_row(const attention_call &c, int batch, int head, int t)
+{
+    return ((int64_t)batch * c.H + head) * c.T + t;
+}
+
+/* ---- masks and dropout */
+
+static __device__ inline float attention_load(const char *data, int dtype, int64_t i)
+{
+    return dtype == DS_F32    ? ((const float *)data)[i]
+           : dtype == DS_BF16 ? to_float(((const bf16 *)data)[i])
+                              : to_float(((const f16 *)data)[i]);
+}
+
+/* What a mask adds to the exponent (of 2) of row t and key s. */
+static __device__ inline float attention_mask(const attention_call &c, int batch, int head, int t,
+                                              int s)
+{
+    int64_t at = batch * c.mask_stride[0] + head * c.mask_stride[1] + t * c.mask_stride[2] +
+                 s * c.mask_stride[3];
+
+    if (c.mask_dtype == DS_BOOL)
+        return c.mask[at] ? 0 : -INFINITY;
+    return attention_load(c.mask, c.mask_dtype, at) * (float)LOG2E;
+}
+
+/* What dropout makes of the weights of one row and the keys s … s + N - 1: 0 or 1 / (1 - p). They are
+ * elements of a [B, H, T, S] tensor of random numbers, as philox.h says; N ≤ 4. */
+template <int N>
+static __device__ inline void attention_keep(float (&keep)[N], const attention_call &c, int batch,
+                                             int head, int t, int s)
+{
+    uint64_t element = (uint64_t)attention_row(c, batch, head, t) * (uint64_t)c.S + (uint64_t)s;
+    int lane = (int)(element % 4);
+    ds_philox_block low = ds_philox(c.seed, c.offset + element / 4), high = low;
+
+    if (lane + N > 4)
+        high = ds_philox(c.seed, c.offset + element / 4 + 1);
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        int at = (lane + i) % 4;
+        const ds_philox_block &from = lane + i < 4 ? low : high;
+        uint32_t word = at == 0   ? from.lane[0]
+                        : at == 1 ? from.lane[1]
+                        : at == 2 ? from.lane[2]
+                                  : from.lane[3];
+
+        keep[i] = (int32_t)(word >> 8) >= c.least ? c.kept : 0;
+    }
+}
+
+#endif
