@@ -192,6 +192,23 @@ $(BUILD)/simt/tests/%.o: tests/simt/%.cpp $(BUILD)/simt.flags
 	@mkdir -p $(@D)
 	$(call quiet,simt,$<)$(CXX) $(simt_flags) -MMD -MP -c -o $@ $<
 
+# Whether cuDNN takes the graphs that are built: it is asked where there is no GPU, with the toolkit's
+# stub in the driver's place.
+ifneq ($(and $(CUDNN_LIB),$(wildcard $(CUDA_LIB)/stubs/libcuda.so)),)
+c-tests: $(BUILD)/tests/c/test_cudnn $(BUILD)/stub/libcuda.so.1
+endif
+
+cudnn_sources := tests/c/test_cudnn.cpp kernels/cuda/cudnn.cu kernels/cuda/attention_graph.cu
+
+$(BUILD)/tests/c/test_cudnn: $(cudnn_sources) kernels/cuda/cudnn.h kernels/cuda/attention_graph.h
+	@mkdir -p $(@D)
+	$(call quiet,link,$@)$(CXX) -x c++ -std=c++17 -I. $(cuda_paths) -Wall -Wextra $(STRICT) $(CHECKED) -g \
+	  -o $@ $(cudnn_sources) -ldl
+
+$(BUILD)/stub/libcuda.so.1:
+	@mkdir -p $(@D)
+	@ln -sf $(CUDA_LIB)/stubs/libcuda.so $@
+
 text_cuda := $(NVCC) $(cuda_flags) $(CUDA_LIB) $(cuda_objects)
 text_simt := $(CXX) $(simt_flags) $(simt_objects)
 -include $(cuda_objects:.o=.d) $(simt_objects:.o=.d) $(BUILD)/simt/tests/nccl.d

@@ -4,9 +4,10 @@
  * 256, computed in f32 by fused multiply-add. A block of 256 threads has a tile of queries, and goes
  * through the keys that the last of them sees.
  */
-#include "kernels/cuda/attention_tile.cuh"
-
 #include <stdlib.h>
+
+#include "kernels/cuda/attention_cudnn.h"
+#include "kernels/cuda/attention_tile.cuh"
 
 /* ---- checking */
 
@@ -145,6 +146,28 @@ int attention_fits(const char *what, size_t shared)
                    what, shared >> 10, ds_cuda.shared_most >> 10);
 }
 
+/* ---- choosing */
+
+int attention_choose(const attention_call *c, const char *what, int backward)
+{
+    const char *asked = getenv("DS_ATTENTION"), *why = NULL;
+    int rc = 0;
+
+    asked = asked && *asked ? asked : "any";
+    if (!strcmp(asked, "fma"))
+        return ATTENTION_FMA;
+    if (!strcmp(asked, "own"))
+        return ATTENTION_MMA;
+    if (strcmp(asked, "any") && strcmp(asked, "cudnn"))
+        return ds_fail(DS_EINVAL, "%s: DS_ATTENTION is %s, must be own, fma or cudnn", what, asked);
+    rc = attention_cudnn(c, backward, &why);
+    if (rc < 0)
+        return rc;
+    if (!rc && !strcmp(asked, "cudnn"))
+        return ds_fail(DS_ENOSYS, "%s: DS_ATTENTION=cudnn, and it cannot: %s", what, why);
+    return rc ? ATTENTION_DONE : ATTENTION_MMA;
+}
+
 /* ---- forward, by fused multiply-add */
 
 /* Scores s of this thread to weights; the state m, l of its rows and what the sum so far shrinks by. */
@@ -262,11 +285,15 @@ int ds_cuda_attention(ds_tensor *y, ds_tensor *lse, const ds_tensor *q, const ds
                       uint64_t seed, uint64_t offset)
 {
     attention_call c;
+    int left;
 
     DS_TRY(attention_check(&c, "attention", q, k, v, lse, mask, causal, scale, p, seed, offset));
     DS_TRY(attention_same("attention", y, "the output", q));
     c.y = attention_heads(y);
     if (q->numel == 0)
         return 0;
+    left = attention_choose(&c, "attention", 0);
+    if (left < 0 || left == ATTENTION_DONE)
+        return left;
     return BY_WIDTH(c.D, Z, run<Z>(c));
 }

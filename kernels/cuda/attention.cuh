@@ -55,9 +55,11 @@ head_tensor attention_heads(const ds_tensor *x);
 /* A launch that needs more shared memory than the device has is refused by name. */
 int attention_fits(const char *what, size_t shared);
 
-/* Which implementation the environment asks for: DS_ATTENTION=own, fma or cudnn. */
-enum attention_choice { ATTENTION_ANY, ATTENTION_OWN, ATTENTION_FMA, ATTENTION_CUDNN };
-int attention_choice(void);
+/* Does a call by cuDNN where that is right, and says what is left to do. DS_ATTENTION in the environment:
+ * `own` (no cuDNN), `fma` (no tensor cores either), `cudnn` (an error where it cannot); without it cuDNN
+ * where it applies. */
+enum attention_left { ATTENTION_DONE, ATTENTION_MMA, ATTENTION_FMA };
+int attention_choose(const attention_call *c, const char *what, int backward);
 
 /* ---- places */
 

@@ -218,6 +218,7 @@ int ds_cuda_attention_backward(ds_tensor *dq, ds_tensor *dk, ds_tensor *dv, cons
 {
     static const char what[] = "attention_backward";
     attention_call c;
+    int left;
 
     DS_TRY(attention_check(&c, what, q, k, v, lse, mask, causal, scale, p, seed, offset));
     DS_TRY(attention_same(what, dq, "dq", q));
@@ -232,6 +233,9 @@ int ds_cuda_attention_backward(ds_tensor *dq, ds_tensor *dk, ds_tensor *dv, cons
     c.dv = attention_heads(dv);
     if (q->numel == 0 && k->numel == 0)
         return 0;
+    left = attention_choose(&c, what, 1);
+    if (left < 0 || left == ATTENTION_DONE)
+        return left;
     c.delta = (float *)ds_cuda_scratch(DS_CUDA_PARTIAL, (size_t)c.B * c.H * c.T * sizeof(float));
     if (!c.delta)
         return DS_ENOMEM;
