@@ -7,6 +7,7 @@
 #include <stdlib.h>
 
 #include "kernels/cuda/attention_cudnn.h"
+#include "kernels/cuda/attention_mma.cuh"
 #include "kernels/cuda/attention_tile.cuh"
 
 /* ---- checking */
@@ -186,11 +187,11 @@ static __device__ inline void soften(float (&s)[Z::RPT][Z::KPT], float (&m)[Z::R
         for (int k = 8; k; k >>= 1)
             top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, k));
         base = top == -INFINITY ? 0 : top; /* nothing seen: weights 0, not NaN */
-        shrink[i] = exp2f(m[i] - base);
+        shrink[i] = attention_exp2(m[i] - base);
         m[i] = top;
 #pragma unroll
         for (int j = 0; j < Z::KPT; j++) {
-            s[i][j] = exp2f(s[i][j] - base);
+            s[i][j] = attention_exp2(s[i][j] - base);
             sum += s[i][j];
         }
 #pragma unroll
@@ -295,5 +296,7 @@ int ds_cuda_attention(ds_tensor *y, ds_tensor *lse, const ds_tensor *q, const ds
     left = attention_choose(&c, "attention", 0);
     if (left < 0 || left == ATTENTION_DONE)
         return left;
+    if (left == ATTENTION_MMA && attention_mma_takes(c, 0))
+        return attention_mma(c);
     return BY_WIDTH(c.D, Z, run<Z>(c));
 }

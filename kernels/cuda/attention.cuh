@@ -33,7 +33,9 @@ struct attention_call {
     int64_t mask_stride[4];
     float *lse; /* over B, H, T; natural logarithm; -inf: the row sees nothing */
     int64_t lse_stride[3];
-    float *delta; /* [B, H, T] dense: dy y summed over a row; of the backward pass */
+    /* of the backward pass, [B, H, T] dense: dy y summed over a row, and lse in exponents of 2, inf where
+     * the row sees nothing, so that its weights are 0 */
+    float *delta, *lse2;
     int dtype, mask_dtype;
     int B, T, S, H, G, D;
     int ratio; /* H / G */
@@ -113,6 +115,19 @@ static __device__ inline int64_t attention_row(const attention_call &c, int batc
 
 /* ---- masks and dropout */
 
+/* 2^x, within 2 ulp; results below 2^-126 are 0. */
+static __device__ inline float attention_exp2(float x)
+{
+#ifdef __CUDA_ARCH__
+    float y;
+
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return exp2f(x);
+#endif
+}
+
 static __device__ inline float attention_load(const char *data, int dtype, int64_t i)
 {
     return dtype == DS_F32    ? ((const float *)data)[i]
@@ -139,21 +154,21 @@ static __device__ inline void attention_keep(float (&keep)[N], const attention_c
                                              int head, int t, int s)
 {
     uint64_t element = (uint64_t)attention_row(c, batch, head, t) * (uint64_t)c.S + (uint64_t)s;
-    int lane = (int)(element % 4);
+    int skip = (int)(element % 4);
     ds_philox_block low = ds_philox(c.seed, c.offset + element / 4), high = low;
 
-    if (lane + N > 4)
+    if (skip + N > 4)
         high = ds_philox(c.seed, c.offset + element / 4 + 1);
+    const uint32_t word[8] = {low.lane[0],  low.lane[1],  low.lane[2],  low.lane[3],
+                              high.lane[0], high.lane[1], high.lane[2], high.lane[3]};
 #pragma unroll
     for (int i = 0; i < N; i++) {
-        int at = (lane + i) % 4;
-        const ds_philox_block &from = lane + i < 4 ? low : high;
-        uint32_t word = at == 0   ? from.lane[0]
-                        : at == 1 ? from.lane[1]
-                        : at == 2 ? from.lane[2]
-                                  : from.lane[3];
+        uint32_t mine = skip == 0   ? word[i]
+                        : skip == 1 ? word[i + 1]
+                        : skip == 2 ? word[i + 2]
+                                    : word[i + 3];
 
-        keep[i] = (int32_t)(word >> 8) >= c.least ? c.kept : 0;
+        keep[i] = (int32_t)(mine >> 8) >= c.least ? c.kept : 0;
     }
 }
 

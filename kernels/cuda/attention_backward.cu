@@ -9,9 +9,10 @@
  * what they write and add in order. So s and dw are computed twice, and the same bits come out every
  * time; one kernel for both would have to add dq from many blocks.
  */
+#include "kernels/cuda/attention_mma.cuh"
 #include "kernels/cuda/attention_tile.cuh"
 
-/* ---- delta */
+/* ---- what the other kernels need of each row */
 
 template <typename S>
 static __global__ void __launch_bounds__(256) row_products(attention_call c, int64_t rows)
@@ -38,32 +39,16 @@ static __global__ void __launch_bounds__(256) row_products(attention_call c, int
                 sum = fmaf(to_float(y[d]), to_float(dy[d]), sum);
         }
         sum = warp_reduce<add_op>(sum);
-        if (lane == 0)
+        if (lane == 0) {
+            float lse = *attention_lse(c, batch, head, t);
+
             c.delta[r] = sum;
+            c.lse2[r] = lse == -INFINITY ? INFINITY : lse * (float)LOG2E;
+        }
     }
 }
 
 /* ---- weights and their gradients */
-
-/* What a thread's rows need of the forward pass. Rows beyond the last, and those that saw nothing,
- * have an lse that makes all weights 0. */
-template <typename Z>
-static __device__ inline void row_constants(float (&lse)[Z::RPT], float (&delta)[Z::RPT],
-                                            const attention_call &c, int batch, int head, int first)
-{
-#pragma unroll
-    for (int i = 0; i < Z::RPT; i++) {
-        int t = first + i;
-
-        lse[i] = -INFINITY;
-        delta[i] = 0;
-        if (t < c.T) {
-            lse[i] = *attention_lse(c, batch, head, t);
-            delta[i] = c.delta[attention_row(c, batch, head, t)];
-        }
-        lse[i] = lse[i] == -INFINITY ? INFINITY : lse[i] * (float)LOG2E;
-    }
-}
 
 /* Exponents s and dw of this thread, to the weights that dv takes and to ds, in place. */
 template <typename Z>
@@ -71,20 +56,20 @@ static __device__ inline void
 weight_gradient(float (&s)[Z::RPT][Z::KPT], float (&dw)[Z::RPT][Z::KPT], const attention_call &c,
                 int batch, int head, int first, int key, int ty, int tx)
 {
-    float lse[Z::RPT], delta[Z::RPT];
-
-    row_constants<Z>(lse, delta, c, batch, head, first + ty * Z::RPT);
 #pragma unroll
     for (int i = 0; i < Z::RPT; i++) {
+        int t = first + ty * Z::RPT + i;
+        int64_t row = attention_row(c, batch, head, t);
+        float lse = t < c.T ? c.lse2[row] : INFINITY, delta = t < c.T ? c.delta[row] : 0;
         float keep[Z::KPT];
 
         if (c.drops)
-            attention_keep(keep, c, batch, head, first + ty * Z::RPT + i, key + tx * Z::KPT);
+            attention_keep(keep, c, batch, head, t, key + tx * Z::KPT);
 #pragma unroll
         for (int j = 0; j < Z::KPT; j++) {
-            float kept = c.drops ? keep[j] : 1, w = exp2f(s[i][j] - lse[i]);
+            float kept = c.drops ? keep[j] : 1, w = attention_exp2(s[i][j] - lse);
 
-            dw[i][j] = w * (dw[i][j] * kept - delta[i]);
+            dw[i][j] = w * (dw[i][j] * kept - delta);
             s[i][j] = w * kept;
         }
     }
@@ -218,6 +203,7 @@ int ds_cuda_attention_backward(ds_tensor *dq, ds_tensor *dk, ds_tensor *dv, cons
 {
     static const char what[] = "attention_backward";
     attention_call c;
+    size_t rows;
     int left;
 
     DS_TRY(attention_check(&c, what, q, k, v, lse, mask, causal, scale, p, seed, offset));
@@ -236,10 +222,14 @@ int ds_cuda_attention_backward(ds_tensor *dq, ds_tensor *dk, ds_tensor *dv, cons
     left = attention_choose(&c, what, 1);
     if (left < 0 || left == ATTENTION_DONE)
         return left;
-    c.delta = (float *)ds_cuda_scratch(DS_CUDA_PARTIAL, (size_t)c.B * c.H * c.T * sizeof(float));
+    rows = (size_t)c.B * c.H * c.T;
+    c.delta = (float *)ds_cuda_scratch(DS_CUDA_PARTIAL, 2 * rows * sizeof(float));
+    c.lse2 = c.delta + rows;
     if (!c.delta)
         return DS_ENOMEM;
     if (c.T > 0)
         DS_TRY(row_products_of(c));
+    if (left == ATTENTION_MMA && attention_mma_takes(c, 1))
+        return attention_mma_backward(c);
     return BY_WIDTH(c.D, Z, run<Z>(c));
 }

@@ -93,18 +93,15 @@ static void set_strides(int64_t to[3], const head_tensor *x, const attention_cal
 
 static void form_of(sdpa_form *f, const attention_call *c, int backward)
 {
-    static int fast = -1;
     const head_tensor *const x[SDPA_HEADS] = {NULL,   &c->q,  &c->k,  &c->v, &c->y,
                                               &c->dy, &c->dq, &c->dk, &c->dv};
-    const char *text = getenv("DS_FAST_ATTENTION");
+    const char *fast = getenv("DS_FAST_ATTENTION");
 
-    if (fast < 0)
-        fast = text && !strcmp(text, "1");
     memset(f, 0, sizeof *f);
     f->backward = backward;
     f->f16 = c->dtype == DS_F16;
     f->causal = c->causal != 0;
-    f->deterministic = backward && !fast;
+    f->deterministic = backward && !(fast && !strcmp(fast, "1"));
     f->B = c->B;
     f->H = c->H;
     f->G = c->G;

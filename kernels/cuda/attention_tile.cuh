@@ -1,7 +1,7 @@
 /* attention_tile.cuh - tiles of f32 in shared memory and their products, by fused multiply-add.
  *
  * 256 threads, as 16 x 16. Of the scores of ROWS queries and KEYS keys, thread (ty, tx) has the rows
- * ty RPT … and the keys tx KPT …; of a sum with D columns, the columns tx VEC … of each 16 VEC. Rows
+ * ty RPT … and the keys tx KPT …; of a sum with D columns, the columns 4 tx … of each 64. Rows
  * of a tile lie LD floats apart, and key s lies in slot(s), so that threads next to each other read
  * from different banks. What is beyond the last row, key or column is 0.
  */
@@ -13,7 +13,6 @@
 template <int WIDE_, int ROWS_, int KEYS_> struct tile {
     static constexpr int WIDE = WIDE_, ROWS = ROWS_, KEYS = KEYS_;
     static constexpr int RPT = ROWS / 16, KPT = KEYS / 16, CPT = WIDE / 16; /* a thread's share */
-    static constexpr int VEC = CPT < 4 ? CPT : 4, PARTS = CPT / VEC;
     static constexpr int LD = WIDE + 4;  /* floats from row to row of a tile */
     static constexpr int LDS = KEYS + 4; /* of scores */
     static constexpr int THREADS = 256;
@@ -24,22 +23,17 @@ template <int WIDE_, int ROWS_, int KEYS_> struct tile {
     }
     static __device__ constexpr int column(int tx, int i)
     {
-        return (i / VEC * 16 + tx) * VEC + i % VEC;
+        return (i / 4 * 16 + tx) * 4 + i % 4;
     }
 };
 
-/* Heads to 32, 64, 128 and 256 wide. */
-using tile_32 = tile<32, 64, 64>;
+/* Heads to 64, 128 and 256 wide. */
 using tile_64 = tile<64, 64, 64>;
 using tile_128 = tile<128, 64, 64>;
 using tile_256 = tile<256, 32, 32>;
 
 #define BY_WIDTH(D, Z, ...)                                                                        \
     [&]() -> int {                                                                                 \
-        if ((D) <= 32) {                                                                           \
-            using Z = tile_32;                                                                     \
-            return __VA_ARGS__;                                                                    \
-        }                                                                                          \
         if ((D) <= 64) {                                                                           \
             using Z = tile_64;                                                                     \
             return __VA_ARGS__;                                                                    \
@@ -178,11 +172,11 @@ template <typename Z>
 static __device__ inline void columns_of(float (&x)[Z::CPT], const float *row, int tx)
 {
 #pragma unroll
-    for (int i = 0; i < Z::CPT; i += Z::VEC) {
-        pack<float, Z::VEC> part = *(const pack<float, Z::VEC> *)(row + Z::column(tx, i));
+    for (int i = 0; i < Z::CPT; i += 4) {
+        pack<float, 4> part = *(const pack<float, 4> *)(row + Z::column(tx, i));
 
 #pragma unroll
-        for (int j = 0; j < Z::VEC; j++)
+        for (int j = 0; j < 4; j++)
             x[i + j] = part.of[j];
     }
 }

@@ -71,11 +71,18 @@ static void prepare(context *c, char *stack, void (*entry)())
 
 enum state { READY, AT_BARRIER, IN_WARP, DONE };
 
+struct transfer {
+    void *to;
+    const void *from; /* NULL: zeros */
+    int bytes;
+};
+
 struct fiber {
     context at;
     state is;
     uint3 thread;
-    int votes; /* of the block's vote under way */
+    int votes;                                 /* of the block's vote under way */
+    std::vector<std::vector<transfer>> copies; /* asynchronous ones, by groups; the last is open */
 };
 
 struct warp {
@@ -139,6 +146,7 @@ void run_block()
         fiber &f = b.fibers[i];
 
         f.is = READY;
+        f.copies.clear();
         f.thread.x = (unsigned)i % now.threads.x;
         f.thread.y = (unsigned)i / now.threads.x % now.threads.y;
         f.thread.z = (unsigned)i / now.threads.x / now.threads.y;
@@ -289,6 +297,48 @@ uint64_t exchange(unsigned mask, uint64_t value, int from)
     warp &w = meet(mask, value, &round);
 
     return w.value[round & 1][from & 31];
+}
+
+void gather(unsigned mask, uint64_t value, uint64_t all[32])
+{
+    unsigned round;
+    warp &w = meet(mask, value, &round);
+
+    memcpy(all, w.value[round & 1], sizeof w.value[0]);
+}
+
+void async_copy(void *to, const void *from, int whole, int bytes)
+{
+    fiber &f = b.fibers[b.current];
+
+    if (bytes && ((uintptr_t)from % (uintptr_t)whole || (uintptr_t)to % (uintptr_t)whole))
+        wrong("an asynchronous copy is not aligned");
+    if (f.copies.empty())
+        f.copies.emplace_back();
+    f.copies.back().push_back({to, bytes ? from : NULL, whole});
+}
+
+void async_commit()
+{
+    fiber &f = b.fibers[b.current];
+
+    if (f.copies.empty())
+        f.copies.emplace_back();
+    f.copies.emplace_back();
+}
+
+void async_wait(int pending)
+{
+    fiber &f = b.fibers[b.current];
+
+    while ((int)f.copies.size() > pending + 1) {
+        for (const transfer &t : f.copies.front())
+            if (t.from)
+                memcpy(t.to, t.from, (size_t)t.bytes);
+            else
+                memset(t.to, 0, (size_t)t.bytes);
+        f.copies.erase(f.copies.begin());
+    }
 }
 
 void warp_barrier(unsigned mask)

@@ -48,6 +48,13 @@ void block_barrier();
 int block_vote(int kind, int predicate); /* 0 or, 1 and, 2 count */
 /* Every lane of the mask gives 8 bytes and gets those of lane `from`. */
 uint64_t exchange(unsigned mask, uint64_t value, int from);
+/* All of the mask's lanes get what each gave. */
+void gather(unsigned mask, uint64_t value, uint64_t all[32]);
+/* cp.async: done when the thread that asked for it waits until no more than `pending` groups are under
+ * way, and no sooner. bytes 0 of `whole`: zeros. */
+void async_copy(void *to, const void *from, int whole, int bytes);
+void async_commit();
+void async_wait(int pending);
 void warp_barrier(unsigned mask);
 unsigned ballot(unsigned mask, int predicate);
 
