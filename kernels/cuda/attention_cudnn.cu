@@ -34,6 +34,14 @@ static int64_t most_workspace;
 static sdpa_plan *plans[MOST_PLANS];
 static int plan_count;
 
+static int capturing(void)
+{
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+
+    return cudaStreamIsCapturing(ds_cuda.stream, &status) != cudaSuccess ||
+           status != cudaStreamCaptureStatusNone;
+}
+
 /* ---- opening */
 
 static const char *open_handle(void)
@@ -43,6 +51,8 @@ static const char *open_handle(void)
 
     if (handle || why)
         return why;
+    if (capturing())
+        return "it was not used before a graph was captured";
     if (!(cudnn = ds_cudnn()))
         return why = ds_cudnn_why();
     if (cudnn->Create(&handle) != CUDNN_STATUS_SUCCESS ||
@@ -163,7 +173,6 @@ static void drop(sdpa_plan *p)
 /* NULL: not now, *why says why. */
 static const sdpa_plan *plan_for(const sdpa_form *form, const char **why)
 {
-    cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
     sdpa_plan *p;
 
     for (int i = 0; i < plan_count && i < MOST_PLANS; i++)
@@ -172,8 +181,7 @@ static const sdpa_plan *plan_for(const sdpa_form *form, const char **why)
             return plans[i]->plan ? plans[i] : NULL;
         }
     *why = "no plan can be built while a graph is captured";
-    if (cudaStreamIsCapturing(ds_cuda.stream, &capturing) != cudaSuccess ||
-        capturing != cudaStreamCaptureStatusNone)
+    if (capturing())
         return NULL;
     *why = "out of host memory";
     if (!(p = (sdpa_plan *)calloc(1, sizeof *p)))

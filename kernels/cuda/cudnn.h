@@ -19,7 +19,7 @@
 #endif
 #endif
 
-/* What `dsrun env` shows: "cuDNN 9.19.0", or why there is none that can be used. */
+/* Part of the device's description: "cuDNN 9.19.0", or why there is none that can be used. */
 void ds_cudnn_describe(char *text, size_t bytes);
 
 #ifdef DS_HAS_CUDNN

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "kernels/cuda/cudnn.h"
 #include "kernels/cuda/table.h"
 
 ds_cuda_device ds_cuda;
@@ -143,13 +144,15 @@ static int synchronize(void)
 static void describe(char *text, size_t bytes)
 {
     cudaDeviceProp p;
+    char cudnn[256];
 
+    ds_cudnn_describe(cudnn, sizeof cudnn);
     if (cudaGetDeviceProperties(&p, ds_cuda.index) != cudaSuccess) {
-        snprintf(text, bytes, "CUDA device %d", ds_cuda.index);
+        snprintf(text, bytes, "CUDA device %d; %s", ds_cuda.index, cudnn);
         return;
     }
-    snprintf(text, bytes, "%s, %.0f GiB, %d processors, compute capability %d.%d", p.name,
-             (double)p.totalGlobalMem / (1 << 30), p.multiProcessorCount, p.major, p.minor);
+    snprintf(text, bytes, "%s, %.0f GiB, %d processors, compute capability %d.%d; %s", p.name,
+             (double)p.totalGlobalMem / (1 << 30), p.multiProcessorCount, p.major, p.minor, cudnn);
 }
 
 /* Which of the devices that CUDA shows is this rank's. */
