@@ -29,6 +29,8 @@ typedef struct ds_ops {
 #undef T
 } ds_ops;
 
+enum { DS_STREAM_KERNELS, DS_STREAM_COPIES };
+
 typedef struct ds_backend {
     const char *name; /* "cpu", "cuda" */
     ds_ops ops;
@@ -45,6 +47,25 @@ typedef struct ds_backend {
     /* Page-locked host memory, from which transfers are fastest. */
     int (*pinned_take)(void **out, size_t bytes);
     void (*pinned_give)(void *data);
+    /* Events: moments in one of the device's streams, DS_STREAM_KERNELS or DS_STREAM_COPIES. record sets
+     * one to after all that was asked of the stream so far; done: 1 if the device has got there, 0 if
+     * not yet; wait: the host waits for it; before: what is asked of the stream from now on waits. */
+    int (*event_make)(void **out);
+    void (*event_free)(void *event);
+    int (*event_record)(void *event, int stream);
+    int (*event_done)(void *event);
+    int (*event_wait)(void *event);
+    int (*event_before)(void *event, int stream);
+    /* From (up 0) or to (up 1) the device, in a stream; the host's memory is page-locked and stays as it
+     * is until an event that is recorded later. */
+    int (*copy_later)(void *to, const void *from, size_t bytes, int up, int stream);
+    /* From begin to end what is asked of the kernels' stream is recorded instead of done; what would
+     * make the host wait is an error then. end: *out is the record (out NULL: it is dropped). run does all
+     * of it again. */
+    int (*graph_begin)(void);
+    int (*graph_end)(void **out);
+    int (*graph_run)(void *graph);
+    void (*graph_free)(void *graph);
     void (*describe)(char *text, size_t bytes); /* "NVIDIA H200, 140 GiB, …" */
     const ds_device_counters *counters;
 } ds_backend;

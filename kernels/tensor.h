@@ -30,11 +30,13 @@ typedef struct ds_tensor {
 
 /* What a device with memory of its own was asked for since the start; all 0 on the CPU. */
 typedef struct ds_device_counters {
-    int64_t launches;           /* kernels, of ours and of libraries */
-    int64_t waits;              /* times that the host waited for the device */
-    int64_t takes, gives;       /* of memory, from and to the system */
+    int64_t launches;     /* kernels, of ours and of libraries */
+    int64_t waits;        /* times that the host waited for all that was asked of the device */
+    int64_t event_waits;  /* for an event that the device had not reached yet */
+    int64_t takes, gives; /* of memory, from and to the system */
     int64_t uploads, downloads; /* transfers from and to the host */
     int64_t scratch;            /* bytes that kernels keep for themselves now */
+    int64_t captures, replays;  /* graphs of launches that were recorded, and done again */
 } ds_device_counters;
 /* ds.h: end ffi */
 

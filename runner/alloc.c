@@ -7,7 +7,8 @@
  * wait in lists by size class, two levels of them (Masmano et al. 2004, "TLSF": power of two, then
  * sixteenths), so that finding one that fits is a look at two bitmaps, and the smallest class that
  * fits is taken. A freed piece merges with its free neighbours at once, which keeps the peak near
- * what is live. The bookkeeping lies in host memory beside the pieces: the same code serves devices
+ * what is live. Segments belong to a set, and pieces go from hand to hand within one: what a recorded
+ * graph uses is a set of its own, which nothing else may have while the graph lives. The bookkeeping lies in host memory beside the pieces: the same code serves devices
  * whose memory the host cannot write.
  */
 #include "runner/alloc.h"
@@ -47,7 +48,8 @@ struct lists {
 
 struct pool {
     pthread_mutex_t lock;
-    struct lists lists[2]; /* of large and of small segments */
+    struct lists lists[2 * DS_MEMORY_SETS]; /* of each set's large and small segments */
+    int set;                                /* from which memory is taken now */
     int64_t by_tag[TAGS];
     ds_memory memory;
 };
@@ -56,6 +58,7 @@ static struct pool pools[] = {
     [DS_CPU] = {.lock = PTHREAD_MUTEX_INITIALIZER},
     [DS_CUDA] = {.lock = PTHREAD_MUTEX_INITIALIZER},
     [DS_META] = {.lock = PTHREAD_MUTEX_INITIALIZER}, /* counters only: its storages have no data */
+    [DS_PINNED] = {.lock = PTHREAD_MUTEX_INITIALIZER},
 };
 
 #define POOLS ((int)(sizeof pools / sizeof *pools))
@@ -89,7 +92,7 @@ static void class_of(int64_t bytes, int *first, int *second)
 
 static void list_add(struct pool *p, ds_storage *s)
 {
-    struct lists *l = &p->lists[s->small];
+    struct lists *l = &p->lists[s->list];
     int i, j;
 
     class_of(s->bytes, &i, &j);
@@ -106,7 +109,7 @@ static void list_add(struct pool *p, ds_storage *s)
 
 static void list_drop(struct pool *p, ds_storage *s)
 {
-    struct lists *l = &p->lists[s->small];
+    struct lists *l = &p->lists[s->list];
     int i, j;
 
     class_of(s->bytes, &i, &j);
@@ -128,7 +131,7 @@ static void list_drop(struct pool *p, ds_storage *s)
 /* A free piece of at least `bytes`, off its list; NULL if there is none. */
 static ds_storage *list_find(struct pool *p, int64_t bytes)
 {
-    const struct lists *l = &p->lists[bytes < SMALL];
+    const struct lists *l = &p->lists[2 * p->set + (bytes < SMALL)];
     int i, j, tries = TRIES;
     uint32_t second;
     uint64_t first;
@@ -154,11 +157,17 @@ found:
 
 /* ---- segments */
 
-/* A new segment as one piece, on no list. */
-static int segment_take(ds_storage **out, int device, int64_t bytes)
+/* Page-locked memory is the GPU backend's to take and to give. */
+static const ds_backend *backend_of(int pool)
 {
-    struct pool *p = &pools[device];
-    const ds_backend *backend = ds_backend_of(device);
+    return ds_backend_of(pool == DS_PINNED ? DS_CUDA : pool);
+}
+
+/* A new segment as one piece, on no list. */
+static int segment_take(ds_storage **out, int pool, int64_t bytes)
+{
+    struct pool *p = &pools[pool];
+    const ds_backend *backend = backend_of(pool);
     int64_t least = bytes < SMALL ? SMALL_SEGMENT : SEGMENT_MIN;
     int64_t total = bytes < least ? least : bytes;
     ds_storage *s = NULL;
@@ -170,33 +179,38 @@ static int segment_take(ds_storage **out, int device, int64_t bytes)
     s = calloc(1, sizeof *s);
     if (!s)
         return ds_fail(DS_ENOMEM, "out of host memory");
-    rc = backend->memory_take(&s->data, (size_t)total);
+    rc = pool == DS_PINNED ? backend->pinned_take(&s->data, (size_t)total)
+                           : backend->memory_take(&s->data, (size_t)total);
     if (rc < 0) {
         free(s);
         return rc;
     }
     s->bytes = total;
-    s->device = device;
-    s->small = bytes < SMALL;
+    s->device = pool == DS_PINNED ? DS_CPU : pool;
+    s->pool = pool;
+    s->list = 2 * p->set + (bytes < SMALL);
     p->memory.takes++;
     *out = s;
     return 0;
 }
 
-/* Gives every wholly free segment back to the system. */
-static void flush_locked(int device)
+/* Gives every wholly free segment of a set back to the system. */
+static void flush_locked(int pool, int set)
 {
-    struct pool *p = &pools[device];
-    const ds_backend *backend = ds_backend_of(device);
+    struct pool *p = &pools[pool];
+    const ds_backend *backend = backend_of(pool);
     ds_storage *s, *next;
 
     for (int k = 0; k < 2 * FIRST_BITS * SECOND; k++)
-        for (s = p->lists[k % 2].of[k / 2 / SECOND][k / 2 % SECOND]; s; s = next) {
+        for (s = p->lists[2 * set + k % 2].of[k / 2 / SECOND][k / 2 % SECOND]; s; s = next) {
             next = s->next_free;
             if (s->before || s->after)
                 continue;
             list_drop(p, s);
-            backend->memory_give(s->data, (size_t)s->bytes);
+            if (pool == DS_PINNED)
+                backend->pinned_give(s->data);
+            else
+                backend->memory_give(s->data, (size_t)s->bytes);
             free(s);
         }
 }
@@ -214,7 +228,8 @@ static void split(struct pool *p, ds_storage *s, int64_t bytes)
     rest->data = (char *)s->data + bytes;
     rest->bytes = s->bytes - bytes;
     rest->device = s->device;
-    rest->small = s->small;
+    rest->pool = s->pool;
+    rest->list = s->list;
     rest->before = s;
     rest->after = s->after;
     if (rest->after)
@@ -237,20 +252,22 @@ static void absorb(ds_storage *s, ds_storage *next)
 /* ---- storage */
 
 /* A piece of `bytes` that is on no list. */
-static int piece_take(ds_storage **out, int device, int64_t bytes)
+static int piece_take(ds_storage **out, int pool, int64_t bytes)
 {
-    struct pool *p = &pools[device];
+    struct pool *p = &pools[pool];
     ds_storage *s = list_find(p, bytes);
     int rc;
 
     if (!s) {
         /* Segments that are free but too small would only wait beside the larger one. */
-        if (bytes >= SEGMENT_MIN)
-            flush_locked(device);
-        rc = segment_take(&s, device, bytes);
-        if (rc == DS_ENOMEM && bytes < SEGMENT_MIN) {
-            flush_locked(device);
-            rc = segment_take(&s, device, bytes);
+        int flush = bytes >= SEGMENT_MIN && p->set == 0;
+
+        if (flush)
+            flush_locked(pool, 0);
+        rc = segment_take(&s, pool, bytes);
+        if (rc == DS_ENOMEM && !flush) {
+            flush_locked(pool, 0);
+            rc = segment_take(&s, pool, bytes);
         }
         if (rc < 0)
             return rc;
@@ -267,15 +284,15 @@ static int count_take(ds_storage **out, int64_t bytes)
 
     if (!s)
         return ds_fail(DS_ENOMEM, "out of host memory");
-    s->device = DS_META;
+    s->device = s->pool = DS_META;
     s->bytes = bytes;
     *out = s;
     return 0;
 }
 
-int ds_storage_take(ds_storage **out, int device, int64_t bytes)
+int ds_storage_take(ds_storage **out, int pool, int64_t bytes)
 {
-    struct pool *p = &pools[device];
+    struct pool *p = &pools[pool];
     const int64_t wanted = bytes;
     ds_storage *s = NULL;
     int rc;
@@ -287,7 +304,7 @@ int ds_storage_take(ds_storage **out, int device, int64_t bytes)
     if (bytes == 0)
         bytes = ALIGN;
     pthread_mutex_lock(&p->lock);
-    rc = device == DS_META ? count_take(&s, bytes) : piece_take(&s, device, bytes);
+    rc = pool == DS_META ? count_take(&s, bytes) : piece_take(&s, pool, bytes);
     if (rc < 0)
         goto out;
     forbid(s, wanted);
@@ -313,7 +330,7 @@ void ds_storage_retain(ds_storage *s)
 
 void ds_storage_release(ds_storage *s)
 {
-    struct pool *p = &pools[s->device];
+    struct pool *p = &pools[s->pool];
     ds_storage *other;
 
     if (atomic_fetch_sub_explicit(&s->refs, 1, memory_order_acq_rel) != 1)
@@ -362,13 +379,39 @@ int ds_memory_by_tag(int device, int64_t *bytes, int n)
     return TAGS;
 }
 
+static void flush_set(int pool, int set)
+{
+    if (pool != DS_CPU && pool != DS_CUDA && pool != DS_PINNED)
+        return; /* nothing is cached */
+    pthread_mutex_lock(&pools[pool].lock);
+    flush_locked(pool, set);
+    pthread_mutex_unlock(&pools[pool].lock);
+}
+
 void ds_memory_flush(int device)
 {
-    if (device != DS_CPU && device != DS_CUDA)
-        return; /* nothing is cached */
-    pthread_mutex_lock(&pools[device].lock);
-    flush_locked(device);
-    pthread_mutex_unlock(&pools[device].lock);
+    flush_set(device, 0);
+    if (device == DS_CUDA)
+        flush_set(DS_PINNED, 0);
+}
+
+int ds_memory_set(int device, int set)
+{
+    struct pool *p = &pools[is_device(device) ? device : DS_CPU];
+    int before;
+
+    pthread_mutex_lock(&p->lock);
+    before = p->set;
+    if (set >= 0 && set < DS_MEMORY_SETS)
+        p->set = set;
+    pthread_mutex_unlock(&p->lock);
+    return before;
+}
+
+void ds_memory_flush_set(int device, int set)
+{
+    if (set >= 0 && set < DS_MEMORY_SETS)
+        flush_set(device, set);
 }
 
 void ds_memory_reset_peak(int device)

@@ -13,8 +13,8 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "runner/alloc.h"
 #include "runner/comm.h"
+#include "runner/later.h"
 #include "runner/rank.h"
 
 static pthread_once_t opened_cuda = PTHREAD_ONCE_INIT;
@@ -110,8 +110,8 @@ static int download(ds_tensor *y, const ds_tensor *x)
     if (rc == 0 && !direct)
         rc = host_like(&host, x);
     if (rc == 0 && x->numel)
-        rc = cuda->download(direct ? y->data : host.data, x->data,
-                            (size_t)(x->numel * ds_dtype_size(x->dtype)));
+        rc = ds_stage_down(cuda, direct ? y->data : host.data, x->data,
+                           (size_t)(x->numel * ds_dtype_size(x->dtype)));
     if (rc == 0 && !direct)
         rc = cpu->ops.copy(y, &host);
     ds_release(&host);
@@ -136,8 +136,8 @@ static int upload(ds_tensor *y, const ds_tensor *x)
     if (rc == 0 && !direct)
         rc = ds_empty(&there, x->dtype, DS_CUDA, x->ndim, x->shape);
     if (rc == 0 && x->numel)
-        rc = cuda->upload(direct ? y->data : there.data, x->data,
-                          (size_t)(x->numel * ds_dtype_size(x->dtype)));
+        rc = ds_stage_up(cuda, direct ? y->data : there.data, x->data,
+                         (size_t)(x->numel * ds_dtype_size(x->dtype)));
     if (rc == 0 && !direct)
         rc = cuda->ops.copy(y, &there);
     ds_release(&host);

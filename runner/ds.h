@@ -76,7 +76,13 @@ typedef struct ds_memory {
 ds_memory *ds_memory_of(int device);
 /* Live bytes by tag: fills at most n, returns how many tags there are. */
 int ds_memory_by_tag(int device, int64_t *bytes, int n);
-void ds_memory_flush(int device);      /* gives cached blocks back to the system */
+void ds_memory_flush(int device); /* gives cached blocks back to the system */
+/* Memory in sets: what was taken from one is handed out again within it only. From now on memory comes from
+ * `set`, 0 to DS_MEMORY_SETS - 1 (0: at the start, and the only one that flush looks at); returns the set
+ * before. flush_set gives back what nothing of a set uses. */
+enum { DS_MEMORY_SETS = 8 };
+int ds_memory_set(int device, int set);
+void ds_memory_flush_set(int device, int set);
 void ds_memory_reset_peak(int device); /* to what is live */
 int64_t ds_memory_rss(void);           /* resident bytes of this process now; -1 unknown */
 int64_t ds_page_faults(void);          /* minor + major faults of this process */
@@ -91,6 +97,39 @@ int ds_device_describe(char *text, int64_t bytes, int device);
 ds_device_counters ds_device_count(int device);
 const char *ds_cpu_level(void);
 const char *const *ds_cpu_levels(void);
+
+/* ---- what a device does beside the host (later.c) */
+
+/* A new dense tensor on the CPU, in page-locked memory, contents undefined: what transfers go through
+ * while host and device do something else. DS_ENOSYS where there is no GPU. */
+int ds_empty_pinned(ds_tensor *out, int dtype, int ndim, const int64_t *shape);
+int ds_is_pinned(const ds_tensor *t); /* 1 or 0 */
+
+/* A moment on a device; until it is found done (by done, wait, or the next record) an event keeps the
+ * memory of its transfer alive. record: after all that was asked of the device's kernels so far. done: 1,
+ * 0 not yet, negative: something failed there. follow: the kernels that are asked for from now on wait for
+ * it, the host does not. */
+typedef struct ds_event ds_event;
+int ds_event_make(ds_event **out, int device);
+void ds_event_free(ds_event *e); /* waits for its transfer, if there is one */
+int ds_event_record(ds_event *e);
+int ds_event_done(ds_event *e);
+int ds_event_wait(ds_event *e);
+int ds_event_follow(ds_event *e);
+
+/* Transfers between page-locked memory and a device, both dense, of one dtype and size. upload: beside the
+ * kernels, after those that were asked for before; use `follow` before a kernel reads `to`. download: among
+ * the kernels, in their order. The host's side must stay as it is until e is done. */
+int ds_upload_later(ds_event *e, ds_tensor *to, const ds_tensor *from);
+int ds_download_later(ds_event *e, ds_tensor *to, const ds_tensor *from);
+
+/* From begin to end what is asked of the device's kernels is recorded and not done; whatever would make
+ * the host wait fails. end: out NULL drops the record. run does it all again, with the same addresses. */
+typedef struct ds_graph ds_graph;
+int ds_graph_begin(int device);
+int ds_graph_end(ds_graph **out, int device);
+int ds_graph_run(ds_graph *g);
+void ds_graph_free(ds_graph *g);
 
 /* ---- time and terminal (clock.c) */
 

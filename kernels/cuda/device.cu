@@ -26,8 +26,7 @@ int ds_cuda_check(cudaError_t code, const char *what)
                                   "one it was");
 }
 
-/* What a kernel left in the record of faults; it is empty again afterwards. */
-static int take_fault(void)
+int ds_cuda_take_fault(void)
 {
     volatile ds_cuda_fault *f = ds_cuda.fault;
     const char *name;
@@ -44,14 +43,24 @@ static int take_fault(void)
                                 : "; it was used before this line: DS_SYNC=1 tells by which one");
 }
 
+int ds_cuda_not_captured(const char *what)
+{
+    return ds_cuda.capturing ? ds_fail(DS_EINVAL,
+                                       "%s: it waits for the GPU, or moves memory of the "
+                                       "host; a CUDA graph cannot record that",
+                                       what)
+                             : 0;
+}
+
 int ds_cuda_wait(const char *what)
 {
+    DS_TRY(ds_cuda_not_captured(what));
     ds_cuda.counters.waits++;
     int rc = ds_cuda_check(cudaStreamSynchronize(ds_cuda.stream), what);
 
     if (rc == 0 && ds_cuda.ended)
         rc = ds_fail(DS_ECOMM, "%s: the job was ended while this rank waited for others", what);
-    return rc < 0 ? rc : take_fault();
+    return rc < 0 ? rc : ds_cuda_take_fault();
 }
 
 int ds_cuda_launched(const char *name)
@@ -61,7 +70,7 @@ int ds_cuda_launched(const char *name)
 
     if (code != cudaSuccess)
         return ds_cuda_check(code, name);
-    return ds_cuda.sync ? ds_cuda_wait(name) : 0;
+    return ds_cuda.sync && !ds_cuda.capturing ? ds_cuda_wait(name) : 0;
 }
 
 /* ---- memory */
@@ -90,6 +99,34 @@ static void pinned_give(void *data)
     cudaFreeHost(data);
 }
 
+/* Graphs were recorded with the addresses of their time: scratch memory that grows leaves the old blocks
+ * to them, until the last graph has gone. */
+static void scratch_give(void *data, size_t bytes)
+{
+    static struct old {
+        void *data;
+        size_t bytes;
+        struct old *next;
+    } * kept;
+    struct old *o;
+
+    if (data && (ds_cuda.graphs || ds_cuda.capturing)) {
+        o = (struct old *)malloc(sizeof *o);
+        if (!o)
+            return; /* the block stays, and nobody has it */
+        *o = {data, bytes, kept};
+        kept = o;
+        return;
+    }
+    while ((o = kept)) {
+        kept = o->next;
+        memory_give(o->data, o->bytes);
+        free(o);
+    }
+    if (data)
+        memory_give(data, bytes);
+}
+
 void *ds_cuda_scratch(int slot, size_t bytes)
 {
     static struct {
@@ -102,8 +139,7 @@ void *ds_cuda_scratch(int slot, size_t bytes)
         return blocks[slot].data;
     while (size < bytes)
         size *= 2;
-    if (blocks[slot].data)
-        memory_give(blocks[slot].data, blocks[slot].bytes);
+    scratch_give(blocks[slot].data, blocks[slot].bytes);
     ds_cuda.counters.scratch -= (int64_t)blocks[slot].bytes;
     blocks[slot].data = NULL;
     blocks[slot].bytes = 0;
@@ -119,6 +155,7 @@ void *ds_cuda_scratch(int slot, size_t bytes)
 /* From memory that is not page-locked CUDA takes a copy before it returns. */
 static int upload(void *to, const void *from, size_t bytes)
 {
+    DS_TRY(ds_cuda_not_captured("to the GPU"));
     ds_cuda.counters.uploads++;
     return ds_cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, ds_cuda.stream),
                          "to the GPU");
@@ -126,6 +163,7 @@ static int upload(void *to, const void *from, size_t bytes)
 
 static int download(void *to, const void *from, size_t bytes)
 {
+    DS_TRY(ds_cuda_not_captured("from the GPU"));
     ds_cuda.counters.downloads++;
     DS_TRY(ds_cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, ds_cuda.stream),
                          "from the GPU"));
@@ -217,6 +255,8 @@ static int open_device(int local_rank, int local_size)
     backend.download = download;
     backend.pinned_take = pinned_take;
     backend.pinned_give = pinned_give;
+    ds_cuda_fill_events(&backend);
+    ds_cuda_fill_graphs(&backend);
     backend.describe = describe;
     backend.counters = &ds_cuda.counters;
     return 0;

@@ -48,6 +48,8 @@ typedef struct ds_cuda_device {
     int shared_most;     /* bytes of shared memory that a block may have */
     cudaStream_t stream; /* of all kernels */
     cudaStream_t copies; /* of transfers that overlap with them */
+    int capturing;       /* a graph is being recorded: nothing is done, and nobody may wait */
+    int graphs;          /* that live: they keep the addresses of scratch memory */
     ds_cuda_fault *fault;
     volatile int
         ended; /* the job: what ranks exchange is not what it should be (comm_nccl_link.c) */
@@ -64,6 +66,16 @@ int ds_cuda_launched(const char *name);
 
 /* Waits for the stream; counted. A fault that a kernel left becomes the error. */
 int ds_cuda_wait(const char *what);
+
+/* 0; while a graph is recorded DS_EINVAL, which says that `what` cannot be part of one. */
+int ds_cuda_not_captured(const char *what);
+
+/* What a kernel left in the record of faults, as an error; it is empty again afterwards. */
+int ds_cuda_take_fault(void);
+
+/* The backend's parts: events and transfers (events.cu), graphs (graph.cu). */
+void ds_cuda_fill_events(ds_backend *backend);
+void ds_cuda_fill_graphs(ds_backend *backend);
 
 /* Device memory for a kernel's own use, until the next kernel of this stream that asks for the same
  * slot; at least `bytes`, aligned to 256, contents undefined. It only grows. NULL: out of memory. */

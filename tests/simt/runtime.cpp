@@ -28,6 +28,7 @@ namespace simt
 void launch_now(const char *name, dim3 grid, dim3 block, size_t shared, std::function<void()> body);
 
 static std::vector<std::function<void()>> *capturing;
+static cudaStreamCaptureMode capture_mode;
 static cudaError_t last = cudaSuccess;
 static std::map<void *, size_t> blocks;
 static size_t taken;
@@ -223,7 +224,7 @@ const char *cudaGetErrorName(cudaError_t code)
 
 cudaError_t cudaMalloc(void **out, size_t bytes)
 {
-    if (capturing)
+    if (capturing && capture_mode != cudaStreamCaptureModeRelaxed)
         return fails(cudaErrorStreamCaptureUnsupported);
     if (taken + bytes > (size_t)number("DS_SIMT_MEMORY", (int64_t)8 << 30) ||
         posix_memalign(out, 512, bytes ? bytes : 1) != 0)
@@ -401,10 +402,11 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *n, const void *, 
 
 /* ---- graphs: a list of what was asked for while a stream was captured */
 
-cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode)
+cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode mode)
 {
     if (capturing)
         return fails(cudaErrorIllegalState);
+    capture_mode = mode;
     capturing = new std::vector<std::function<void()>>;
     return cudaSuccess;
 }
@@ -427,10 +429,14 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t *out, cudaGraph_t g, unsigned l
         *(std::vector<std::function<void()>> *)g);
     return cudaSuccess;
 }
-cudaError_t cudaGraphLaunch(cudaGraphExec_t g, cudaStream_t)
+cudaError_t cudaGraphLaunch(cudaGraphExec_t g, cudaStream_t s)
 {
-    for (auto &work : *(std::vector<std::function<void()>> *)g)
-        work();
+    std::vector<std::function<void()>> all = *(std::vector<std::function<void()>> *)g;
+
+    enqueue(s, [=] {
+        for (auto &work : all)
+            work();
+    });
     return cudaSuccess;
 }
 cudaError_t cudaGraphDestroy(cudaGraph_t g)
