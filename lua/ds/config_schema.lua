@@ -205,8 +205,9 @@ local zero_fields = {
   offload("offload_optimizer", "keeps the optimizer's state, and fp32 master weights, elsewhere " ..
     "than beside the weights; at any stage", {
     { "device", "string", "none", "where to: \"nvme\" is a disk, from which state is streamed " ..
-      "through each update, with the same results; \"cpu\" is the memory in which it is without " ..
-      "a GPU, too", enum = { "none", "cpu", "nvme" } },
+      "through each update, with the same results (without a GPU); \"cpu\" is the host's " ..
+      "memory: for an engine on a GPU the CPU updates there; without one it is there anyway",
+      enum = { "none", "cpu", "nvme" } },
     { "nvme_path", "string", nil, "folder on the disk, which must exist: each rank takes room " ..
       "there for its state, in a file that has no name and goes with the process" },
     { "buffer_count", "integer", 4, "blocks of state in memory at a time: of sub_group_size " ..
@@ -263,7 +264,8 @@ local zero_fields = {
   idle("enable_sanity_checks", "boolean", false, "further checks"),
   idle("save_muon_momentum_buffer_in_memory", "boolean", false, "keep Muon's momentum in memory"),
   idle("leaf_module", "object", nil, "modules that are fetched whole (stage 3)"),
-  idle("cpu_offload", "boolean", false, "old name of offload_optimizer's device \"cpu\""),
+  idle("cpu_offload", "boolean", false, "old name of offload_optimizer's device \"cpu\"; on a " ..
+    "GPU it is refused"),
   { "cpu_offload_param", "boolean", false, "old name of offload_param", status = "later",
     why = GPUS, alias = { "cpu_offload_params" } },
   idle("cpu_offload_use_pin_memory", "boolean", false, "old name of pin_memory"),
@@ -349,8 +351,14 @@ M.groups = {
       "clip. On by default, as in DeepSpeed.", min = 0 },
     { "seed", "integer", nil, "seed of weights, dropout and data order; not given: that of --seed",
       min = 0 },
-    { "device", "string", "cpu", "where the model lives", enum = { "cpu", "cuda" } },
-    { "nan_check", "boolean", true, "stop with the step's number when the loss is NaN" },
+    { "device", "string", nil, "where the model lives, and where batches are moved to; not " ..
+      "given: what --device says, or the CPU", enum = { "cpu", "cuda" } },
+    { "cuda_graph", "boolean", false, "after some steps record forward and backward of a " ..
+      "micro-batch as a CUDA graph, and launch that from then on: for models of many small " ..
+      "kernels, with batches of one shape and no random numbers; what else a forward does, it " ..
+      "does no more" },
+    { "nan_check", "boolean", true, "stop with the step's number when the loss is NaN; on a GPU " ..
+      "that is known one step later, and nothing was changed" },
     { "steps_per_print", "integer", 10, "optimizer steps between two progress lines; 0: none",
       min = 0 },
   } },
@@ -483,7 +491,7 @@ M.groups = {
         switch("partition_activations", "split what is kept over the ranks", "it is for ranks " ..
           "that compute on the same inputs, of one model in parts"),
         idle("cpu_checkpointing", "boolean", false, "keep it in the host's memory, where it is " ..
-          "anyway on CPUs"),
+          "anyway on CPUs; on a GPU it is refused"),
         idle("contiguous_memory_optimization", "boolean", false, "keep it in one buffer; freed " ..
           "blocks are used again by size here, so nothing is scattered"),
         idle("synchronize_checkpoint_boundary", "boolean", false, "wait for the device at each; " ..

@@ -106,7 +106,7 @@ function Vocabulary:decode(ids)
     tensor.need_tensor(ids, "decode", 1)
     if tensor.floating[ids.dtype] then raise("decode: ids are whole numbers, not %s", ids.dtype) end
   elseif type(ids) == "table" then
-    ids = tensor.tensor(ids, "i32")
+    ids = tensor.tensor(ids, { dtype = "i32", device = "cpu" })
   else
     raise("decode: expects a tensor or a table of ids, not a %s", type(ids))
   end

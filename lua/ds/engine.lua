@@ -9,12 +9,11 @@
 -- Parameters are re-pointed into flat buffers, one a parameter group: weights and gradients in the
 -- types that precision.lua chooses, the master copy in fp32. A gradient is written by the kernel
 -- that makes it straight into the flat buffer; `_fresh` on a parameter means "overwrite, do not
--- add", so nothing has to be zeroed. A step is decided before anything is changed: norm and control
--- word first.
+-- add", so nothing has to be zeroed.
+--
+-- Model and batches may be made on the CPU for an engine on a GPU: the engine moves them.
 
-local ffi = require "ffi"
 local border = require "ds.ffi"
-local host = require "ds.host"
 local scope = require "ds.scope"
 local tensor = require "ds.tensor"
 local autograd = require "ds.autograd"
@@ -30,6 +29,9 @@ local together = require "ds.together"
 local config = require "ds.config"
 local precision = require "ds.precision"
 local engine_settings = require "ds.engine_settings"
+local engine_step = require "ds.engine_step"
+local engine_late = require "ds.engine_late"
+local engine_graph = require "ds.engine_graph"
 local data = require "ds.data"
 local comm = require "ds.comm"
 local checkpointing = require "ds.checkpointing"
@@ -38,7 +40,18 @@ local log = require "ds.log"
 local C, raise = border.C, border.raise
 
 local Engine = {}
-Engine.__index = Engine
+
+--- Methods; and figures of the last step that are still on their way.
+function Engine.__index(self, key)
+  local method = Engine[key]
+  if method == nil and engine_late.fields[key] then
+    local late = rawget(self, "late")
+    if late then late:settle() end
+    return rawget(self, key)
+  end
+  return method
+end
+
 precision.extend(Engine)
 engine_settings.extend(Engine)
 local M = { Engine = Engine }
@@ -101,7 +114,7 @@ local short = { fp32 = "f32", fp16 = "f16", bf16 = "bf16" } -- DeepSpeed's names
 --- The partitioned optimizer: flat buffers, and what this rank updates of them.
 local function partition(self)
   local c = self.config.zero_optimization
-  self.offload = offload.new(self.config)
+  self.offload = offload.new(self.config, self.device)
   self.zero = zero.new(self.optimizer.param_groups, {
     dtype = self.dtype, grad_dtype = self.precision.grad_dtype,
     device = self.device, stage = c.stage, op = self.config.gradient_allreduce_op,
@@ -121,32 +134,49 @@ local function partition(self)
   self.optimizer:bind(self.zero.segments, self.offload)
 end
 
---- Casts what does not train, and shards it where weights are.
-local function settle(self)
+--- Casts and moves what does not train, and shards it where weights are.
+local function settle(self, buffers)
+  local function move(t, dtype)
+    if t.dtype == dtype and t.device == self.device then return end
+    local grad = t.requires_grad
+    t.requires_grad = false
+    tensor.repoint(t, t:to(dtype, self.device))
+    t.requires_grad = grad
+  end
   for _, e in ipairs(self.named) do
     local p = e.parameter
     if not p._engine and p._unit then require("ds.zero_params").unshard(p) end -- by ds.zero.init
-    if not p._engine and p.dtype ~= self.dtype then
-      local grad = p.requires_grad
-      p.requires_grad = false
-      tensor.repoint(p, p:to(self.dtype))
-      p.requires_grad = grad
-    end
+    if not p._engine then move(p, self.dtype) end
     if not p._engine and self.zero then self.zero:shard_frozen(p) end
   end
+  for _, e in ipairs(buffers) do move(e.buffer, e.buffer.dtype) end
 end
 
 --- The same model and seed on all ranks, and then random numbers of each rank's own.
-local function join(self)
+local function join(self, buffers)
   together.meet("ds.initialize")
-  local model = self.module
-  local buffers = type(model) == "table" and model.named_buffers and model:named_buffers() or {}
   replicas.compare(self.named, buffers, self.config)
   replicas.send_out(self.named, buffers)
   local seed = replicas.share_seed(tensor.generator.seed)
   self.seed = self.config.seed or seed
   if comm.world_size() > 1 then tensor.generator.seed = replicas.seed_of(seed, comm.rank()) end
 end
+
+--- Raises, with the reason, where the device is not there.
+local function check_device(self)
+  if self.device ~= "cuda" then return end
+  tensor.kernels "cuda"
+  local c = self.config
+  if c.activation_checkpointing.cpu_checkpointing then
+    raise("initialize: activation_checkpointing.cpu_checkpointing is not in this version on a GPU")
+  end
+  if c.zero_optimization.cpu_offload then
+    raise("initialize: zero_optimization.cpu_offload: on a GPU say "
+      .. '"offload_optimizer": {"device": "cpu"}')
+  end
+end
+
+local run_forward -- below
 
 local known = {
   args = true, model = true, model_parameters = true, training_data = true, lr_scheduler = true,
@@ -198,7 +228,7 @@ function M.initialize(options)
   if settings.comms_logger.enabled then comm.configure(settings.comms_logger) end
   local types = precision.new(settings)
   local self = setmetatable({
-    module = model, config = settings, device = settings.device or "cpu",
+    module = model, config = settings, device = settings.device or tensor.default_device,
     precision = types, dtype = types.dtype,
     global_steps = 0, micro_steps = 0, skipped_steps = 0, global_samples = 0,
     training = true, gas = settings.gradient_accumulation_steps,
@@ -215,12 +245,19 @@ function M.initialize(options)
     params = {}
     for i, e in ipairs(self.named) do params[i] = e.parameter end
   end
-  join(self)
+  local buffers = type(model) == "table" and model.named_buffers and model:named_buffers() or {}
+  check_device(self)
+  join(self, buffers)
   self.optimizer = make_optimizer(options.optimizer, params, settings)
   if self.optimizer then partition(self) end
-  settle(self)
-  tensor.empty_cache(self.device) -- where the parameters were before
+  settle(self, buffers)
+  tensor.empty_cache("cpu") -- where the parameters were before
+  if self.device ~= "cpu" then tensor.empty_cache(self.device) end
   self.lr_scheduler = make_scheduler(options.lr_scheduler, self.optimizer, settings)
+  if self.device == "cuda" and self.optimizer then
+    self.late = engine_late.new(self)
+    self.graph = settings.cuda_graph and engine_graph.new(self, run_forward) or nil
+  end
   local recompute = settings.activation_checkpointing
   if recompute.enabled then
     self.blocks = checkpointing.wrap(model, recompute.number_checkpoints)
@@ -251,6 +288,7 @@ function Engine:deepspeed_io(dataset, options)
     shuffle = options.shuffle == nil and c.dataloader_shuffle or options.shuffle or false,
     drop_last = options.drop_last == nil and c.dataloader_drop_last or options.drop_last or false,
     collate_fn = options.collate_fn, rank = comm.rank(), world_size = comm.world_size(),
+    device = self.device,
   })
 end
 
@@ -263,16 +301,23 @@ end
 
 -- ---- forward
 
+--- Arguments of the model: floating tensors in its dtype, all tensors on its device.
 local function lower(self, ...)
   local n = select("#", ...)
   local out = { ... }
   for i = 1, n do
     local t = out[i]
-    if tensor.is_tensor(t) and tensor.floating[t.dtype] and t.dtype ~= self.dtype then
-      out[i] = t:to(self.dtype)
+    if tensor.is_tensor(t) then
+      local dtype = tensor.floating[t.dtype] and self.dtype or t.dtype
+      if t.dtype ~= dtype or t.device ~= self.device then out[i] = t:to(dtype, self.device) end
     end
   end
   return unpack(out, 1, n)
+end
+
+--- The model with arguments of any device; what it makes itself is on the engine's.
+local function run_model(self, ...)
+  return tensor.on(self.device, self.module, lower(self, ...))
 end
 
 --- What forward returns lives until the next step begins.
@@ -333,6 +378,16 @@ local function leave(self, s, outer, seed, ok, ...)
   return ...
 end
 
+--- Runs the model in training, recorded for backward.
+function run_forward(self, ...)
+  local s, seed = scope.new(), products.loss_seed
+  local outer = scope.enter(s)
+  products.loss_seed = self:loss_scale() / self.gas
+  C.ds_breadcrumb("engine:forward()")
+  enter(self, true)
+  return leave(self, s, outer, seed, xpcall(run_model, border.note, self, ...))
+end
+
 --- Runs the model: `engine(x, y)` is the same. In training its activations are kept for backward
 -- and go with it; in evaluation (`engine:eval()`) nothing is recorded.
 function Engine:forward(...)
@@ -340,18 +395,15 @@ function Engine:forward(...)
   if self.undefined then require("ds.engine_state").need_weights(self) end
   if not self.training then
     enter(self, false)
-    return leave_evaluation(self, pcall(scope.no_grad, self.module, lower(self, ...)))
+    return leave_evaluation(self, pcall(scope.no_grad, run_model, self, ...))
   end
   if self.new_step then begin_step(self) end
   if not self.optimizer then
     raise("engine: training needs an optimizer; name one in the config")
   end
-  local s, seed = scope.new(), products.loss_seed
-  local outer = scope.enter(s)
-  products.loss_seed = self:loss_scale() / self.gas
-  C.ds_breadcrumb("engine:forward()")
-  enter(self, true)
-  return leave(self, s, outer, seed, xpcall(self.module, border.note, lower(self, ...)))
+  local loss = self.graph and self.graph:forward(...)
+  if loss then return loss end
+  return run_forward(self, ...)
 end
 Engine.__call = Engine.forward
 
@@ -378,19 +430,23 @@ local function check_loss(self, verb, loss)
     end
     raise("%s: the loss does not depend on anything that requires a gradient", verb)
   end
-  local value = self.device == "cpu" and loss:item() or nil
+  local value = loss.device == "cpu" and loss:item() or nil
   if value and value ~= value and self.config.nan_check then
     raise("step %d: the loss is NaN; training stops (nan_check)", self.global_steps + 1)
   end
   return value
 end
 
-local function count_backward(self, value)
+local function count_backward(self, value, loss)
   self.backwards = self.backwards + 1
   if value then
-    self.losses = self.losses + 1
     self.loss_sum = self.loss_sum + value
+  elseif self.late then
+    self.late:add_loss(loss, self.losses == 0)
+  else
+    return
   end
+  self.losses = self.losses + 1
 end
 
 --- backward over the graph, for the engines whose parameters get gradients.
@@ -399,11 +455,28 @@ local function run_backward(engines, loss, seed, retain)
     enter(e, true)
     e.zero:begin_backward()
   end
-  local ok, message = pcall(autograd.run, { loss }, { seed }, retain)
+  local ok, message = pcall(tensor.on, loss.device, autograd.run, { loss }, { seed }, retain)
   for _, e in ipairs(engines) do
     exit(e)
     if ok then e.zero:end_backward() else e.zero:drop_gradients() end
   end
+  if not ok then error(message, 0) end
+end
+
+--- Backward from a loss, which survives it.
+local function differentiate(self, loss, gas, options)
+  local scale = self:loss_scale() / gas
+  local seed = tensor.full(loss.shape, scale, { dtype = loss.dtype, device = loss.device })
+  seed._value = scale -- for who would have to ask the device
+  local owner, kept = autograd.owner, loss._keep
+  autograd.owner = { [self] = true }
+  if options.also then autograd.owner[options.also] = true end
+  loss._keep = true
+  C.ds_breadcrumb("engine:backward()")
+  local ok, message = pcall(run_backward, { self, options.also }, loss, seed, options.retain_graph)
+  C.ds_breadcrumb("")
+  autograd.owner = owner
+  loss._keep = kept
   if not ok then error(message, 0) end
 end
 
@@ -425,20 +498,13 @@ function Engine:backward(loss, options)
   end
   if options.also then self.precision:share(options.also.precision) end
   local gas = options.scale_wrt_gas == false and 1 or self.gas
-  local seed = tensor.full(loss.shape, self:loss_scale() / gas,
-    { dtype = loss.dtype, device = loss.device })
-  local owner = autograd.owner
-  autograd.owner = { [self] = true }
-  if options.also then autograd.owner[options.also] = true end
-  local kept = loss._keep
-  loss._keep = true
-  C.ds_breadcrumb("engine:backward()")
-  local ok, message = pcall(run_backward, { self, options.also }, loss, seed, options.retain_graph)
-  C.ds_breadcrumb("")
-  autograd.owner = owner
-  loss._keep = kept
-  if not ok then error(message, 0) end
-  count_backward(self, value)
+  local function go(from) differentiate(self, from, gas, options) end
+  if self.graph then
+    self.graph:backward(loss, next(options) == nil, go)
+  else
+    go(loss)
+  end
+  count_backward(self, value, loss)
   if options.also then options.also.backwards = options.also.backwards + 1 end
   return gas == 1 and loss or scope.no_grad(function() return loss / gas end)
 end
@@ -451,173 +517,12 @@ end
 -- @treturn Tensor
 function Engine:scale(loss)
   need_engine(self, "scale")
-  count_backward(self, check_loss(self, "scale", loss))
+  count_backward(self, check_loss(self, "scale", loss), loss)
   self.scaled = true
   return loss:float() * (self:loss_scale() / self.gas)
 end
 
---- Whether no parameter has had a gradient since the last update.
-local function without_gradients(self)
-  for _, p in ipairs(self.params) do
-    if not p._fresh then return false end
-  end
-  return true
-end
-
--- ---- step
-
---- Whether the coming step() is the one that updates.
-function Engine:is_gradient_accumulation_boundary()
-  if self.forced_boundary ~= nil then return self.forced_boundary end
-  return (self.micro_steps + 1) % self.gas == 0
-end
-
---- Decides the boundary by hand, on every rank alike; nil: by counting again. From the first call
--- on gradients are kept in fp32, unless data_types.grad_accum_dtype says otherwise: how many
--- micro-batches make a step is not known any more.
-function Engine:set_gradient_accumulation_boundary(on)
-  self.forced_boundary = on
-  if on ~= nil and self.zero and self.precision:add_up() then
-    self.zero:set_grad_dtype(self.precision.grad_dtype)
-  end
-end
-
-local control = ffi.new("ds_control")
-
---- What all ranks must know before they update: the global norm, the mean loss, signals.
--- @treturn number norm of all gradients, unscaled; inf or NaN if one is
-local function agree(self)
-  control.overflow, control.stop, control.save = 0, C.ds_signal_pending(), 0
-  control.writing = self.saving and self.saving:state() or 0
-  local squares
-  squares, self.loss_sum, self.losses =
-    self.zero:agree(control, self.zero:sum_squares(), self.loss_sum, self.losses)
-  return math.sqrt(squares) / self:loss_scale()
-end
-
-local function finish_step(self, applied, norm)
-  for _, p in ipairs(self.params) do p._fresh, p._claim = true, nil end
-  self.zero:end_step()
-  self.applied = applied
-  self.global_steps = self.global_steps + 1
-  self.global_samples = self.global_samples + self.config.train_batch_size
-  self.global_grad_norm = norm
-  self.backwards, self.scaled, self.new_step = 0, false, true
-  self.last_loss = self.losses > 0 and self.loss_sum / self.losses or nil
-  self.losses, self.loss_sum = 0, 0
-  local every = self.config.steps_per_print
-  if every and every > 0 and self.global_steps % every == 0 then
-    log.info("step=%d, skipped=%d, lr=[%s], loss=%s, norm=%.4g",
-      self.global_steps, self.skipped_steps, table.concat(self:get_lr(), ", "),
-      self.last_loss and ("%.4f"):format(self.last_loss) or "?", norm)
-  end
-end
-
---- Once a micro-batch. At the boundary: clips, updates, advances the schedule.
--- @treturn boolean true at the boundary
-function Engine:step()
-  need_engine(self, "step")
-  if not self.optimizer then raise("step: the engine has no optimizer") end
-  if not self.training then
-    raise("step: the engine is in evaluation mode; call engine:train() first")
-  end
-  if self.backwards == 0 then
-    raise("step: backward() has not been called since the last step; "
-      .. "the order is engine(…), engine:backward(loss), engine:step()")
-  end
-  if self.scaled and without_gradients(self) then
-    raise("step: engine:scale(loss) was called, and not the :backward() of what it gave")
-  end
-  if self.unsynced then raise("step: not inside no_sync(); call it after that") end
-  if self.scaled then -- the script's own backward: nobody has reduced yet
-    self.zero:begin_backward()
-    self.zero:end_backward()
-  end
-  local boundary = self:is_gradient_accumulation_boundary()
-  self.micro_steps = self.micro_steps + 1
-  if not boundary then
-    self.backwards, self.scaled = 0, false
-    return false
-  end
-  local place = ("engine:step() number %d"):format(self.global_steps + 1)
-  if self.step_ended then -- what this rank did by itself: launchers name ranks that are slower
-    C.ds_side_step(self.global_steps + 1, C.ds_seconds() - self.step_ended)
-  end
-  C.ds_breadcrumb(place)
-  host.here()
-  together.meet(place)
-  if not self.config.zero_optimization.ignore_unused_parameters then
-    local names = self.zero:unreached()
-    if #names > 0 then
-      raise("step %d: no gradient has reached %s (zero_optimization.ignore_unused_parameters is "
-        .. "false)", self.global_steps + 1, table.concat(names, ", ", 1, math.min(#names, 8)))
-    end
-  end
-  self.zero:complete()
-  self.zero:reduce()
-  local norm = agree(self)
-  local finite, stop = norm - norm == 0, control.stop
-  control.overflow = self.precision:overflows(norm) and 1 or 0
-  if control.overflow ~= 0 then
-    self.skipped_steps = self.skipped_steps + 1
-    finish_step(self, false, norm)
-  else
-    if not finite and self.config.nan_check then
-      raise("step %d: the gradient norm is %s; training stops (nan_check)",
-        self.global_steps + 1, tostring(norm))
-    end
-    local clip = self.config.gradient_clipping
-    local factor = clip > 0 and norm + 1e-6 > clip and clip / (norm + 1e-6) or 1
-    if self.offload then self.offload.place = ("step %d"):format(self.global_steps + 1) end
-    if self.saving then self.saving:release() end
-    self.optimizer:step(factor / self:loss_scale())
-    self.zero:gather()
-    finish_step(self, true, norm)
-    if self.lr_scheduler then self.lr_scheduler:step() end
-  end
-  self.precision:update(self.global_steps, control.overflow ~= 0)
-  local every = self.config.replica_check_interval
-  if every > 0 and self.global_steps % every == 0 then
-    replicas.check(self.zero:all_weights(), self.global_steps)
-  end
-  if self.saving and control.writing ~= 1 then self:finish_checkpoint() end
-  if stop ~= 0 then self:stop(stop) end
-  self.step_ended = C.ds_seconds()
-  C.ds_breadcrumb("")
-  return true
-end
-
---- Runs f(…), in which gradients are only added up on this rank, as they are anyway before the
--- boundary's step; no step() may be called in it.
--- @usage engine:no_sync(function() engine:backward(engine(x, y)) end)
--- @return what f returns
-function Engine:no_sync(f, ...)
-  if self.unsynced then raise("no_sync: it is already on; it can't be nested") end
-  if self.zero and self.zero.stage >= 2 then
-    raise("no_sync: at ZeRO stage %d every backward reduces its gradients, as no rank has room for "
-      .. "all of them; take stage 1", self.zero.stage)
-  end
-  self.unsynced = true
-  return (function(ok, ...)
-    self.unsynced = false
-    if not ok then error((...), 0) end
-    return ...
-  end)(xpcall(f, border.note, ...))
-end
-
---- A signal asked to stop: save where checkpoints go, if the script saves any, and end.
-function Engine:stop(signal)
-  if self.save_dir then
-    self:save_checkpoint(self.save_dir, nil, self.client_state)
-    self:finish_checkpoint()
-    log.info("stopped by signal %d; saved %s/global_step%d",
-      signal, self.save_dir, self.global_steps)
-  else
-    log.info("stopped by signal %d after step %d; "
-      .. "nothing was saved, the script has saved no checkpoint yet", signal, self.global_steps)
-  end
-  os.exit(128 + signal)
-end
+-- ---- gradients
 
 --- Forgets the gradients of the step so far.
 function Engine:zero_grad()
@@ -643,6 +548,8 @@ function Engine:train(on)
   return self
 end
 
+engine_step.extend(Engine, need_engine)
+
 -- Loaded with their first use.
 for name, file in pairs {
   save_checkpoint = "ds.engine_state", finish_checkpoint = "ds.engine_state",
@@ -661,6 +568,8 @@ function Engine:destroy()
   self.destroyed = true
   if self.saving then self:finish_checkpoint() end
   begin_step(self)
+  if self.late then self.late:forget() end
+  if self.graph then self.graph:drop() end
   if self.zero then self.zero:let_go() end
   checkpointing.unwrap(self.blocks or {})
   for _, p in ipairs(self.params or {}) do

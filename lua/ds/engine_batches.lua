@@ -46,7 +46,7 @@ local function run_along(engine, dataset, options, batches)
   local most = batches
   for _, n in ipairs(together.texts(("%d"):format(batches))) do most = math.max(most, n) end
   local first = data.loader(dataset, { batch_size = 1, shuffle = false, drop_last = false,
-    collate_fn = options.collate_fn, rank = 0, world_size = 1 })
+    collate_fn = options.collate_fn, rank = 0, world_size = 1, device = engine.device })
   for _ = batches + 1, most do
     loss_of_batch(engine, first:batches()())
   end
@@ -61,7 +61,7 @@ function M.evaluate(engine, dataset, options)
   local loader = data.loader(dataset, {
     batch_size = options.batch_size or engine.config.train_micro_batch_size_per_gpu,
     shuffle = false, drop_last = false, collate_fn = options.collate_fn,
-    rank = comm.rank(), world_size = comm.world_size(),
+    rank = comm.rank(), world_size = comm.world_size(), device = engine.device,
   })
   together.meet("engine:evaluate()")
   local training, total, samples, batches = engine.training, 0, 0, 0
@@ -76,7 +76,8 @@ function M.evaluate(engine, dataset, options)
   engine:train(training)
   if not ok then error(message, 0) end
   local sums = scope.no_grad(function()
-    return comm.all_reduce(tensor.tensor({ total, samples }, "f64")):tolist()
+    local sum = tensor.tensor({ total, samples }, { dtype = "f64", device = "cpu" })
+    return comm.all_reduce(sum):tolist()
   end)
   return sums[1] / sums[2]
 end

@@ -212,6 +212,7 @@ function M.save_checkpoint(engine, dir, tag, client_state, options)
       engine.micro_steps % engine.gas + (engine.backwards > 0 and 1 or 0), engine.gas)
   end
   M.need_weights(engine)
+  if engine.late then engine.late:settle() end
   tag = tag or ("global_step%d"):format(engine.global_steps)
   together.meet(("save_checkpoint(%s)"):format(tostring(tag)))
   finish_all()
@@ -404,6 +405,7 @@ function M.load_checkpoint(engine, dir, tag, options)
     raise("load_checkpoint: expects a folder, got %s", tostring(dir))
   end
   together.meet(("load_checkpoint(%s)"):format(tag == nil and "" or tostring(tag)))
+  if engine.late then engine.late:settle() end
   finish_all()
   -- an engine that has made no step has nothing to lose: files are checked while they are read
   local fresh = engine.global_steps == 0 and engine.micro_steps == 0 and not engine.loaded

@@ -12,7 +12,7 @@ local M = {}
 local modules = {
   nn = "ds.nn", F = "ds.functional", optim = "ds.optim", data = "ds.data", zero = "ds.zero_full",
   testing = "ds.testing", json = "ds.json", log = "ds.log", config = "ds.config",
-  comm = "ds.comm", checkpointing = "ds.checkpointing",
+  comm = "ds.comm", checkpointing = "ds.checkpointing", cuda = "ds.cuda",
 }
 local functions = {
   initialize = { "ds.engine", "initialize" }, schedule = { "ds.schedule", "register" },

@@ -80,10 +80,10 @@ local function collate(samples, positions)
         raise("value %d of sample %d is a %s, of sample %d a %s", place, positions[1], kind,
           positions[i], kind_of(value))
       end
-      list[i] = kind == "table" and tensor.tensor(value) or value
+      list[i] = kind == "table" and tensor.tensor(value, { device = "cpu" }) or value
     end
     if kind == "number" or kind == "boolean" then
-      out[place] = tensor.tensor(list)
+      out[place] = tensor.tensor(list, { device = "cpu" })
     elseif kind == "tensor" or kind == "table" then
       out[place] = stack(list, positions, place)
     else
@@ -217,13 +217,45 @@ local function advance(self, count, ...)
   return ...
 end
 
-local function fetch(self, exact)
+--- The batch at the position, on the host.
+-- @treturn number how many of its samples are no repetitions
+-- @return its values
+local function make(self, exact)
   local first, n, count = share(self, self._offset, exact)
-  if self._feed then return advance(self, count, take_ahead(self, n, exact)) end
+  if self._feed then return count, take_ahead(self, n, exact) end
   local index = order(self, self._epoch, first, n)
-  if self._make == "gather" then return advance(self, count, self.dataset:_gather(index, n)) end
-  if self._make == "batch" then return advance(self, count, own_batch(self, index, n)) end
-  return advance(self, count, get_each(self, index, n))
+  if self._make == "gather" then return count, self.dataset:_gather(index, n) end
+  if self._make == "batch" then return count, own_batch(self, index, n) end
+  return count, get_each(self, index, n)
+end
+
+local function made(self, count, ...)
+  if self._ahead then return advance(self, count, self._ahead:move(...)) end
+  return advance(self, count, ...)
+end
+
+--- Makes the batch at the position and starts its way to the device. Where that fails, it will fail
+-- again when the batch is wanted, and is told then.
+local function send_ahead(self, exact)
+  local got = pack(pcall(make, self, exact))
+  if not got[1] then return forget_ahead(self) end
+  self._ahead:put({ epoch = self._epoch, offset = self._offset, exact = exact, count = got[2] },
+    { n = got.n - 2, unpack(got, 3, got.n) })
+end
+
+local function then_send(self, exact, ...)
+  send_ahead(self, exact)
+  return ...
+end
+
+local function fetch(self, exact)
+  local ahead = self._ahead
+  if not ahead or not (self._feed or self._make == "gather") then
+    return made(self, make(self, exact))
+  end
+  local place = ahead:take(self._epoch, self._offset, exact)
+  if not place then return then_send(self, exact, made(self, make(self, exact))) end
+  return then_send(self, exact, advance(self, place.count, unpack(place.batch, 1, place.batch.n)))
 end
 
 --- The next batch; after the last of an epoch comes the first of the next, in a new order.
@@ -322,6 +354,7 @@ function Loader:load_state(state)
   self.seed = state.seed
   self._epoch, self._offset = settle(self, state.epoch, state.offset)
   forget_ahead(self)
+  if self._ahead then self._ahead:take() end
   return self
 end
 
@@ -333,7 +366,8 @@ end
 
 -- ---- making one
 
-local options_text = "batch_size, shuffle, seed, drop_last, rank, world_size, collate_fn, prefetch"
+local options_text =
+  "batch_size, shuffle, seed, drop_last, rank, world_size, collate_fn, prefetch, device"
 local known = {}
 for key in options_text:gmatch "[%w_]+" do known[key] = true end
 
@@ -348,6 +382,9 @@ local function check_options(o)
   end
   if type(o.seed) ~= "number" or o.seed % 1 ~= 0 then
     raise("loader: seed must be a whole number, not %s", tostring(o.seed))
+  end
+  if o.device ~= nil and o.device ~= "cpu" and o.device ~= "cuda" and o.device ~= "meta" then
+    raise("loader: unknown device '%s'; there are cpu and cuda", tostring(o.device))
   end
   for _, key in ipairs { "shuffle", "drop_last" } do
     if type(o[key]) ~= "boolean" then
@@ -407,7 +444,8 @@ end
 --   drop_last (false);
 --   rank, world_size (those of the job);
 --   collate_fn: list of samples → batch; a sample is what get returned, a table if that is several;
---   prefetch: batches that a thread gathers ahead, 4 for token files and 0 for a text in memory
+--   prefetch: batches that a thread gathers ahead, 4 for token files and 0 for a text in memory;
+--   device (the default one): where batches go; to a GPU they are uploaded while it works
 -- @usage local loader = ds.data.loader(train, { batch_size = 12, seed = 1337 })
 function M.loader(dataset, options)
   if options ~= nil and type(options) ~= "table" then
@@ -430,6 +468,8 @@ function M.loader(dataset, options)
   end
   self._index = ffi.new("int64_t[?]", self.batch_size)
   choose_way(self, self.prefetch)
+  self.device = self.device or tensor.default_device
+  if self.device == "cuda" then self._ahead = require("ds.loader_ahead").new(self.device) end
   return setmetatable(self, Loader)
 end
 

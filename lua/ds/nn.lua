@@ -271,6 +271,9 @@ function Module:to(target)
   return self
 end
 
+function Module:cuda() return self:to "cuda" end
+function Module:cpu() return self:to "cpu" end
+
 --- How many numbers train below here.
 function Module:num_parameters()
   local n = 0

@@ -156,10 +156,16 @@ Store.__index = Store
 
 --- What `offload_optimizer` and `aio` of a config ask for.
 -- @tparam table config the engine's
+-- @tparam string device the engine's
 -- @treturn Store|nil where the optimizer's vectors lie, still without a file; nil: in memory
-function M.new(config)
+function M.new(config, device)
   local wanted = config.zero_optimization.offload_optimizer
   if not wanted or wanted.device == "none" then return nil end
+  if device == "cuda" then
+    if wanted.device == "cpu" then return require("ds.offload_host").new() end
+    raise("initialize: offload_optimizer.device \"%s\" is for device \"cpu\" in this version",
+      wanted.device)
+  end
   if wanted.device == "cpu" then
     log.info("offload_optimizer.device \"cpu\": that is where the optimizer's state is anyway")
     return nil
@@ -208,7 +214,8 @@ local function cut(self, s, vectors, whole)
     if self.bytes / 4 < self.ratio * self.elements then
       self.bytes = self.bytes + block.stride * #vectors * 4
     else
-      block.resident = tensor.zeros(block.stride * #vectors):keep()
+      local host = { dtype = "f32", device = "cpu" }
+      block.resident = tensor.zeros(block.stride * #vectors, host):keep()
     end
   end
   return blocks

@@ -285,6 +285,10 @@ function methods:to(target, device)
   if device ~= self.device and device == "meta" then return new(self.shape, dtype, "meta") end
   return cast(self, dtype, device)
 end
+--- On a GPU, or back; the tensor itself if it is there.
+function methods:cuda() return self:to "cuda" end
+function methods:cpu() return self:to "cpu" end
+
 for method, dtype in pairs { float = "f32", double = "f64", bfloat16 = "bf16", half = "f16",
   long = "i64", int = "i32", bool = "bool" } do
   methods[method] = function(self) return self:to(dtype) end

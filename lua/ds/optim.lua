@@ -146,9 +146,9 @@ local function run_whole(rule, s, h, gscale)
   end)
 end
 
-local function apply(s, h, gscale)
+local function apply(s, h, gscale, factor)
   local rule = h.rule
-  if rule.fused then return rule.fused(s, h, gscale) end
+  if rule.fused then return rule.fused(s, h, gscale, factor) end
   if rule.granularity == "flat" then
     run_blocks(rule, s, h, gscale)
   else
@@ -325,7 +325,9 @@ end
 
 --- One update. Gradients are multiplied by `gscale` as they are read.
 -- @tparam[opt=1] number gscale
-function Optimizer:step(gscale)
+-- @tparam[opt] Tensor factor f32 [1] on their device, by which they are multiplied, too; where it
+-- is not finite nothing is changed. Only rules that are kernels take it.
+function Optimizer:step(gscale, factor)
   gscale = gscale or 1
   self.steps = self.steps + 1
   for _, group in ipairs(self.param_groups) do group.step = self.steps end
@@ -335,7 +337,7 @@ function Optimizer:step(gscale)
       segments = {}
       for i, group in ipairs(self.param_groups) do own_segments(group, i, segments) end
     end
-    local function update(s) apply(s, self.param_groups[s.group], gscale) end
+    local function update(s) apply(s, self.param_groups[s.group], gscale, factor) end
     if self.store then return self.store:stream(update) end
     for _, s in ipairs(segments) do update(s) end
   end)

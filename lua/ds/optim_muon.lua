@@ -51,9 +51,10 @@ end
 
 local function by_gram(x, steps)
   local r, q = gram_of(x)
+  local like = { dtype = r.dtype, device = r.device }
   for i = 1, steps do
     local z = product(r, r, C, r, B)                    -- p(r) = z + A
-    q = q and product(z, q, 1, q, A) or z + tensor.eye(z.shape[1], { dtype = z.dtype }) * A
+    q = q and product(z, q, 1, q, A) or z + tensor.eye(z.shape[1], like) * A
     if i < steps then
       local half = product(z, r, 1, r, A)
       r = product(z, half, 1, half, A)

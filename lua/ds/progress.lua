@@ -56,7 +56,8 @@ function Progress:line()
     e:get_loss() and ("%.4f"):format(e:get_loss()) or "-", self.lr or e:get_lr()[1],
     e:get_global_grad_norm() and ("%.3f"):format(e:get_global_grad_norm()) or "-",
     rate_string(rate * e:train_batch_size() * self.per_sample), self.unit,
-    tensor.bytes_string(tonumber(C.ds_memory_rss())),
+    tensor.bytes_string(e.device == "cuda" and tensor.memory("cuda").live
+      or tonumber(C.ds_memory_rss())),
     overall > 0 and duration(left / overall) or "-")
 end
 

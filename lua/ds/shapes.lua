@@ -50,7 +50,7 @@ end
 --- One class index for each row of x [… V].
 function M.need_targets(what, x, target)
   M.need_floating(x, what)
-  if target.device == "meta" then M.same_device(what, x, target) end
+  M.same_device(what, x, target)
   if floating[target.dtype] or target.dtype == "bool" then
     raise("%s: targets must be class indices, i64 or i32, not %s", what, target.dtype)
   end

@@ -159,6 +159,13 @@ local function new(shape, dtype, device)
 end
 M.new = new
 
+--- The same on the CPU in page-locked memory, through which a GPU's transfers go.
+function M.pinned(shape, dtype)
+  local c = handle()
+  check(C.ds_empty_pinned(c, codes[dtype], #shape, sizes(unpack(shape, 1, #shape))))
+  return wrap(c, shape, dtype, "cpu")
+end
+
 --- A message for a tensor that is used after its memory went; returns for one of the meta device
 -- that has not been released.
 local function revive(t, what)
@@ -615,6 +622,14 @@ local function need_values(t, what)
   end
 end
 
+--- A number as it was read from memory. Some of the bit patterns of NaN, as nobody computes but
+-- memory may hold, LuaJIT would take for other values than numbers.
+local function real(v)
+  if v ~= v or type(v) ~= "number" then return 0 / 0 end
+  return v
+end
+M.real = real
+
 local function host_copy(t, dtype, what)
   need_values(t, what)
   local wide = new(t.shape, dtype, "cpu")
@@ -629,13 +644,13 @@ function methods:item()
     raise("item: the tensor has %d elements %s, not one", numel_of(self.shape),
       shape_string(self.shape))
   end
-  if self.device == "cpu" and element[self.dtype] then
-    local v = tonumber(ffi.cast(element[self.dtype], self._c.data)[0])
-    if self.dtype == "bool" then return v ~= 0 end
-    return v
+  local wide = self
+  if self.device ~= "cpu" or not element[self.dtype] then
+    wide = host_copy(self, floating[self.dtype] and "f64" or "i64", "item")
   end
-  local wide = host_copy(self, floating[self.dtype] and "f64" or "i64", "item")
-  local v = tonumber(ffi.cast(element[wide.dtype], wide._c.data)[0])
+  local p = ffi.cast(element[wide.dtype], wide._c.data)
+  if floating[wide.dtype] then return real(p[0]) end
+  local v = tonumber(p[0])
   if self.dtype == "bool" then return v ~= 0 end
   return v
 end
@@ -646,12 +661,13 @@ function methods:tolist()
   if #self.shape == 0 then return self:item() end
   local wide = host_copy(self, floating[self.dtype] and "f64" or "i64", "tolist")
   local p, shape, at = ffi.cast(element[wide.dtype], wide._c.data), self.shape, 0
-  local boolean = self.dtype == "bool"
+  local boolean, floats = self.dtype == "bool", floating[self.dtype]
   local function build(dim)
     local out = {}
     for i = 1, shape[dim] do
       if dim == #shape then
-        local v = tonumber(p[at])
+        local v
+        if floats then v = real(p[at]) else v = tonumber(p[at]) end
         at = at + 1
         if boolean then v = v ~= 0 end
         out[i] = v
@@ -671,6 +687,9 @@ end
 function methods:data_ptr()
   need_tensor(self, "data_ptr", 1)
   need_values(self, "data_ptr")
+  if self.device ~= "cpu" then
+    raise("data_ptr: the tensor is on %s, where Lua cannot read; t:cpu() first", self.device)
+  end
   return ffi.cast(element[self.dtype] or "uint16_t *", self._c.data)
 end
 

@@ -13,12 +13,13 @@ local M = {}
 function M.assert_close(a, b, options)
   options = options or {}
   local rtol, atol = options.rtol or 1e-5, options.atol or 1e-8
-  if type(b) == "number" then b = tensor.full(a.shape, b, { dtype = a.dtype }) end
+  if type(b) == "number" then b = tensor.full_like(a, b) end
   if border.shape_string(a.shape) ~= border.shape_string(b.shape) then
     raise("assert_close: shapes %s and %s differ", border.shape_string(a.shape),
       border.shape_string(b.shape))
   end
-  local x, y = a:detach():to("f64"):reshape(-1):tolist(), b:detach():to("f64"):reshape(-1):tolist()
+  local function values(t) return t:detach():to("f64", "cpu"):reshape(-1):tolist() end
+  local x, y = values(a), values(b)
   local worst, at = -1, 0
   for i = 1, #x do
     if x[i] ~= y[i] then
@@ -43,7 +44,7 @@ local function objective(f, inputs, weights)
   local total
   for i, y in ipairs(out) do
     if tensor.is_tensor(y) and tensor.floating[y.dtype] then
-      weights[i] = weights[i] or tensor.randn(y.shape, { dtype = "f64" })
+      weights[i] = weights[i] or tensor.randn(y.shape, { dtype = "f64", device = "cpu" })
       local part = (y * weights[i]):sum()
       total = total and total + part or part
     end
@@ -59,10 +60,10 @@ local function check(f, inputs, options)
   local given, checked = {}, {}
   for i, t in ipairs(inputs) do
     if tensor.is_tensor(t) and tensor.floating[t.dtype] then
-      given[i] = t:detach():to("f64"):clone():requires_grad_():keep()
+      given[i] = t:detach():to("f64", "cpu"):clone():requires_grad_():keep()
       checked[#checked + 1] = { name = "input " .. i, t = given[i] }
     else
-      given[i] = t
+      given[i] = tensor.is_tensor(t) and t:cpu() or t
     end
   end
   for i, p in ipairs(options.parameters or {}) do
@@ -104,7 +105,7 @@ local function check(f, inputs, options)
   return true
 end
 
---- Compares the gradients that backward computes with central differences, in f64.
+--- Compares the gradients that backward computes with central differences, in f64 on the CPU.
 -- Raises with the input, the element and both numbers where they differ.
 -- @tparam function|Module f of tensors, returning one or several; of a module the parameters are
 -- checked as well (it is in f64 meanwhile)
@@ -117,17 +118,18 @@ function M.gradcheck(f, inputs, options)
   if type(inputs) ~= "table" or tensor.is_tensor(inputs) then
     raise("gradcheck: expects a table of inputs, as ds.testing.gradcheck(f, { x })")
   end
-  if not nn.is_module(f) then return check(f, inputs, options) end
+  if not nn.is_module(f) then return tensor.on("cpu", check, f, inputs, options) end
   local parameters, dtypes = f:parameters(), {}
-  for i, p in ipairs(parameters) do dtypes[i] = p.dtype end
-  f:to("f64")
+  local devices = {}
+  for i, p in ipairs(parameters) do dtypes[i], devices[i] = p.dtype, p.device end
+  f:to("cpu"):to("f64") -- there is no f64 elsewhere
   options.parameters = options.parameters or parameters
-  local ok, message = pcall(check, f, inputs, options)
+  local ok, message = pcall(tensor.on, "cpu", check, f, inputs, options)
   f:zero_grad()
   for i, p in ipairs(parameters) do
     local grad = p.requires_grad
     p.requires_grad = false
-    tensor.repoint(p, p:to(dtypes[i]))
+    tensor.repoint(p, p:to(dtypes[i], devices[i]))
     p.requires_grad = grad
   end
   if not ok then error(message, 0) end

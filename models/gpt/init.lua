@@ -133,7 +133,7 @@ function GPT:forward(x, y)
   if T > c.block_size then
     error(("GPT: %d positions, the model has %d (block_size)"):format(T, c.block_size), 2)
   end
-  local sum = self.drop(self.wte(x) + self.wpe(ds.arange(T))) -- [B x T x C]
+  local sum = self.drop(self.wte(x) + self.wpe(ds.arange(T, { device = x.device }))) -- [B x T x C]
   local delta
   for _, block in ipairs(self.h) do
     sum, delta = block(sum, delta)
@@ -159,6 +159,7 @@ function GPT:generate(x, n, options)
       .. "at least 1"):format(n, temperature, tostring(k)), 2)
   end
   local block_size = self.config.block_size
+  x = x:to(self.wte.weight.device)
   for _ = 1, n do
     x = ds.no_grad(function()
       local T = x:size(2)

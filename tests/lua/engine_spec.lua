@@ -372,6 +372,24 @@ describe("memory", function()
   end)
 end)
 
+describe("a GPU that is not there", function()
+  it("is said before anything is moved, with the reason", function()
+    local script = helper.temporary()
+    helper.write(script, [[
+      local ds = require "ds"
+      print(ds.cuda.is_available())
+      ds.initialize { model = ds.nn.Linear(2, 1), config = { train_micro_batch_size_per_gpu = 1,
+        device = "cuda" } }]])
+    local file = io.popen("DS_CUDA_LIBRARY=/nowhere.so "
+      .. require("ds.host").executable .. " " .. script .. " 2>&1")
+    local out = file:read "*a"
+    file:close()
+    os.remove(script)
+    helper.has(out, "false\tthis build has no CUDA backend (there is no /nowhere.so)")
+    helper.has(out, ":3: this build has no CUDA backend (there is no /nowhere.so); use")
+  end)
+end)
+
 describe("initialize", function()
   it("says what is wrong", function()
     says("model is missing", ds.initialize, { config = config() })
