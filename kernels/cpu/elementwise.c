@@ -378,3 +378,13 @@ int DS_CPU(isfinite)(ds_tensor *y, const ds_tensor *x)
 
     return elementwise("isfinite", by_dtype, "bx", 2, (const ds_tensor *[]){y, x}, NULL, CHEAP);
 }
+
+int DS_CPU(scale_by)(ds_tensor *y, const ds_tensor *x, const ds_tensor *factor, double s)
+{
+    if (factor->numel != 1 || (factor->dtype != DS_F32 && factor->dtype != DS_F64))
+        return ds_fail(DS_EINVAL, "scale_by wants one factor in f32, not %lld %s",
+                       (long long)factor->numel, ds_name_of(factor->dtype));
+    s *= factor->dtype == DS_F32 ? (double)*(const float *)factor->data
+                                 : *(const double *)factor->data;
+    return DS_CPU(mul_scalar)(y, x, s, 0);
+}

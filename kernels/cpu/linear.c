@@ -359,6 +359,14 @@ int DS_CPU(activate)(ds_tensor *y, ds_tensor *slope, const ds_tensor *h, int act
     return 0;
 }
 
+int DS_CPU(linear_aux)(ds_tensor *y, ds_tensor *h, const ds_tensor *x, const ds_tensor *w,
+                       const ds_tensor *b, int activation)
+{
+    int rc = DS_CPU(linear)(h, NULL, x, w, b, 0);
+
+    return rc < 0 ? rc : DS_CPU(activate)(y, NULL, h, activation);
+}
+
 /* ---- backward of activation and bias ---- */
 
 #define FLUSH 64 /* rows summed before their sum is added to the total: keeps the sums' digits */
@@ -402,6 +410,55 @@ BACKWARD(backward_f16, DS_F16)
 static void (*const backward[3])(char *dh, const char *dy, const char *slope, float *sum,
                                  int64_t cols) = {backward_f32, backward_bf16, backward_f16};
 
+/* d = dh act′(h), dh = d and sum += d, [a] = act(h); one row. */
+#define FUSED(name)                                                                                \
+    VF_FUNC void fused_row_##name(char *dh, char *a, const char *h, float *sum, int64_t cols,      \
+                                  int dtype)                                                       \
+    {                                                                                              \
+        int64_t i = 0;                                                                             \
+                                                                                                   \
+        for (; i + VF_LANES <= cols; i += VF_LANES) {                                              \
+            both v = name(vf_load_as(h, i, dtype), dtype != DS_BF16);                              \
+            vf d = vf_load_as(dh, i, dtype) * v.slope;                                             \
+                                                                                                   \
+            vf_store_as(dh, i, dtype, d);                                                          \
+            if (a)                                                                                 \
+                vf_store_as(a, i, dtype, v.y);                                                     \
+            vf_store(sum + i, vf_load(sum + i) + d);                                               \
+        }                                                                                          \
+        if (i < cols) {                                                                            \
+            int64_t n = cols - i;                                                                  \
+            both v = name(vf_load_part_as(h, i, dtype, n), dtype != DS_BF16);                      \
+            vf d = vf_load_part_as(dh, i, dtype, n) * v.slope;                                     \
+                                                                                                   \
+            vf_store_part_as(dh, i, dtype, d, n);                                                  \
+            if (a)                                                                                 \
+                vf_store_part_as(a, i, dtype, v.y, n);                                             \
+            vf_store_part(sum + i, vf_load_part(sum + i, n) + d, n);                               \
+        }                                                                                          \
+    }                                                                                              \
+    static void fused_##name##_f32(char *dh, char *a, const char *h, float *sum, int64_t cols)     \
+    {                                                                                              \
+        fused_row_##name(dh, a, h, sum, cols, DS_F32);                                             \
+    }                                                                                              \
+    static void fused_##name##_bf16(char *dh, char *a, const char *h, float *sum, int64_t cols)    \
+    {                                                                                              \
+        fused_row_##name(dh, a, h, sum, cols, DS_BF16);                                            \
+    }                                                                                              \
+    static void fused_##name##_f16(char *dh, char *a, const char *h, float *sum, int64_t cols)     \
+    {                                                                                              \
+        fused_row_##name(dh, a, h, sum, cols, DS_F16);                                             \
+    }
+FUSED(gelu)
+FUSED(gelu_tanh)
+FUSED(relu)
+FUSED(silu)
+
+#define FUSED_ROW(name) {fused_##name##_f32, fused_##name##_bf16, fused_##name##_f16},
+
+static void (*const fused[][3])(char *dh, char *a, const char *h, float *sum, int64_t cols) = {
+    {NULL, NULL, NULL}, FUSED_ROW(gelu) FUSED_ROW(gelu_tanh) FUSED_ROW(relu) FUSED_ROW(silu)};
+
 static void add_and_clear(float *restrict total, float *restrict sum, int64_t n)
 {
     for (int64_t i = 0; i < n; i++) {
@@ -410,19 +467,34 @@ static void add_and_clear(float *restrict total, float *restrict sum, int64_t n)
     }
 }
 
-/* One thread's part. total [cols], sum [cols]. */
-static void backward_part(ds_matrix dh, ds_matrix dy, ds_matrix slope, int64_t begin, int64_t end,
-                          int64_t cols, float *total, float *sum)
+/* What a pass backwards reads and writes; data NULL: is not there. With an activation `beside` is h, and
+ * dy is dh; else it is slope. */
+typedef struct backward_pass {
+    ds_matrix dh, a, dy, beside;
+    int64_t rows, cols;
+    int activation;
+} backward_pass;
+
+static char *row_of(const ds_matrix *x, int64_t r)
 {
-    int64_t bytes = ds_bytes_of(dy.dtype);
+    return x->data ? x->data + r * x->row * ds_bytes_of(x->dtype) : NULL;
+}
+
+/* One thread's part. total [cols], sum [cols]. */
+static void backward_part(const backward_pass *p, int64_t begin, int64_t end, float *total,
+                          float *sum)
+{
+    int64_t cols = p->cols;
 
     memset(total, 0, (size_t)cols * sizeof *total);
     memset(sum, 0, (size_t)cols * sizeof *sum);
     for (int64_t r = begin; r < end; r++) {
-        char *to = slope.data ? dh.data + r * dh.row * bytes : NULL;
-        const char *factor = slope.data ? slope.data + r * slope.row * bytes : NULL;
-
-        backward[dy.dtype](to, dy.data + r * dy.row * bytes, factor, sum, cols);
+        if (p->activation)
+            fused[p->activation][p->dy.dtype](row_of(&p->dh, r), row_of(&p->a, r),
+                                              row_of(&p->beside, r), sum, cols);
+        else
+            backward[p->dy.dtype](p->beside.data ? row_of(&p->dh, r) : NULL, row_of(&p->dy, r),
+                                  row_of(&p->beside, r), sum, cols);
         if ((r - begin) % FLUSH == FLUSH - 1)
             add_and_clear(total, sum, cols);
     }
@@ -430,19 +502,25 @@ static void backward_part(ds_matrix dh, ds_matrix dy, ds_matrix slope, int64_t b
 }
 
 /* Sums of one column in f64; plain, for gradient checks. */
-static void backward_f64(ds_tensor *db, ds_matrix dh, ds_matrix dy, ds_matrix slope, int64_t rows,
-                         int64_t cols, int accumulate)
+static void backward_f64(ds_tensor *db, const backward_pass *p, int accumulate)
 {
-    for (int64_t j = 0; j < cols; j++) {
+    for (int64_t j = 0; j < p->cols; j++) {
         double sum = 0, old;
 
-        for (int64_t r = 0; r < rows; r++) {
-            double d = ((double *)dy.data)[r * dy.row + j];
+        for (int64_t r = 0; r < p->rows; r++) {
+            double d = ((double *)row_of(&p->dy, r))[j], y, slope;
 
-            if (slope.data) {
-                d *= ((double *)slope.data)[r * slope.row + j];
-                ((double *)dh.data)[r * dh.row + j] = d;
+            if (p->activation) {
+                activations[p->activation].f64((double *)row_of(&p->beside, r) + j, &y, &slope,
+                                               (const double[]){0}, 1);
+                if (p->a.data)
+                    ((double *)row_of(&p->a, r))[j] = y;
+            } else {
+                slope = p->beside.data ? ((double *)row_of(&p->beside, r))[j] : 1;
             }
+            d *= slope;
+            if (p->beside.data)
+                ((double *)row_of(&p->dh, r))[j] = d;
             sum += d;
         }
         if (!db)
@@ -450,6 +528,41 @@ static void backward_f64(ds_tensor *db, ds_matrix dh, ds_matrix dy, ds_matrix sl
         old = accumulate ? ((double *)db->data)[j] : 0;
         ((double *)db->data)[j] = old + sum;
     }
+}
+
+static int run_backward(ds_tensor *db, const backward_pass *p, int accumulate)
+{
+    int64_t cols = p->cols;
+    float *sums, *row;
+    int threads;
+
+    if (p->dy.dtype == DS_F64) {
+        backward_f64(db, p, accumulate);
+        return 0;
+    }
+    threads = ds_threads(p->rows * cols * (p->activation ? 4 : 1));
+    sums = ds_scratch(DS_SCRATCH_SUMS, (size_t)((2 * threads + 1) * cols) * sizeof *sums);
+    if (!sums)
+        return DS_ENOMEM;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        float *mine = sums + 2 * cols * omp_get_thread_num();
+        int64_t begin, end;
+
+        ds_part(&begin, &end, p->rows, 1);
+        backward_part(p, begin, end, mine, mine + cols);
+    }
+    if (!db)
+        return 0;
+    for (int t = 1; t < threads; t++)
+        add_and_clear(sums, sums + 2 * cols * t, cols);
+    row = sums + 2 * cols * threads;
+    if (accumulate) {
+        ds_row_load(row, db->data, db->dtype, cols, 1);
+        add_and_clear(sums, row, cols);
+    }
+    ds_row_store(db->data, sums, db->dtype, cols, 1);
+    return 0;
 }
 
 static int check_backward(const ds_tensor *dh, const ds_tensor *db, const ds_tensor *dy,
@@ -478,40 +591,48 @@ static int check_backward(const ds_tensor *dh, const ds_tensor *db, const ds_ten
 int DS_CPU(linear_backward_bias)(ds_tensor *dh, ds_tensor *db, const ds_tensor *dy,
                                  const ds_tensor *slope, int accumulate)
 {
-    int64_t cols = dy->ndim ? dy->shape[dy->ndim - 1] : 1, m, same;
-    ds_matrix to = {0}, from, factor = {0};
-    float *sums, *row;
-    int threads, rc = check_backward(dh, db, dy, slope, cols);
+    backward_pass p = {.cols = dy->ndim ? dy->shape[dy->ndim - 1] : 1};
+    int64_t same;
+    int rc = check_backward(dh, db, dy, slope, p.cols);
 
-    if (rc < 0 || (rc = flatten(&from, &m, dy, "dy")) < 0 ||
-        (slope && (rc = flatten(&to, &same, dh, "dh")) < 0) ||
-        (slope && (rc = flatten(&factor, &same, slope, "slope")) < 0))
+    if (rc < 0 || (rc = flatten(&p.dy, &p.rows, dy, "dy")) < 0 ||
+        (slope && (rc = flatten(&p.dh, &same, dh, "dh")) < 0) ||
+        (slope && (rc = flatten(&p.beside, &same, slope, "slope")) < 0))
         return rc;
-    if (dy->dtype == DS_F64) {
-        backward_f64(db, to, from, factor, m, cols, accumulate);
-        return 0;
-    }
-    threads = ds_threads(m * cols);
-    sums = ds_scratch(DS_SCRATCH_SUMS, (size_t)((2 * threads + 1) * cols) * sizeof *sums);
-    if (!sums)
-        return DS_ENOMEM;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        float *mine = sums + 2 * cols * omp_get_thread_num();
-        int64_t begin, end;
+    return run_backward(db, &p, accumulate);
+}
 
-        ds_part(&begin, &end, m, 1);
-        backward_part(to, from, factor, begin, end, cols, mine, mine + cols);
-    }
-    if (!db)
-        return 0;
-    for (int t = 1; t < threads; t++)
-        add_and_clear(sums, sums + 2 * cols * t, cols);
-    row = sums + 2 * cols * threads;
-    if (accumulate) {
-        ds_row_load(row, db->data, db->dtype, cols, 1);
-        add_and_clear(sums, row, cols);
-    }
-    ds_row_store(db->data, sums, db->dtype, cols, 1);
-    return 0;
+int DS_CPU(linear_backward_act)(ds_tensor *dh, ds_tensor *a, ds_tensor *db, const ds_tensor *dy,
+                                const ds_tensor *w, const ds_tensor *h, int activation,
+                                int accumulate)
+{
+    backward_pass p = {.cols = h->ndim ? h->shape[h->ndim - 1] : 1, .activation = activation};
+    ds_product q = {.alpha = 1};
+    int64_t same;
+    int rc;
+
+    if (activation < 1 || activation >= ACTIVATION_COUNT)
+        return ds_fail(DS_EINVAL, "linear_backward_act has no activation %d", activation);
+    if ((rc = check_backward(dh, db, h, h, p.cols)) < 0 ||
+        (a && (rc = check_backward(a, NULL, h, h, p.cols)) < 0) ||
+        (rc = flatten(&p.dh, &p.rows, dh, "dh")) < 0 ||
+        (rc = flatten(&p.beside, &same, h, "h")) < 0 ||
+        (a && (rc = flatten(&p.a, &same, a, "a"))) || (rc = flatten(&q.a, &q.m, dy, "dy")) < 0)
+        return rc;
+    if (w->ndim != 2 || w->shape[1] != p.cols || w->shape[0] != dy->shape[dy->ndim - 1] ||
+        q.m != p.rows || dh->shape[dh->ndim - 1] != p.cols || w->dtype != h->dtype ||
+        dy->dtype != h->dtype)
+        return ds_fail(
+            DS_EINVAL,
+            "linear_backward_act wants dy [%lld x N] and w [N x %lld] in the dtype of h, "
+            "%s",
+            (long long)p.rows, (long long)p.cols, ds_name_of(h->dtype));
+    q.y = p.dh;
+    q.b = ds_matrix_of(w->data, w->stride[0], w->stride[1], w->dtype);
+    q.n = p.cols, q.k = w->shape[0];
+    rc = ds_product_run(&q);
+    if (rc < 0)
+        return rc;
+    p.dy = p.dh;
+    return run_backward(db, &p, accumulate);
 }

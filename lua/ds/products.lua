@@ -179,35 +179,35 @@ function M.linear(x, w, b, options)
   return linear(x, w, b, code)
 end
 
---- y [and slope] = act(h) [and act′(h)].
-local function activate(h, activation, with_slope)
-  local y = new(h.shape, h.dtype, h.device)
-  local slope = with_slope and new(h.shape, h.dtype, h.device) or nil
-  run("activate", h.device, y._c, slope and slope._c or nil, h._c, activation)
-  return y, slope
-end
-
 local mlp = define("mlp", {
   inputs = { "x", "w1", "b1?", "w2", "b2?" }, args = { "activation" }, saved = { "h" },
   spare = true,
   infer = function(x, w1, b1, w2, b2, activation)
     local h = new(linear_shape("mlp", x, w1, b1), x.dtype, x.device)
-    linear_run(h, nil, x, w1, b1, 0)
-    local a = activate(h, activation)
+    local a = new(h.shape, x.dtype, x.device)
+    run("linear_aux", x.device, rows(1, a), rows(2, h), rows(3, x), w1._c, b1 and b1._c or nil,
+      activation)
     local y = new(linear_shape("mlp", a, w2, b2), x.dtype, x.device)
     linear_run(y, nil, a, w2, b2, 0)
     scope.release(a)
     return y, h
   end,
   backward = function(r, dy)
+    local h, dh, db1, add = r.h, nil, nil, 0
     dy = dy:contiguous()
-    local a, slope = activate(r.h, r.activation, true)
+    local a = needs(r.w2) and new(h.shape, h.dtype, h.device) or nil
+    if needs(r.x) or needs(r.w1) or needs(r.b1) then
+      dh = new(h.shape, h.dtype, h.device)
+      if needs(r.b1) then db1, add = sink(r.b1) end
+      run("linear_backward_act", h.device, rows(1, dh), a and rows(2, a) or nil,
+        db1 and db1._c or nil, rows(3, dy), r.w2._c, rows(4, h), r.activation, add)
+    elseif a then
+      run("activate", h.device, a._c, nil, h._c, r.activation)
+    end
     local dw2, db2 = weight_gradients(a, r.w2, r.b2, dy)
-    scope.release(a)
-    if not (needs(r.x) or needs(r.w1) or needs(r.b1)) then return nil, nil, nil, dw2, db2 end
-    local da = input_gradient(a.shape, r.w2, dy)
-    local dw1, db1, dh = weight_gradients(r.x, r.w1, r.b1, da, slope, da)
-    scope.release(slope)
+    if a then scope.release(a) end
+    if not dh then return nil, nil, nil, dw2, db2 end
+    local dw1 = weight_gradients(r.x, r.w1, nil, dh)
     return needs(r.x) and input_gradient(r.x.shape, r.w1, dh) or nil, dw1, db1, dw2, db2
   end,
 })
@@ -232,11 +232,17 @@ end
 
 -- ---- the output projection and its loss
 
--- How many rows of logits exist at a time: up to 64 MB of them, 64 rows or more, in even chunks.
-local function chunk_rows(n, v, bytes)
+-- How many rows of logits exist at a time, in even chunks: up to 64 MB of them, 64 rows or more. On
+-- cuda, where every chunk passes over all of the weight's gradient, 512 MB, 4096 rows or more.
+local function chunk_rows(n, v, bytes, device)
   local most = math.max(64, math.min(math.floor(64 * 2 ^ 20 / (v * bytes)), 1024))
+  local even = 16
+  if device == "cuda" then
+    most = math.max(4096, math.floor(512 * 2 ^ 20 / (v * bytes)))
+    even = 256
+  end
   local chunks = math.max(1, math.ceil(n / most))
-  return math.min(n, math.ceil(n / chunks / 16) * 16)
+  return math.min(n, math.ceil(n / chunks / even) * even)
 end
 
 -- The gradient of the loss that backward will most likely start from; the engine sets it.
@@ -255,13 +261,15 @@ local linear_cross_entropy = define("linear_cross_entropy", {
     local dx = want_x and new(x.shape, x.dtype, x.device) or nil
     local dtype = autograd.grad_dtype(w)
     local dw = want_w and (autograd.claim(w, dtype) or new(w.shape, dtype, w.device)) or nil
-    local rows_, size = chunk_rows(n, v, x:element_size()), x:element_size()
+    local size = x:element_size()
+    local rows_ = chunk_rows(n, v, size, x.device)
     local carries = dw and n > rows_ and dtype ~= fine(w)
-    if carries and (n - rows_) * v * size <= w:numel() * dw:element_size() then
+      and (x.device == "cuda" and "f32" or dtype)
+    if carries and (n - rows_) * v * size <= w:numel() * (carries == "f32" and 4 or 2) then
       rows_, carries = n, false -- all logits take less than that
     end
     local scratch = new({ rows_, math.ceil(v / 16) * 16 }, x.dtype, x.device)
-    local carry = carries and new(w.shape, dtype, w.device) or nil
+    local carry = carries and new(w.shape, carries, w.device) or nil
     run("linear_cross_entropy", x.device, loss._c, dx and dx._c or nil, dw and dw._c or nil,
       scratch._c, carry and carry._c or nil, x._c, w._c, target._c, ignore, seed, 0)
     scope.release(scratch)
@@ -269,10 +277,16 @@ local linear_cross_entropy = define("linear_cross_entropy", {
     return loss, dx, dw
   end,
   backward = function(r, dloss)
-    local factor = dloss.device == "meta" and 1 or dloss:item() / r.seed
+    -- Reading a number from cuda would wait for all that was asked of it.
+    local value = dloss._value or dloss.device == "meta" and r.seed
+      or dloss.device == "cpu" and dloss:item()
     local dx, dw = r.dx, r.dw
     for _, g in ipairs { dx or dw, dx and dw or nil } do
-      if factor ~= 1 then run("mul_scalar", g.device, g._c, g._c, factor, 0) end
+      if not value then
+        run("scale_by", g.device, g._c, g._c, dloss._c, 1 / r.seed)
+      elseif value ~= r.seed then
+        run("mul_scalar", g.device, g._c, g._c, value / r.seed, 0)
+      end
     end
     if dw and autograd.claimed(r.w, dw) then dw = r.w.grad end
     return needs(r.x) and dx or nil, needs(r.w) and dw or nil

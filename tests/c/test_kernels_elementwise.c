@@ -527,6 +527,27 @@ static void add_scaled_and_clamp(void **state)
     }
 }
 
+static void scaled_by_a_tensor(void **state)
+{
+    const ds_ops *ops = kernels();
+    ds_tensor factor = dense(DS_F32, SHAPE(1)), two = dense(DS_F32, SHAPE(2));
+
+    (void)state;
+    set(&factor, 0, 3);
+    for (int dtype = DS_F32; dtype <= DS_F64; dtype++) {
+        ds_tensor x = random_tensor(dtype, SHAPE(90), -3, 3), y = dense(dtype, SHAPE(90));
+
+        assert_int_equal(ops->scale_by(&y, &x, &factor, 0.25), 0);
+        for (int64_t i = 0; i < 90; i++)
+            near(get(&y, i), get(&x, i) * 0.75, within(dtype, get(&y, i), 1), "scale_by", i);
+        fails(ops->scale_by(&y, &x, &two, 1), DS_EINVAL, "scale_by wants one factor in f32, not 2");
+        drop(&x);
+        drop(&y);
+    }
+    drop(&factor);
+    drop(&two);
+}
+
 static void where_and_masks(void **state)
 {
     const ds_ops *ops = kernels();
@@ -629,6 +650,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(not_a_number),
         cmocka_unit_test(large),
         cmocka_unit_test(add_scaled_and_clamp),
+        cmocka_unit_test(scaled_by_a_tensor),
         cmocka_unit_test(where_and_masks),
         cmocka_unit_test(logic),
         cmocka_unit_test(transposed_operands),

@@ -250,6 +250,85 @@ static void backward_matches(void **state)
     }
 }
 
+/* dh, db and a of linear_backward_act: dy [m, n], w [n, k], h [m, k]. */
+static void check_fused(int dtype, int db_dtype, int64_t m, int64_t n, int64_t k, int activation,
+                        int with_a, int accumulate)
+{
+    ds_tensor dy = make(dtype, ROWS, 2, (int64_t[]){m, n}),
+              w = make(dtype, ROWS, 2, (int64_t[]){n, k});
+    ds_tensor h = make(dtype, ROWS, 2, (int64_t[]){m, k}), dh = make(dtype, ROW_GAPS, 2, h.shape),
+              a = make(dtype, ROW_GAPS, 2, h.shape);
+    ds_tensor db = make(db_dtype, ROWS, 1, (int64_t[]){k});
+    double eps = eps_of(dtype), tiny = dtype == DS_F64 ? 1e-13 : 1e-6;
+    double *sum = calloc((size_t)k, sizeof *sum), *off = calloc((size_t)k, sizeof *off);
+    void *dh_before = copy_of(&dh), *a_before = copy_of(&a);
+
+    randomise(&dy, 1), randomise(&w, 1), randomise(&h, 3), randomise(&db, 1);
+    for (int64_t j = 0; j < k; j++)
+        sum[j] = accumulate ? get(&db, j) : 0;
+    if (kernels()->linear_backward_act(&dh, with_a ? &a : NULL, &db, &dy, &w, &h, activation,
+                                       accumulate))
+        fail_msg("%s", ds_error());
+    for (int64_t i = 0; i < m * k; i++) {
+        double slope, y = activate(&slope, get(&h, i), activation), d = 0, size = 0, near_by;
+
+        for (int64_t l = 0; l < n; l++) {
+            double term = get(&dy, i / k * n + l) * get(&w, l * k + i % k);
+
+            d += term, size += fabs(term);
+        }
+        /* rounded as a product, and again times the slope */
+        near_by =
+            tiny * (size + 1) + 2.2 * eps * fabs(d) * 1.2 + (dtype < DS_F64 ? 3e-4 * size : 0);
+        near(get(&dh, i), d * slope, near_by, "dh", i);
+        if (with_a)
+            near(get(&a, i), y, tiny + eps * fabs(y) * 1.01 + (dtype == DS_BF16 ? 3e-4 : 0), "a",
+                 i);
+        sum[i % k] += d * slope, off[i % k] += near_by;
+    }
+    for (int64_t j = 0; j < k; j++)
+        near(get(&db, j), sum[j], off[j] + eps_of(db_dtype) * (fabs(sum[j]) + 1), "db", j);
+    margins_kept(&dh, dh_before);
+    if (with_a)
+        margins_kept(&a, a_before);
+    else
+        assert_memory_equal(a_before, a.data, span(&a)), free(a_before);
+    free(sum), free(off);
+    drop(&dy), drop(&w), drop(&h), drop(&dh), drop(&a), drop(&db);
+}
+
+static void backward_through_an_activation_matches(void **state)
+{
+    (void)state;
+    for (int i = 0; i < 128; i++) {
+        int dtype = i % 4, activation = 1 + i / 4 % (ACTIVATIONS - 1);
+
+        check_fused(dtype, i % 3 || dtype == DS_F64 ? dtype : DS_F32, between(1, 100),
+                    between(1, 40), i % 5 ? between(1, 70) : 512, activation, i % 7 > 0,
+                    i / 16 % 2);
+    }
+}
+
+static void both_results_are_those_of_two_kernels(void **state)
+{
+    (void)state;
+    for (int dtype = DS_F32; dtype <= DS_F64; dtype++) {
+        ds_tensor x = make(dtype, ROWS, 2, (int64_t[]){7, 20}),
+                  w = make(dtype, ROWS, 2, (int64_t[]){33, 20});
+        ds_tensor b = make(dtype, ROWS, 1, w.shape), y = make(dtype, ROWS, 2, (int64_t[]){7, 33});
+        ds_tensor h = make(dtype, ROWS, 2, y.shape), y2 = make(dtype, ROWS, 2, y.shape),
+                  h2 = make(dtype, ROWS, 2, y.shape);
+
+        randomise(&x, 1), randomise(&w, 1), randomise(&b, 1);
+        assert_int_equal(kernels()->linear_aux(&y, &h, &x, &w, &b, SILU), 0);
+        assert_int_equal(kernels()->linear(&h2, NULL, &x, &w, &b, NONE), 0);
+        assert_int_equal(kernels()->activate(&y2, NULL, &h2, SILU), 0);
+        for (int i = 0; i < 7 * 33; i++)
+            assert_true(get(&y, i) == get(&y2, i) && get(&h, i) == get(&h2, i));
+        drop(&x), drop(&w), drop(&b), drop(&y), drop(&h), drop(&y2), drop(&h2);
+    }
+}
+
 static void backward_without_db_writes_dh(void **state)
 {
     ds_tensor dy = make(DS_F32, ROWS, 2, (int64_t[]){5, 7}),
@@ -307,6 +386,13 @@ static void wrong_calls_are_refused(void **state)
     assert_non_null(strstr(ds_error(), "3 rows into 2"));
     assert_int_equal(kernels()->linear_backward_bias(NULL, &b, &y, NULL, 0), DS_EINVAL);
     assert_non_null(strstr(ds_error(), "4 elements"));
+    assert_int_equal(kernels()->linear_backward_act(&y, NULL, NULL, &x, &w, &y, GELU, 0),
+                     DS_EINVAL);
+    assert_non_null(strstr(ds_error(), "dy [3 x N] and w [N x 4]"));
+    assert_int_equal(kernels()->linear_backward_act(&x, NULL, NULL, &y, &w, &x, NONE, 0),
+                     DS_EINVAL);
+    assert_int_equal(kernels()->linear_backward_act(&y, NULL, NULL, &y, &w, &x, GELU, 0),
+                     DS_EINVAL);
     drop(&x), drop(&w), drop(&y), drop(&b);
 }
 
@@ -319,6 +405,8 @@ int main(int argc, char **argv)
         cmocka_unit_test(activation_alone_matches),
         cmocka_unit_test(an_empty_sum_leaves_the_bias),
         cmocka_unit_test(backward_matches),
+        cmocka_unit_test(backward_through_an_activation_matches),
+        cmocka_unit_test(both_results_are_those_of_two_kernels),
         cmocka_unit_test(backward_without_db_writes_dh),
         cmocka_unit_test(same_bits_every_time),
         cmocka_unit_test(wrong_calls_are_refused),
