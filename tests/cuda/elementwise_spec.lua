@@ -175,7 +175,9 @@ describe("two inputs", function()
     for _, dtype in ipairs(all) do
       helper.both(dtype, function(x, y)
         local a, b = x:narrow(2, 1, 16), y:narrow(2, 1, 13)
-        return a:clone(), b:clone(), a + a, b + b, a:lt(3), b:lt(3)
+        local z = y:clone()
+        z:narrow(2, 1, 13):add_(1)
+        return a:clone(), b:clone(), a + a, b + b, a:lt(3), b:lt(3), z
       end, { values({ 5, 41 }, dtype), values({ 5, 48 }, dtype) })
     end
   end)
