@@ -20,14 +20,14 @@ typedef struct ds_hyper {
     int decoupled, nesterov, first;
 } ds_hyper;
 
-/* What tensors on the device say instead: factor [1] multiplies the gradients' scale, rates [3] are lr,
- * c1 and c2; either may be NULL. 0: the factor is not finite, and the step is to be left out. */
-DS_FUNC int ds_hyper_read(ds_hyper *h, const float *factor, const float *rates)
+/* What tensors on the device say instead: factor [1] multiplies the gradients' scale, rates [3], f64, are
+ * lr, c1 and c2; either may be NULL. 0: the factor is not finite, and the step is to be left out. */
+DS_FUNC int ds_hyper_read(ds_hyper *h, const float *factor, const double *rates)
 {
     if (rates) {
-        h->lr = (double)rates[0];
-        h->c1 = (double)rates[1];
-        h->c2 = (double)rates[2];
+        h->lr = rates[0];
+        h->c1 = rates[1];
+        h->c2 = rates[2];
     }
     if (!factor)
         return 1;

@@ -8,8 +8,9 @@
  * sixteenths), so that finding one that fits is a look at two bitmaps, and the smallest class that
  * fits is taken. A freed piece merges with its free neighbours at once, which keeps the peak near
  * what is live. Segments belong to a set, and pieces go from hand to hand within one: what a recorded
- * graph uses is a set of its own, which nothing else may have while the graph lives. The bookkeeping lies in host memory beside the pieces: the same code serves devices
- * whose memory the host cannot write.
+ * graph uses is a set of its own, which nothing else may have while the graph lives. The bookkeeping
+ * lies in host memory beside the pieces: the same code serves devices whose memory the host cannot
+ * write.
  */
 #include "runner/alloc.h"
 
@@ -25,6 +26,7 @@
 #endif
 
 #define ALIGN 64
+#define DEVICE_ALIGN 256 /* what libraries on a GPU take for granted */
 #define SEGMENT_MIN ((int64_t)32 << 20)
 #define SMALL ((int64_t)1 << 20) /* pieces below it have segments of their own */
 #define SMALL_SEGMENT ((int64_t)8 << 20)
@@ -290,6 +292,15 @@ static int count_take(ds_storage **out, int64_t bytes)
     return 0;
 }
 
+/* What a piece takes that holds so many bytes. */
+static int64_t room_for(int pool, int64_t bytes)
+{
+    int64_t align = pool == DS_CUDA ? DEVICE_ALIGN : ALIGN;
+
+    bytes += bytes >= 4096 && pool != DS_CUDA ? COLOUR : 0;
+    return bytes ? (bytes + align - 1) / align * align : align;
+}
+
 int ds_storage_take(ds_storage **out, int pool, int64_t bytes)
 {
     struct pool *p = &pools[pool];
@@ -300,9 +311,7 @@ int ds_storage_take(ds_storage **out, int pool, int64_t bytes)
     if (bytes < 0 || bytes > (int64_t)1 << 46)
         return ds_fail(DS_ENOMEM, "a tensor of %lld bytes is more than any machine has",
                        (long long)bytes);
-    bytes = (bytes + (bytes >= 4096 ? COLOUR : 0) + ALIGN - 1) / ALIGN * ALIGN;
-    if (bytes == 0)
-        bytes = ALIGN;
+    bytes = room_for(pool, bytes);
     pthread_mutex_lock(&p->lock);
     rc = pool == DS_META ? count_take(&s, bytes) : piece_take(&s, pool, bytes);
     if (rc < 0)

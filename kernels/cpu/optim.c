@@ -33,13 +33,14 @@ typedef void rule(void *p, void *a, void *b, const void *g, int64_t n, const ds_
 #define NAME(rule) rule##_f64
 #include "kernels/cpu/optim_loops.h"
 
-/* [t]: n numbers in f32. */
-static int check_numbers(const char *what, const char *name, const ds_tensor *t, int64_t n)
+/* [t]: n numbers of a dtype. */
+static int check_numbers(const char *what, const char *name, const ds_tensor *t, int dtype,
+                         int64_t n)
 {
-    if (t && (t->dtype != DS_F32 || t->numel != n || !t->dense || t->device != DS_CPU))
-        return ds_fail(DS_EINVAL, "%s: %s is %lld numbers in %s, must be %lld in f32, dense%s",
-                       what, name, (long long)t->numel, ds_name_of(t->dtype), (long long)n,
-                       t->device == DS_CPU ? "" : ", on the weights' device");
+    if (t && (t->dtype != dtype || t->numel != n || !t->dense || t->device != DS_CPU))
+        return ds_fail(DS_EINVAL, "%s: %s is %lld numbers in %s, must be %lld in %s, dense%s", what,
+                       name, (long long)t->numel, ds_name_of(t->dtype), (long long)n,
+                       ds_name_of(dtype), t->device == DS_CPU ? "" : ", on the weights' device");
     return 0;
 }
 
@@ -110,8 +111,8 @@ static int prepare(const char *what, const ds_tensor *p, const ds_tensor *a, con
     const ds_tensor *const state[2] = {a, b};
     int rc = check(what, p, state, low, g);
 
-    if (rc < 0 || (rc = check_numbers(what, "factor", factor, 1)) < 0 ||
-        (rc = check_numbers(what, "rates", rates, 3)) < 0)
+    if (rc < 0 || (rc = check_numbers(what, "factor", factor, DS_F32, 1)) < 0 ||
+        (rc = check_numbers(what, "rates", rates, DS_F64, 3)) < 0)
         return rc;
     return !ds_hyper_read(h, factor ? factor->data : NULL, rates ? rates->data : NULL);
 }
@@ -304,9 +305,9 @@ int DS_CPU(clip_factor)(ds_tensor *factor, ds_tensor *norm, const ds_tensor *squ
     double length;
     int rc;
 
-    if ((rc = check_numbers("clip_factor", "factor", factor, 1)) < 0 ||
-        (rc = check_numbers("clip_factor", "norm", norm, 1)) < 0 ||
-        (rc = check_numbers("clip_factor", "the sum of squares", squares, 1)) < 0)
+    if ((rc = check_numbers("clip_factor", "factor", factor, DS_F32, 1)) < 0 ||
+        (rc = check_numbers("clip_factor", "norm", norm, DS_F32, 1)) < 0 ||
+        (rc = check_numbers("clip_factor", "the sum of squares", squares, DS_F32, 1)) < 0)
         return rc;
     length = ds_clip_norm(*(float *)squares->data, scale);
     *(float *)norm->data = (float)length;

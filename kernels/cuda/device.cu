@@ -133,12 +133,15 @@ void *ds_cuda_scratch(int slot, size_t bytes)
         void *data;
         size_t bytes;
     } blocks[DS_CUDA_SLOTS];
+    const size_t most = (size_t)256 << 20; /* what a block grows by at a time */
     size_t size = (size_t)1 << 20;
 
     if (blocks[slot].data && bytes <= blocks[slot].bytes)
         return blocks[slot].data;
-    while (size < bytes)
+    while (size < bytes && size < most)
         size *= 2;
+    if (size < bytes)
+        size = (bytes + most - 1) / most * most;
     scratch_give(blocks[slot].data, blocks[slot].bytes);
     ds_cuda.counters.scratch -= (int64_t)blocks[slot].bytes;
     blocks[slot].data = NULL;

@@ -23,8 +23,9 @@ struct pass {
     float *p, *a, *b; /* weights; state, may be NULL */
     uint16_t *low;    /* may be NULL */
     const void *g;
-    const float *factor, *rates; /* may be NULL */
-    float *sums;                 /* Lamb: [blocks, 2] of weights² and update² */
+    const float *factor; /* may be NULL, as rates */
+    const double *rates;
+    float *sums; /* Lamb: [blocks, 2] of weights² and update² */
     int64_t n, head, packs;
     int low_dtype, blocks;
     ds_hyper h;
@@ -230,13 +231,14 @@ static __global__ void __launch_bounds__(256) lamb_second(pass t)
 
 /* ---- checking: as on the CPU */
 
-/* [t]: n numbers in f32. */
-static int check_numbers(const char *what, const char *name, const ds_tensor *t, int64_t n)
+/* [t]: n numbers of a dtype. */
+static int check_numbers(const char *what, const char *name, const ds_tensor *t, int dtype,
+                         int64_t n)
 {
-    if (t && (t->dtype != DS_F32 || t->numel != n || !t->dense || t->device != DS_CUDA))
-        return ds_fail(DS_EINVAL, "%s: %s is %lld numbers in %s, must be %lld in f32, dense%s",
-                       what, name, (long long)t->numel, ds_name_of(t->dtype), (long long)n,
-                       t->device == DS_CUDA ? "" : ", on the weights' device");
+    if (t && (t->dtype != dtype || t->numel != n || !t->dense || t->device != DS_CUDA))
+        return ds_fail(DS_EINVAL, "%s: %s is %lld numbers in %s, must be %lld in %s, dense%s", what,
+                       name, (long long)t->numel, ds_name_of(t->dtype), (long long)n,
+                       ds_name_of(dtype), t->device == DS_CUDA ? "" : ", on the weights' device");
     return 0;
 }
 
@@ -293,8 +295,8 @@ static int prepare(pass *t, const char *what, ds_tensor *p, ds_tensor *a, ds_ten
     int64_t head;
 
     DS_TRY(check(what, p, state, low, g));
-    DS_TRY(check_numbers(what, "factor", factor, 1));
-    DS_TRY(check_numbers(what, "rates", rates, 3));
+    DS_TRY(check_numbers(what, "factor", factor, DS_F32, 1));
+    DS_TRY(check_numbers(what, "rates", rates, DS_F64, 3));
     t->p = (float *)p->data;
     t->a = a ? (float *)a->data : NULL;
     t->b = b ? (float *)b->data : NULL;
@@ -302,7 +304,7 @@ static int prepare(pass *t, const char *what, ds_tensor *p, ds_tensor *a, ds_ten
     t->low_dtype = low ? low->dtype : DS_BF16;
     t->g = g->data;
     t->factor = factor ? (const float *)factor->data : NULL;
-    t->rates = rates ? (const float *)rates->data : NULL;
+    t->rates = rates ? (const double *)rates->data : NULL;
     t->n = p->numel;
     head = head_of(t, (int)ds_bytes_of(g->dtype));
     t->head = head > t->n ? t->n : head < 0 ? 0 : head;
@@ -511,9 +513,9 @@ extern "C" int ds_cuda_clip_factor(ds_tensor *factor, ds_tensor *norm, const ds_
 {
     static const char what[] = "clip_factor";
 
-    DS_TRY(check_numbers(what, "factor", factor, 1));
-    DS_TRY(check_numbers(what, "norm", norm, 1));
-    DS_TRY(check_numbers(what, "the sum of squares", squares, 1));
+    DS_TRY(check_numbers(what, "factor", factor, DS_F32, 1));
+    DS_TRY(check_numbers(what, "norm", norm, DS_F32, 1));
+    DS_TRY(check_numbers(what, "the sum of squares", squares, DS_F32, 1));
     return launch(what, clip, 1, 1, 0, (float *)factor->data, (float *)norm->data,
                   (const float *)squares->data, max_norm, scale, skip);
 }

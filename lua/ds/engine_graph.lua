@@ -1,12 +1,13 @@
---- CUDA graphs: forward and backward of a micro-batch are recorded once, and launched as one from
--- then on.
+--- CUDA graphs: forward and backward of a micro-batch, and the update, are recorded once each, and
+-- launched as one from then on.
 --
 -- A step of a small model is hundreds of kernels of a few microseconds, and the host is slower than
 -- the GPU. `"cuda_graph": true` has the engine record them: after two steps as usual, one that
 -- takes its memory from a set of its own (so that nobody else gets what the graph will use), and in
 -- the next the capture. Batches are copied to fixed places; what forward gives is a copy of the
--- loss. The step itself, a dozen kernels, is launched as ever: so rates, clipping and saving need
--- nothing.
+-- loss. Of the step norm, clipping and the optimizer are recorded; rates and bias corrections, which
+-- change, are uploaded before. While a schedule moves other settings, as momentum, steps are made
+-- as ever.
 --
 -- There is a graph for each state of the gradients (the first micro-batch of a step overwrites
 -- them, others add). Whatever does not fit is done as without graphs: a batch of another shape, a
@@ -268,6 +269,84 @@ function Graph:capture_backward(variant, differentiate)
   return true
 end
 
+-- ---- the update
+
+--- The settings that a recorded update has in it, as text.
+local function settings_text(optimizer)
+  local parts = {}
+  for _, group in ipairs(optimizer.param_groups) do
+    for key in pairs(group.rule.defaults) do
+      local v = group[key]
+      if key ~= "lr" then
+        parts[#parts + 1] = type(v) == "table" and table.concat(v, ",") or tostring(v)
+      end
+    end
+  end
+  return table.concat(parts, " ")
+end
+
+--- Room for the rates of all groups, on the device and twice in page-locked memory.
+local function rates_of(optimizer)
+  local n = #optimizer.param_groups
+  local there = tensor.new({ 3 * n }, "f64", "cuda"):keep()
+  local r = { there = there, turn = 1, slots = {} }
+  for g = 1, n do r[g] = tensor.view.slice_flat(there, 3 * (g - 1), { 3 }):keep() end
+  for i = 1, 2 do
+    local box = ffi.new("ds_event *[1]")
+    check(C.ds_event_make(box, CUDA), "cuda_graph")
+    local host = scope.keep(tensor.pinned({ 3 * n }, "f64"))
+    r.slots[i] = { event = ffi.gc(box[0], C.ds_event_free), host = host,
+      values = ffi.cast("double *", host._c.data) }
+  end
+  return r
+end
+
+--- Sends the coming update's rates.
+local function send_rates(r, optimizer)
+  local slot = r.slots[r.turn]
+  r.turn = 3 - r.turn
+  check(C.ds_event_wait(slot.event), "step") -- of two steps ago
+  for g, group in ipairs(optimizer.param_groups) do
+    local at = 3 * (g - 1)
+    slot.values[at], slot.values[at + 1], slot.values[at + 2] = group.rule.rates(group)
+  end
+  check(C.ds_upload_later(slot.event, r.there._c, slot.host._c), "step")
+  check(C.ds_event_follow(slot.event), "step")
+end
+
+--- The norm, the clip factor and the optimizer's kernels, for the update that it has counted.
+-- @treturn boolean false: they are to be launched as without graphs
+function Graph:update()
+  local engine = self.engine
+  local optimizer, late = engine.optimizer, engine.late
+  if engine.global_steps - self.began <= WARM or optimizer.steps < 3 or engine.losses == 0 then
+    return false
+  end
+  local settings = settings_text(optimizer)
+  local steady = settings == self.settings
+  self.settings = settings
+  if not steady then
+    if self.step then C.ds_graph_free(ffi.gc(self.step, nil)) end
+    self.step = nil
+    return false
+  end
+  self.rates = self.rates or rates_of(optimizer)
+  if not self.step then
+    local graph, why = self:record(function()
+      late:measure()
+      optimizer:apply(1, late.factor, self.rates)
+    end)
+    if not graph then
+      self:give_up(why)
+      return false
+    end
+    self.step = graph
+  end
+  send_rates(self.rates, optimizer)
+  check(C.ds_graph_run(self.step), "step")
+  return true
+end
+
 -- ---- the end
 
 --- Gives the graphs and their memory back.
@@ -278,7 +357,8 @@ function Graph:drop()
     end
     scope.release(v.loss, "with its CUDA graph")
   end
-  self.variants, self.open = {}, nil
+  if self.step then C.ds_graph_free(ffi.gc(self.step, nil)) end
+  self.variants, self.open, self.step = {}, nil, nil
   if self.set then
     C.ds_memory_flush_set(CUDA, self.set)
     taken[self.set] = nil

@@ -105,14 +105,15 @@ end
 
 --- Has the figures come to the host, as those of the step that ends now.
 -- @tparam number losses how many micro-batches of all ranks the loss is the sum of
-function Late:send(losses)
+-- @tparam number updates that the optimizer had made before
+function Late:send(losses, updates)
   local engine, s = self.engine, self.slots[self.turn]
   self.turn = 3 - self.turn
   check(C.ds_download_later(s.event, s.host, self.report._c), "step")
   local scheduler = engine.lr_scheduler
   self.pending = { slot = s, step = engine.global_steps + 1, losses = losses,
     lr = table.concat(engine:get_lr(), ", "), skipped = engine.skipped_steps,
-    updates = engine.optimizer.steps,
+    updates = updates,
     scheduler = scheduler and scheduler.state_dict and scheduler:state_dict() }
   waiting[self] = true
 end

@@ -52,8 +52,8 @@ local function agree(self)
   control.writing = self.saving and self.saving:state() or 0
   if figures then
     self.losses = self.zero:agree(control, self.losses)
-    figures:measure()
     if not figures.immediate then return nil end
+    figures:measure()
     local norm
     self.loss_sum, norm = figures:read()
     if self.loss_sum ~= self.loss_sum and self.losses > 0 and self.config.nan_check then
@@ -91,12 +91,10 @@ local function finish_later(self)
   self.losses = 0
 end
 
---- Changes the weights. Gradients are multiplied by the number and, if it is there, the tensor.
-local function update(self, gscale, factor)
+--- Before the weights change.
+local function begin_update(self)
   if self.offload then self.offload.place = ("step %d"):format(self.global_steps + 1) end
   if self.saving then self.saving:release() end
-  self.optimizer:step(gscale, factor)
-  self.zero:gather()
 end
 
 --- The update with this norm, if it may be made.
@@ -113,17 +111,27 @@ local function apply(self, norm)
     end
     local clip = self.config.gradient_clipping
     local factor = clip > 0 and norm + 1e-6 > clip and clip / (norm + 1e-6) or 1
-    update(self, factor / self:loss_scale())
+    begin_update(self)
+    self.optimizer:step(factor / self:loss_scale())
+    self.zero:gather()
     finish_step(self, true, norm)
     if self.lr_scheduler then self.lr_scheduler:step() end
   end
   self.precision:update(self.global_steps, control.overflow ~= 0)
 end
 
---- The update with the factor that lies on the device.
+--- The norm, and the update with the factor that lies on the device.
 local function apply_later(self)
-  self.late:send(self.losses)
-  update(self, 1, self.late.factor)
+  local late_figures, optimizer = self.late, self.optimizer
+  local updates = optimizer.steps
+  begin_update(self)
+  optimizer:advance()
+  if not (self.graph and self.graph:update()) then
+    late_figures:measure()
+    optimizer:apply(1, late_figures.factor)
+  end
+  late_figures:send(self.losses, updates)
+  self.zero:gather()
   finish_later(self)
   if self.lr_scheduler then self.lr_scheduler:step() end
 end

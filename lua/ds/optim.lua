@@ -146,9 +146,9 @@ local function run_whole(rule, s, h, gscale)
   end)
 end
 
-local function apply(s, h, gscale, factor)
+local function apply(s, h, gscale, factor, rates)
   local rule = h.rule
-  if rule.fused then return rule.fused(s, h, gscale, factor) end
+  if rule.fused then return rule.fused(s, h, gscale, factor, rates) end
   if rule.granularity == "flat" then
     run_blocks(rule, s, h, gscale)
   else
@@ -323,24 +323,36 @@ local function own_segments(group, index, out)
   end
 end
 
---- One update. Gradients are multiplied by `gscale` as they are read.
--- @tparam[opt=1] number gscale
--- @tparam[opt] Tensor factor f32 [1] on their device, by which they are multiplied, too; where it
--- is not finite nothing is changed. Only rules that are kernels take it.
-function Optimizer:step(gscale, factor)
-  gscale = gscale or 1
+--- Counts an update, which apply() then makes.
+function Optimizer:advance()
   self.steps = self.steps + 1
   for _, group in ipairs(self.param_groups) do group.step = self.steps end
+end
+
+--- The update that advance() counted. Gradients are multiplied by `gscale` as they are read.
+-- @tparam number gscale
+-- @tparam[opt] Tensor factor f32 [1] on their device, by which they are multiplied, too; where it
+-- is not finite nothing is changed. Only rules that are kernels take it, and rates
+-- @tparam[opt] table rates by group, f64 [3] on the device: what rule.rates(group) gives
+function Optimizer:apply(gscale, factor, rates)
   scope.no_grad(function()
     local segments = self.segments
     if not segments then
       segments = {}
       for i, group in ipairs(self.param_groups) do own_segments(group, i, segments) end
     end
-    local function update(s) apply(s, self.param_groups[s.group], gscale, factor) end
+    local function update(s)
+      apply(s, self.param_groups[s.group], gscale, factor, rates and rates[s.group])
+    end
     if self.store then return self.store:stream(update) end
     for _, s in ipairs(segments) do update(s) end
   end)
+end
+
+--- One update. @tparam[opt=1] number gscale @tparam[opt] Tensor factor as apply() takes it
+function Optimizer:step(gscale, factor)
+  self:advance()
+  self:apply(gscale or 1, factor)
 end
 
 --- Drops the gradients.

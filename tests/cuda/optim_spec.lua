@@ -82,10 +82,10 @@ describe("optimizers on cuda", function()
     for _, rule in ipairs(rules) do
       local p, a, b, g = buffers(67)
       local factor = randn({ 1 }, { scale = 0, shift = 0.25 })
-      local rates = ds.tensor { 0.5, 0.75, 0.125 }
+      local rates = ds.tensor({ 0.3, 0.7, 0.1 }, { dtype = "f64", device = "cpu" })
       both(rule[1] .. ", both", function(x, m, v, grad, f, r)
         return step(rule, x, m, v, nil, grad, f, r)
-      end, { p, a, b, g, factor, rates:to "f32":keep() })
+      end, { p, a, b, g, factor, rates:keep() })
     end
   end)
 
