@@ -65,9 +65,11 @@ objects := $(once:%.c=$(BUILD)/%.o) \
 library := $(filter-out $(BUILD)/runner/main.o,$(objects))
 tests   := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/c/test_*.c))
 fuzzers := $(patsubst tests/fuzz/%.c,%,$(wildcard tests/fuzz/*.c))
+# what a kernel in a library of the user's own may include
+headers := $(addprefix kernels/,tensor.h error.h dtype.h philox.h backend.h ops.def) runner/ds.h
 
 .PHONY: all setup demo test test-hosts soak bench bench-peers lint format asan fuzz install clean help \
-        c-tests fuzzers simt FORCE
+        c-tests fuzzers tests-built simt gpu-check gpu-bundle sanitize-cuda FORCE
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -121,15 +123,17 @@ $(BUILD)/%.flags: FORCE
 
 -include $(objects:.o=.d) $(tests:=.d) $(fuzzers:%=$(BUILD)/tests/fuzz/%.d)
 
-# ---- CUDA: a plugin, libds_cuda.so, wherever nvcc is found; CUDA=0 builds without. Machine code for
-# each of DSRUN_CUDA_ARCHS, and PTX of the first, which newer devices translate. NVCC_CCBIN: the host's
-# compiler for it.
+# ---- CUDA: a plugin, libds_cuda.so, wherever nvcc and a C++ compiler are found; CUDA=0 builds without.
+# Machine code for each of DSRUN_CUDA_ARCHS, and PTX of the first, which newer devices translate.
+# NVCC_CCBIN: the host's compiler for it. ccache keeps nvcc's results, too, where it is installed.
 
 ifneq ($(CUDA),0)
 cuda_found := $(shell scripts/find-cuda | sed 's/ := /=/')
 $(foreach line,$(cuda_found),$(eval $(subst =, := ,$(line))))
+cuda_cxx := $(shell command -v $(firstword $(NVCC_CCBIN) $(CXX)) 2>/dev/null)
 endif
 DSRUN_CUDA_ARCHS ?= 80 90a
+NVCC_LAUNCHER ?= $(if $(NVCC),$(shell command -v ccache 2>/dev/null))
 cuda_first  := $(firstword $(DSRUN_CUDA_ARCHS))
 cuda_codes  := $(foreach a,$(DSRUN_CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) \
                -gencode arch=compute_$(cuda_first),code=compute_$(cuda_first)
@@ -144,13 +148,21 @@ cuda_objects += $(plugin:%.c=$(BUILD)/cuda/%.o)
 nccl_simt    := $(BUILD)/simt/libnccl.so.2
 endif
 
-ifneq ($(and $(NVCC),$(CUDA_LIB)),)
-all: $(BUILD)/libds_cuda.so
+# Sanitizers are for the simulated device: nvcc's code has compute-sanitizer (make sanitize-cuda).
+ifneq ($(and $(NVCC),$(CUDA_LIB),$(if $(SANITIZE),,yes)),)
+ifneq ($(cuda_cxx),)
+backend := $(BUILD)/libds_cuda.so
+else
+$(warning nvcc is here, but no C++ compiler: there will be no CUDA backend (make setup installs one))
 endif
+endif
+all: $(backend)
+
+tests-built: all c-tests $(if $(and $(CUDA_INCLUDE),$(cuda_cxx)),simt)
 
 # cuBLASLt is linked; cuDNN and NCCL are opened when they are wanted. The driver is never linked.
 $(BUILD)/libds_cuda.so: $(cuda_objects) $(BUILD)/cuda.flags
-	$(call quiet,link,$@)$(NVCC) -shared -cudart static -o $@ $(cuda_objects) -L$(CUDA_LIB) -lcublasLt \
+	$(call quiet,link,$@)$(NVCC) -shared -cudart static -o $@ $(cuda_objects) $(CUBLASLT) -L$(CUDA_LIB) \
 	  -Xlinker -rpath,'$$ORIGIN:$(CUDA_LIB)$(if $(NCCL_LIB),:$(NCCL_LIB))'
 
 # Its files that are no kernels.
@@ -160,7 +172,7 @@ $(BUILD)/cuda/%.o: %.c $(BUILD)/cuda.flags
 
 $(BUILD)/%.o: %.cu $(BUILD)/cuda.flags
 	@mkdir -p $(@D)
-	$(call quiet,nvcc,$<)$(NVCC) $(cuda_flags) -MMD -MP -c -o $@ $<
+	$(call quiet,nvcc,$<)$(NVCC_LAUNCHER) $(NVCC) $(cuda_flags) -MMD -MP -c -o $@ $<
 
 # The same sources for the host, with threads that are simulated: tests where there is no GPU.
 simt_alone   := tests/simt/nccl.cpp
@@ -194,7 +206,7 @@ $(BUILD)/simt/tests/%.o: tests/simt/%.cpp $(BUILD)/simt.flags
 
 # Whether cuDNN takes the graphs that are built: it is asked where there is no GPU, with the toolkit's
 # stub in the driver's place.
-ifneq ($(and $(CUDNN_LIB),$(wildcard $(CUDA_LIB)/stubs/libcuda.so)),)
+ifneq ($(and $(CUDNN_LIB),$(cuda_cxx),$(wildcard $(CUDA_LIB)/stubs/libcuda.so)),)
 c-tests: $(BUILD)/tests/c/test_cudnn $(BUILD)/stub/libcuda.so.1
 endif
 
@@ -209,7 +221,7 @@ $(BUILD)/stub/libcuda.so.1:
 	@mkdir -p $(@D)
 	@ln -sf $(CUDA_LIB)/stubs/libcuda.so $@
 
-text_cuda := $(NVCC) $(cuda_flags) $(CUDA_LIB) $(cuda_objects)
+text_cuda := $(NVCC) $(if $(NVCC),$(shell $(NVCC) --version | tail -n 1)) $(cuda_flags) $(CUBLASLT) $(cuda_objects)
 text_simt := $(CXX) $(simt_flags) $(simt_objects)
 -include $(cuda_objects:.o=.d) $(simt_objects:.o=.d) $(BUILD)/simt/tests/nccl.d
 
@@ -226,7 +238,7 @@ demo:
 
 test:
 	@scripts/setup test hosts
-	@$(MAKE) all c-tests $(if $(CUDA_LIB),simt)
+	@$(MAKE) tests-built
 	@BUILD=$(BUILD) scripts/test
 
 test-hosts:
@@ -239,7 +251,7 @@ lint:
 	@scripts/lint
 
 format:
-	clang-format -i $(shell find kernels runner tests -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cpp')
+	clang-format -i $(shell find kernels runner tests models -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cpp')
 
 asan:
 	@scripts/setup test hosts
@@ -263,6 +275,17 @@ soak:
 bench: all
 	@scripts/bench
 
+# On a machine with a GPU. What is built elsewhere can be taken there: make gpu-bundle.
+gpu-check:
+	@$(if $(wildcard build/gpu-bundle),true,$(MAKE) all)
+	@scripts/gpu-check
+
+sanitize-cuda: all
+	@scripts/gpu-check sanitizer
+
+gpu-bundle: all
+	@BUILD=$(BUILD) scripts/gpu-bundle
+
 bench-peers:
 	@scripts/bench-peers
 
@@ -270,6 +293,8 @@ install: all
 	install -d '$(DESTDIR)$(PREFIX)/bin' '$(DESTDIR)$(PREFIX)/share/dsrun'
 	install -m 755 $(BUILD)/dsrun '$(DESTDIR)$(PREFIX)/bin/dsrun'
 	find lua models -type f ! -name '.*' -exec install -D -m 644 {} '$(DESTDIR)$(PREFIX)/share/dsrun/{}' \;
+	for f in $(headers); do install -D -m 644 $$f '$(DESTDIR)$(PREFIX)/include/dsrun/'$$f || exit 1; done
+	$(if $(backend),install -D -m 755 $(backend) '$(DESTDIR)$(PREFIX)/lib/dsrun/libds_cuda.so')
 
 clean:
 	rm -rf $(BUILD)
@@ -286,5 +311,10 @@ help:
 	@echo 'make soak       a long run of everything, SOAK_MINUTES=12; writes tests/SOAK.md'
 	@echo 'make bench      benchmarks, beside PyTorch and DeepSpeed, if make bench-peers has run'
 	@echo 'make install    PREFIX=$(PREFIX) DESTDIR=$(DESTDIR)'
+	@echo 'make simt       the CUDA backend for threads that are simulated, which its tests run on'
+	@echo 'make gpu-check  on a machine with a GPU: tests, benchmarks beside PyTorch; results in build/gpu'
+	@echo 'make gpu-bundle all that gpu-check needs in one folder, to be taken to such a machine'
+	@echo 'make sanitize-cuda   the tests of the CUDA backend under compute-sanitizer; needs a GPU'
 	@echo 'make clean'
 	@echo 'CC=clang, BUILD=folder, WERROR=1, V=1 (print commands), SANITIZE=address,undefined, CFLAGS=… as you like'
+	@echo 'CUDA=0 (without it), CUDA_HOME, CUDNN_HOME, NCCL_HOME=folder, DSRUN_CUDA_ARCHS="$(DSRUN_CUDA_ARCHS)", NVCC_CCBIN=g++-12'

@@ -66,6 +66,7 @@ typedef struct ds_backend {
     int (*graph_end)(void **out);
     int (*graph_run)(void *graph);
     void (*graph_free)(void *graph);
+    void *(*stream)(void); /* of all kernels, a cudaStream_t; NULL on the CPU */
     void (*describe)(char *text, size_t bytes); /* "NVIDIA H200, 140 GiB, …" */
     const ds_device_counters *counters;
 } ds_backend;

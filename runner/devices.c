@@ -22,24 +22,35 @@ static const ds_backend *cuda; /* NULL: why_not says why */
 static void *library;          /* the plugin */
 static char why_not[512];
 
+/* Where the plugin may lie, from the program's folder: a build's, an installation's. */
+static const char *const plugin_places[] = {"libds_cuda.so", "../lib/dsrun/libds_cuda.so"};
+
+/* The first place that has it; the first of all where none has. */
 static void plugin_path(char *path, size_t bytes)
 {
     const char *given = getenv("DS_CUDA_LIBRARY");
     char file[PATH_MAX];
     ssize_t length = readlink("/proc/self/exe", file, sizeof file - 1);
+    size_t places = sizeof plugin_places / sizeof *plugin_places;
     char *slash;
 
     file[length > 0 ? length : 0] = 0;
     slash = strrchr(file, '/');
-    if (given && *given)
+    if (given && *given) {
         snprintf(path, bytes, "%s", given);
-    else
-        snprintf(path, bytes, "%.*s/libds_cuda.so", slash ? (int)(slash - file) : 0, file);
+        return;
+    }
+    for (size_t i = 0; i < places; i++) {
+        snprintf(path, bytes, "%.*s/%s", slash ? (int)(slash - file) : 0, file, plugin_places[i]);
+        if (access(path, F_OK) == 0)
+            return;
+    }
+    snprintf(path, bytes, "%.*s/%s", slash ? (int)(slash - file) : 0, file, plugin_places[0]);
 }
 
 static void open_cuda(void)
 {
-    char path[PATH_MAX + 16];
+    char path[PATH_MAX + 32];
     ds_backend_open *open_backend;
     ds_rank rank;
     void *symbol;
@@ -182,6 +193,13 @@ int ds_device_synchronize(int device)
     const ds_backend *backend = ds_backend_of(device);
 
     return !backend ? DS_ENOSYS : backend->synchronize ? backend->synchronize() : 0;
+}
+
+void *ds_device_stream(int device)
+{
+    const ds_backend *backend = ds_backend_of(device);
+
+    return backend && backend->stream ? backend->stream() : NULL;
 }
 
 int ds_device_describe(char *text, int64_t bytes, int device)

@@ -92,6 +92,9 @@ int64_t ds_page_faults(void);          /* minor + major faults of this process *
 const struct ds_ops *ds_ops_of(int device);
 /* Waits for all that was asked of a device; what went wrong there is the error. */
 int ds_device_synchronize(int device);
+/* The stream of a device's kernels, a cudaStream_t: what a library of your own queues there runs in
+ * order with them. NULL for the CPU. */
+void *ds_device_stream(int device);
 /* "NVIDIA H200, 140 GiB, …"; "" for the CPU. DS_ENOSYS: there is no such device, ds_error() says why. */
 int ds_device_describe(char *text, int64_t bytes, int device);
 ds_device_counters ds_device_count(int device);

@@ -182,6 +182,11 @@ static int synchronize(void)
 
 /* ---- opening */
 
+static void *stream(void)
+{
+    return ds_cuda.stream;
+}
+
 static void describe(char *text, size_t bytes)
 {
     cudaDeviceProp p;
@@ -260,6 +265,7 @@ static int open_device(int local_rank, int local_size)
     backend.pinned_give = pinned_give;
     ds_cuda_fill_events(&backend);
     ds_cuda_fill_graphs(&backend);
+    backend.stream = stream;
     backend.describe = describe;
     backend.counters = &ds_cuda.counters;
     return 0;
