@@ -1,15 +1,40 @@
 --- The border to C: the declarations, and how a C code becomes an error at the user's line.
--- The only file that says `ffi.cdef`; the text comes from the headers themselves, through the host.
+-- The only file that says `ffi.cdef`; the text comes from the headers themselves, through the host,
+-- and from libraries that a script loads.
 
 local ffi = require "ffi"
 local host = require "ds.host"
 
 ffi.cdef(host.cdef)
+ffi.cdef "extern const char ds_cdef[];" -- of a library of the user's own
 
 local C = ffi.C
 local M = { C = C, host = host }
 
 local library = "@" .. host.root .. "/ds/"
+
+-- ---- libraries of the user's own (library.lua)
+
+local opened = {} -- never closed: what they queued on a device may still run
+
+--- Opens a shared library for ffi. Raises with the loader's words.
+-- @tparam string path relative to the working directory
+function M.open_library(path)
+  local file = io.open(path, "rb")
+  if not file then error(("there is no %s"):format(path), 0) end
+  file:close()
+  opened[#opened + 1] = ffi.load(path:find "/" and path or "./" .. path)
+  return opened[#opened]
+end
+
+--- Declares what a C text says; the same twice is fine. Raises with LuaJIT's words.
+function M.declare(text) ffi.cdef(text) end
+
+--- What a library says of itself in `const char ds_cdef[]`. @treturn string|nil
+function M.declarations_of(clib)
+  local there, text = pcall(function() return clib.ds_cdef end)
+  return there and ffi.string(text) or nil
+end
 
 --- Adds to an error message where in a model it happened; nn sets it.
 -- @treturn string|nil as " (in blocks.3.mlp)"

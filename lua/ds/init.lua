@@ -20,6 +20,8 @@ local functions = {
   cli = { "ds.cli", "parse" }, add_config_arguments = { "ds.cli", "add_config_arguments" },
   Function = { "ds.custom", "Function" }, checkpoint = { "ds.checkpointing", "checkpoint" },
   where = { "ds.ops", "where" }, cat = { "ds.views", "cat" }, stack = { "ds.views", "stack" },
+  load_library = { "ds.library", "load_library" },
+  include_folder = { "ds.library", "include_folder" },
   save = { "ds.saveload", "save" }, load = { "ds.saveload", "load" },
 }
 

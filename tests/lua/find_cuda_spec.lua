@@ -1,5 +1,5 @@
--- scripts/find-cuda: where CUDA's parts are found, in folders made to look like those of a toolkit, of
--- the system and of Python's wheels.
+-- scripts/find-cuda: where CUDA's parts are found, in folders made to look like those of a
+-- toolkit, of the system and of Python's wheels.
 
 local helper = require "tests.lua.helper"
 
@@ -20,7 +20,8 @@ local function find(settings)
   lines = {}
   for line in pipe:lines() do
     local name, value = line:match "^(%S+) := (.*)$"
-    lines[name or #lines + 1] = name and value:gsub("^" .. root:gsub("%p", "%%%0") .. "/", "") or line
+    if value and value:sub(1, #root) == root then value = value:sub(#root + 2) end
+    lines[name or #lines + 1] = value or line
   end
   pipe:close()
   return lines
