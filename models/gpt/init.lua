@@ -34,6 +34,7 @@ end
 local MLP = nn.module "MLP"
 
 function MLP:init(c)
+  self.options = { activation = c.activation }
   self.c_fc = nn.Linear(c.n_embd, 4 * c.n_embd, { bias = c.bias })
   self.c_proj = nn.Linear(4 * c.n_embd, c.n_embd, { bias = c.bias })
   self.drop = nn.Dropout(c.dropout)
@@ -41,7 +42,7 @@ end
 
 function MLP:forward(x)
   local up, down = self.c_fc, self.c_proj
-  return self.drop(F.mlp(x, up.weight, up.bias, down.weight, down.bias, { activation = "gelu" }))
+  return self.drop(F.mlp(x, up.weight, up.bias, down.weight, down.bias, self.options))
 end
 
 -- ---- a block
@@ -78,9 +79,10 @@ end
 local GPT = nn.module "GPT"
 
 local defaults = { n_layer = 12, n_head = 12, n_embd = 768, block_size = 1024, vocab_size = 50257,
-  dropout = 0, bias = true }
+  dropout = 0, bias = true, activation = "gelu" }
 
---- @tparam table config n_layer, n_head, n_embd, block_size, vocab_size, dropout = 0, bias = true
+--- @tparam table config n_layer, n_head, n_embd, block_size, vocab_size, dropout = 0, bias = true,
+-- activation = "gelu" ("gelu_tanh", as GPT-2 was trained with, costs a GPU less)
 function GPT:init(config)
   local c = {}
   for key, value in pairs(defaults) do c[key] = value end
