@@ -120,9 +120,11 @@ local function gpus()
   return #list > 0 and counted(list) or "none"
 end
 
+--- The device that kernels of this process would run on, or why there is none.
 local function backend()
-  if C.ds_ops_of(1) ~= nil then return "ready" end
-  return "none: " .. ffi.string(C.ds_error())
+  local text = ffi.new "char[256]"
+  if C.ds_device_describe(text, 256, 1) < 0 then return "none: " .. ffi.string(C.ds_error()) end
+  return ffi.string(text)
 end
 
 -- The machine -------------------------------------------------------------------------------------
