@@ -5,7 +5,7 @@
 -- the GPU. `"cuda_graph": true` has the engine record them: after two steps as usual, one that
 -- takes its memory from a set of its own (so that nobody else gets what the graph will use), and in
 -- the next the capture. Batches are copied to fixed places; what forward gives is a copy of the
--- loss. Of the step norm, clipping and the optimizer are recorded; rates and bias corrections, which
+-- loss. Of the step norm, clipping and optimizer are recorded; rates and bias corrections, which
 -- change, are uploaded before. While a schedule moves other settings, as momentum, steps are made
 -- as ever.
 --
