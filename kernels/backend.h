@@ -72,9 +72,9 @@ typedef struct ds_backend {
 } ds_backend;
 
 /* What a plugin (libds_cuda.so) offers under this name: the backend of this rank's device; NULL, with
- * ds_error(), where there is no driver or no device for it. local_rank of local_size: among the ranks
- * of this host. */
-typedef const ds_backend *ds_backend_open(int local_rank, int local_size);
+ * ds_error(), where there is no driver or no device for it, or where the program's number (abi.h) is not
+ * its own. local_rank of local_size: among the ranks of this host. */
+typedef const ds_backend *ds_backend_open(uint64_t abi, int local_rank, int local_size);
 #define DS_CUDA_OPEN "ds_cuda_backend"
 
 /* The CPU backend at the chosen level. Levels: "x86-64-v2", "x86-64-v3", "x86-64-v4", "x86-64-v4-bf16",

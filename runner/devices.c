@@ -13,6 +13,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "kernels/abi.h"
 #include "runner/comm.h"
 #include "runner/later.h"
 #include "runner/rank.h"
@@ -69,7 +70,8 @@ static void open_cuda(void)
     }
     memcpy(&open_backend, &symbol, sizeof symbol);
     ds_rank_find(&rank);
-    cuda = open_backend(rank.local_rank, rank.local_size > 0 ? rank.local_size : 1);
+    cuda =
+        open_backend(ds_backend_abi(), rank.local_rank, rank.local_size > 0 ? rank.local_size : 1);
     if (!cuda)
         snprintf(why_not, sizeof why_not, "%.500s", ds_error());
 }

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "kernels/abi.h"
 #include "kernels/cuda/cudnn.h"
 #include "kernels/cuda/table.h"
 
@@ -271,7 +272,12 @@ static int open_device(int local_rank, int local_size)
     return 0;
 }
 
-extern "C" const ds_backend *ds_cuda_backend(int local_rank, int local_size)
+extern "C" const ds_backend *ds_cuda_backend(uint64_t abi, int local_rank, int local_size)
 {
+    if (abi != ds_backend_abi()) {
+        ds_fail(DS_EINVAL, "the CUDA backend (libds_cuda.so) is of another build than dsrun; build "
+                           "or install both together");
+        return NULL;
+    }
     return open_device(local_rank, local_size) == 0 ? &backend : NULL;
 }

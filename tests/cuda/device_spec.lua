@@ -18,6 +18,15 @@ describe("the cuda device", function()
       { helper.randn { 2 } })
   end)
 
+  it("is refused where the program is of another build", function()
+    local file = os.getenv "DS_CUDA_LIBRARY"
+    if not file then return pending "the plugin's place is not known" end
+    local ffi = require "ffi"
+    ffi.cdef "const void *ds_cuda_backend(uint64_t abi, int local_rank, int local_size);"
+    assert.is_true(ffi.load(file).ds_cuda_backend(1, 0, 1) == nil)
+    assert.truthy(ffi.string(require("ds.ffi").C.ds_error()):find("of another build", 1, true))
+  end)
+
   it("refuses f64 by name", function()
     assert.has_error(function() ds.zeros(2, { device = "cuda", dtype = "f64" }) end)
   end)
