@@ -9,7 +9,7 @@
 
 #include <cmocka.h>
 
-#include "runner/ds.h"
+#include "runner/alloc.h"
 
 static uint64_t seed = 88172645463325252ull;
 
@@ -233,7 +233,7 @@ static void meta_counts(void **state)
     ds_release(&small);
     assert_int_equal(meta->takes, 0);
     assert_int_equal(cpu->live, live);
-    assert_null(ds_memory_of(3));
+    assert_null(ds_memory_of(DS_PINNED + 1));
     assert_null(ds_memory_of(-1));
 }
 
