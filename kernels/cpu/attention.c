@@ -4,54 +4,18 @@
  */
 #include "kernels/cpu/attention.h"
 
+#include "kernels/attention_checks.h"
 #include "kernels/scratch.h"
 #include "kernels/philox.h"
 #include "kernels/scalar.h"
 
 /* ---- checking */
 
-int attention_same(const char *what, const ds_tensor *x, const char *name, const ds_tensor *like)
-{
-    if (x->ndim != 4 || x->dtype != like->dtype)
-        return ds_fail(DS_EINVAL, "%s: %s is %d-d %s, must be 4-d %s", what, name, x->ndim,
-                       ds_name_of(x->dtype), ds_name_of(like->dtype));
-    for (int i = 0; i < 4; i++)
-        if (x->shape[i] != like->shape[i])
-            return ds_fail(DS_EINVAL, "%s: size %lld of %s's dimension %d, must be %lld", what,
-                           (long long)x->shape[i], name, i + 1, (long long)like->shape[i]);
-    if (x->stride[3] != 1 && x->shape[3] > 1)
-        return ds_fail(DS_EINVAL, "%s: the last dimension of %s is not dense (stride %lld)", what,
-                       name, (long long)x->stride[3]);
-    return 0;
-}
-
-static int check_mask(attention *a, const char *what, const ds_tensor *mask)
-{
-    const int64_t full[4] = {a->batches, a->H, a->T, a->S};
-
-    if (!mask)
-        return 0;
-    if (mask->ndim > 4 || (mask->dtype != DS_BOOL && !ds_is_float(mask->dtype)))
-        return ds_fail(DS_EINVAL, "%s: the mask is %d-d %s, must be bool or float, at most 4-d",
-                       what, mask->ndim, ds_name_of(mask->dtype));
-    for (int i = 4 - mask->ndim; i < 4; i++) {
-        int64_t size = mask->shape[i - 4 + mask->ndim];
-
-        if (size != 1 && size != full[i])
-            return ds_fail(DS_EINVAL,
-                           "%s: the mask has %lld where [batch x heads x queries x keys] is "
-                           "[%lld x %lld x %lld x %lld]",
-                           what, (long long)size, (long long)full[0], (long long)full[1],
-                           (long long)full[2], (long long)full[3]);
-        a->mask_stride[i] = size == 1 ? 0 : mask->stride[i - 4 + mask->ndim];
-    }
-    return 0;
-}
-
 int attention_check(attention *a, const char *what, const ds_tensor *q, const ds_tensor *k,
                     const ds_tensor *v, const ds_tensor *lse, const ds_tensor *mask, int causal,
                     double scale, double p, uint64_t seed, uint64_t offset)
 {
+    ds_attention_sizes z;
     int rc;
 
     *a = (attention){.q = q,
@@ -67,44 +31,21 @@ int attention_check(attention *a, const char *what, const ds_tensor *q, const ds
     if (!ds_is_float(q->dtype))
         return ds_fail(DS_EINVAL, "%s: the query is %s, must be f32, bf16, f16 or f64", what,
                        ds_name_of(q->dtype));
-    if ((rc = attention_same(what, q, "the query", q)) < 0 ||
-        (rc = attention_same(what, v, "the value", k)) < 0)
+    if ((rc = ds_attention_check(&z, what, q, k, v, lse, p, ATTENTION_MAX_D, "")) < 0)
         return rc;
-    a->batches = q->shape[0];
-    a->T = q->shape[1];
-    a->H = q->shape[2];
-    a->D = q->shape[3];
-    a->S = k->shape[1];
-    a->G = k->shape[2];
-    if (k->dtype != q->dtype || k->shape[0] != a->batches || k->shape[3] != a->D)
-        return ds_fail(DS_EINVAL,
-                       "%s: key %s [%lld x %lld x %lld x %lld] does not match query %s "
-                       "[%lld x %lld x %lld x %lld]",
-                       what, ds_name_of(k->dtype), (long long)k->shape[0], (long long)a->S,
-                       (long long)a->G, (long long)k->shape[3], ds_name_of(q->dtype),
-                       (long long)a->batches, (long long)a->T, (long long)a->H, (long long)a->D);
-    if (k->stride[3] != 1 && a->D > 1)
-        return ds_fail(DS_EINVAL, "%s: the last dimension of the key is not dense (stride %lld)",
-                       what, (long long)k->stride[3]);
-    if (a->G < 1 || a->H % a->G)
-        return ds_fail(DS_EINVAL, "%s: %lld query heads are not a multiple of %lld key heads", what,
-                       (long long)a->H, (long long)a->G);
-    if (a->D < 1 || a->D > ATTENTION_MAX_D)
-        return ds_fail(DS_EINVAL, "%s: heads of %lld, must be 1 to %d wide", what, (long long)a->D,
-                       ATTENTION_MAX_D);
-    if (p < 0 || p >= 1)
-        return ds_fail(DS_EINVAL, "%s: dropout %g, must be in [0, 1)", what, p);
-    if ((lse->dtype != DS_F32 && (lse->dtype != DS_F64 || q->dtype != DS_F64)) || lse->ndim != 3 ||
-        lse->shape[0] != a->batches || lse->shape[1] != a->H || lse->shape[2] != a->T)
-        return ds_fail(DS_EINVAL, "%s: lse must be f32 [%lld x %lld x %lld]", what,
-                       (long long)a->batches, (long long)a->H, (long long)a->T);
+    a->batches = z.B;
+    a->T = z.T;
+    a->H = z.H;
+    a->D = z.D;
+    a->S = z.S;
+    a->G = z.G;
     a->ratio = a->H / a->G;
     a->row_count = a->T * a->ratio;
     a->pairs = ATTENTION_PAIRS && q->dtype == DS_BF16;
     a->depth = a->pairs ? (a->D + 1) / 2 : a->D;
     a->wide = round_up(a->D, VF_LANES);
     a->keys = round_up(a->S, VF_LANES);
-    return check_mask(a, what, mask);
+    return ds_attention_mask(a->mask_stride, what, mask, &z);
 }
 
 /* ---- masks, dropout */
@@ -337,7 +278,7 @@ int DS_CPU(attention)(ds_tensor *y, ds_tensor *lse, const ds_tensor *q, const ds
     float *memory;
     int threads;
 
-    if (rc < 0 || (rc = attention_same("attention", y, "the output", q)) < 0)
+    if (rc < 0 || (rc = ds_attention_same("attention", y, "the output", q)) < 0)
         return rc;
     if (q->dtype == DS_F64)
         return attention_f64(y, &a);

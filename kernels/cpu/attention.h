@@ -52,8 +52,6 @@ typedef struct block {
 int attention_check(attention *a, const char *what, const ds_tensor *q, const ds_tensor *k,
                     const ds_tensor *v, const ds_tensor *lse, const ds_tensor *mask, int causal,
                     double scale, double p, uint64_t seed, uint64_t offset);
-#define attention_same DS_CPU(attention_same)
-int attention_same(const char *what, const ds_tensor *x, const char *name, const ds_tensor *like);
 
 /* attention_few.c: no more rows than this, as when a model generates: keys and values are read
  * once, as they lie. */

@@ -9,22 +9,19 @@
 #include "kernels/cuda/attention_cudnn.h"
 #include "kernels/cuda/attention_mma.cuh"
 #include "kernels/cuda/attention_tile.cuh"
+#include "kernels/attention_checks.h"
 
 /* ---- checking */
 
+static int on_cuda(const char *what, const ds_tensor *x, const char *name)
+{
+    return x->device == DS_CUDA ? 0 : ds_fail(DS_EINVAL, "%s: %s is not on cuda", what, name);
+}
+
 int attention_same(const char *what, const ds_tensor *x, const char *name, const ds_tensor *like)
 {
-    if (x->ndim != 4 || x->dtype != like->dtype)
-        return ds_fail(DS_EINVAL, "%s: %s is %d-d %s, must be 4-d %s", what, name, x->ndim,
-                       ds_name_of(x->dtype), ds_name_of(like->dtype));
-    for (int i = 0; i < 4; i++)
-        if (x->shape[i] != like->shape[i])
-            return ds_fail(DS_EINVAL, "%s: size %lld of %s's dimension %d, must be %lld", what,
-                           (long long)x->shape[i], name, i + 1, (long long)like->shape[i]);
-    if (x->stride[3] != 1 && x->shape[3] > 1)
-        return ds_fail(DS_EINVAL, "%s: the last dimension of %s is not dense (stride %lld)", what,
-                       name, (long long)x->stride[3]);
-    return x->device == DS_CUDA ? 0 : ds_fail(DS_EINVAL, "%s: %s is not on cuda", what, name);
+    DS_TRY(ds_attention_same(what, x, name, like));
+    return on_cuda(what, x, name);
 }
 
 head_tensor attention_heads(const ds_tensor *x)
@@ -36,67 +33,37 @@ head_tensor attention_heads(const ds_tensor *x)
                            x->stride[2] % n == 0};
 }
 
-static int check_mask(attention_call *c, const char *what, const ds_tensor *mask)
+static int check_mask(attention_call *c, const char *what, const ds_tensor *mask,
+                      const ds_attention_sizes *z)
 {
-    const int64_t full[4] = {c->B, c->H, c->T, c->S};
-
+    DS_TRY(ds_attention_mask(c->mask_stride, what, mask, z));
     if (!mask)
         return 0;
-    if (mask->ndim > 4 ||
-        (mask->dtype != DS_BOOL && (!ds_is_float(mask->dtype) || mask->dtype == DS_F64)))
-        return ds_fail(DS_EINVAL,
-                       "%s: the mask is %d-d %s, must be bool, f32, bf16 or f16, at most 4-d", what,
-                       mask->ndim, ds_name_of(mask->dtype));
-    if (mask->device != DS_CUDA)
-        return ds_fail(DS_EINVAL, "%s: the mask is not on cuda", what);
-    for (int i = 4 - mask->ndim; i < 4; i++) {
-        int64_t size = mask->shape[i - 4 + mask->ndim];
-
-        if (size != 1 && size != full[i])
-            return ds_fail(DS_EINVAL,
-                           "%s: the mask has %lld where [batch x heads x queries x keys] is "
-                           "[%lld x %lld x %lld x %lld]",
-                           what, (long long)size, (long long)full[0], (long long)full[1],
-                           (long long)full[2], (long long)full[3]);
-        c->mask_stride[i] = size == 1 ? 0 : mask->stride[i - 4 + mask->ndim];
-    }
+    if (mask->dtype == DS_F64)
+        return ds_fail(DS_EINVAL, "%s: the mask is f64, must be bool, f32, bf16 or f16 on cuda",
+                       what);
     c->mask = (const char *)mask->data;
     c->mask_dtype = mask->dtype;
-    return 0;
+    return on_cuda(what, mask, "the mask");
 }
 
-/* Sizes of q and k, and that they fit. */
-static int check_sizes(attention_call *c, const char *what, const ds_tensor *q, const ds_tensor *k)
+/* Sizes as the kernels count, which is by int. */
+static int set_sizes(attention_call *c, const char *what, const ds_attention_sizes *z)
 {
     const int64_t most = 1 << 30;
 
-    if (k->dtype != q->dtype || k->shape[0] != q->shape[0] || k->shape[3] != q->shape[3])
-        return ds_fail(DS_EINVAL,
-                       "%s: key %s [%lld x %lld x %lld x %lld] does not match query %s "
-                       "[%lld x %lld x %lld x %lld]",
-                       what, ds_name_of(k->dtype), (long long)k->shape[0], (long long)k->shape[1],
-                       (long long)k->shape[2], (long long)k->shape[3], ds_name_of(q->dtype),
-                       (long long)q->shape[0], (long long)q->shape[1], (long long)q->shape[2],
-                       (long long)q->shape[3]);
-    if (k->shape[2] < 1 || q->shape[2] % k->shape[2])
-        return ds_fail(DS_EINVAL, "%s: %lld query heads are not a multiple of %lld key heads", what,
-                       (long long)q->shape[2], (long long)k->shape[2]);
-    if (q->shape[3] < 1 || q->shape[3] > ATTENTION_WIDEST)
-        return ds_fail(DS_EINVAL, "%s: heads of %lld, must be 1 to %d wide on cuda", what,
-                       (long long)q->shape[3], ATTENTION_WIDEST);
-    if (q->shape[1] > most || k->shape[1] > most || q->shape[0] > most || q->shape[2] > most ||
-        (q->shape[1] + k->shape[1]) / 16 * q->shape[2] > most / (q->shape[0] + 1))
+    if (z->T > most || z->S > most || z->B > most || z->H > most ||
+        (z->T + z->S) / 16 * z->H > most / (z->B + 1))
         return ds_fail(DS_EINVAL,
                        "%s: [%lld x %lld x %lld] queries and %lld keys are more than "
                        "a grid of blocks holds",
-                       what, (long long)q->shape[0], (long long)q->shape[1], (long long)q->shape[2],
-                       (long long)k->shape[1]);
-    c->B = (int)q->shape[0];
-    c->T = (int)q->shape[1];
-    c->H = (int)q->shape[2];
-    c->D = (int)q->shape[3];
-    c->S = (int)k->shape[1];
-    c->G = (int)k->shape[2];
+                       what, (long long)z->B, (long long)z->T, (long long)z->H, (long long)z->S);
+    c->B = (int)z->B;
+    c->T = (int)z->T;
+    c->H = (int)z->H;
+    c->D = (int)z->D;
+    c->S = (int)z->S;
+    c->G = (int)z->G;
     c->ratio = c->H / c->G;
     return 0;
 }
@@ -105,20 +72,17 @@ int attention_check(attention_call *c, const char *what, const ds_tensor *q, con
                     const ds_tensor *v, const ds_tensor *lse, const ds_tensor *mask, int causal,
                     double scale, double p, uint64_t seed, uint64_t offset)
 {
+    ds_attention_sizes z;
+
     *c = attention_call{};
     if (q->dtype != DS_F32 && q->dtype != DS_BF16 && q->dtype != DS_F16)
         return ds_cuda_refuse(what, q->dtype);
-    DS_TRY(attention_same(what, q, "the query", q));
-    DS_TRY(attention_same(what, v, "the value", k));
-    if (k->dtype == q->dtype)
-        DS_TRY(attention_same(what, k, "the key", k));
-    DS_TRY(check_sizes(c, what, q, k));
-    if (p < 0 || p >= 1)
-        return ds_fail(DS_EINVAL, "%s: dropout %g, must be in [0, 1)", what, p);
-    if (lse->dtype != DS_F32 || lse->ndim != 3 || lse->shape[0] != c->B || lse->shape[1] != c->H ||
-        lse->shape[2] != c->T || lse->device != DS_CUDA)
-        return ds_fail(DS_EINVAL, "%s: lse must be f32 [%d x %d x %d] on cuda", what, c->B, c->H,
-                       c->T);
+    DS_TRY(ds_attention_check(&z, what, q, k, v, lse, p, ATTENTION_WIDEST, " on cuda"));
+    DS_TRY(on_cuda(what, q, "the query"));
+    DS_TRY(on_cuda(what, k, "the key"));
+    DS_TRY(on_cuda(what, v, "the value"));
+    DS_TRY(on_cuda(what, lse, "lse"));
+    DS_TRY(set_sizes(c, what, &z));
     c->q = attention_heads(q);
     c->k = attention_heads(k);
     c->v = attention_heads(v);
@@ -134,7 +98,7 @@ int attention_check(attention_call *c, const char *what, const ds_tensor *q, con
     c->kept = (float)(1 / (1 - p));
     c->seed = seed;
     c->offset = offset;
-    return check_mask(c, what, mask);
+    return check_mask(c, what, mask, &z);
 }
 
 int attention_fits(const char *what, size_t shared)
