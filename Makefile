@@ -210,7 +210,7 @@ ifneq ($(and $(CUDNN_LIB),$(cuda_cxx),$(wildcard $(CUDA_LIB)/stubs/libcuda.so)),
 c-tests: $(BUILD)/tests/c/test_cudnn $(BUILD)/stub/libcuda.so.1
 endif
 
-cudnn_sources := tests/c/test_cudnn.cpp kernels/cuda/cudnn.cu kernels/cuda/attention_graph.cu
+cudnn_sources := tests/c/test_cudnn.cpp $(patsubst %,kernels/cuda/%.cu,cudnn attention_form attention_graph)
 
 $(BUILD)/tests/c/test_cudnn: $(cudnn_sources) kernels/cuda/cudnn.h kernels/cuda/attention_graph.h
 	@mkdir -p $(@D)

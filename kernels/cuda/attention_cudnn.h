@@ -3,7 +3,6 @@
 #define DS_CUDA_ATTENTION_CUDNN_H
 
 #include "kernels/cuda/attention.cuh"
-#include "kernels/cuda/attention_graph.h"
 
 /* 1: done. 0: not for cuDNN, *why says why, and nothing was written. Negative: it failed. */
 int attention_cudnn(const attention_call *c, int backward, const char **why);

@@ -4,7 +4,8 @@
  * (NVIDIA cuDNN documentation, "Fused Flash Attention"; the order is that of the graphs which its
  * engines accept). Forward:
  *
- *     s = q kᵀ scale, -inf where hidden;  lse = max s + log Σ exp(s - max s);  y = softmax(s) v
+ *     s = q kᵀ scale + bias, -inf where causality hides
+ *     lse = max s + log Σ exp(s - max s);  y = softmax(s) v
  *
  * Backward: delta = Σ dy y;  w = exp(s - lse);  dv = wᵀ dy;  ds = w (dy vᵀ - delta) scale;
  * dk = dsᵀ q;  dq = ds k. With SDPA_DQ_SUM the engine adds dq from many blocks by atomics, in any
@@ -148,6 +149,13 @@ static node number(builder *b, int which)
     return tensor(b, CUDNN_DATA_FLOAT, ones, ones, false, true, which);
 }
 
+static node whole_number(builder *b, int which)
+{
+    const int64_t ones[4] = {1, 1, 1, 1};
+
+    return tensor(b, CUDNN_DATA_INT32, ones, ones, false, true, which);
+}
+
 /* ---- operations */
 
 static node add_op(builder *b, node op)
@@ -235,15 +243,43 @@ static node reshape(builder *b, node x, node to)
     return to;
 }
 
-/* s, or -inf where a row does not see a key: row t sees s ≤ t, as T = S. */
+static node add_bias(builder *b, node s)
+{
+    const sdpa_form *f = b->form;
+    const int64_t size[4] = {f->B, f->bias_heads, f->T, f->S};
+    const int64_t stride[4] = {f->bias_stride[0], f->bias_stride[1], f->bias_stride[2], 1};
+    cudnnDataType_t type = f->bias == SDPA_BIAS_F32 ? CUDNN_DATA_FLOAT : CUDNN_DATA_BFLOAT16;
+
+    if (!f->bias)
+        return s;
+    return pointwise(b, CUDNN_POINTWISE_ADD, s,
+                     tensor(b, type, size, stride, false, false, SDPA_BIAS), scores(b));
+}
+
+/* For each score, the last key that its row sees. */
+static node last_seen(builder *b, node s)
+{
+    const cudnnDataType_t i32 = CUDNN_DATA_INT32;
+    int64_t S = b->form->S;
+    node row = pointwise_as(b, CUDNN_POINTWISE_GEN_INDEX, CUDNN_DATA_FLOAT, 2, s, NULL, NULL,
+                            inner(b, i32, S));
+
+    if (b->form->T == S)
+        return row;
+    row = pointwise_as(b, CUDNN_POINTWISE_ADD, i32, 3, row, whole_number(b, SDPA_KEYS), NULL,
+                       inner(b, i32, S));
+    return pointwise_as(b, CUDNN_POINTWISE_SUB, i32, 3, row, whole_number(b, SDPA_ROWS), NULL,
+                        inner(b, i32, S));
+}
+
+/* s, or -inf where a row does not see a key. */
 static node hide(builder *b, node s)
 {
     node row, column, shown;
 
     if (!b->form->causal)
         return s;
-    row = pointwise_as(b, CUDNN_POINTWISE_GEN_INDEX, CUDNN_DATA_FLOAT, 2, s, NULL, NULL,
-                       inner(b, CUDNN_DATA_INT32, b->form->S));
+    row = last_seen(b, s);
     column = pointwise_as(b, CUDNN_POINTWISE_GEN_INDEX, CUDNN_DATA_FLOAT, 3, s, NULL, NULL,
                           inner(b, CUDNN_DATA_INT32, b->form->S));
     shown = pointwise_as(b, CUDNN_POINTWISE_CMP_GE, CUDNN_DATA_BOOLEAN, -1, row, column, NULL,
@@ -259,6 +295,7 @@ static void forward(builder *b)
     node most, e, sum, log;
 
     s = pointwise(b, CUDNN_POINTWISE_MUL, s, number(b, SDPA_SCALE), scores(b));
+    s = add_bias(b, s);
     s = hide(b, s);
     most = reduce(b, CUDNN_REDUCE_TENSOR_MAX, s, row_values(b));
     s = pointwise(b, CUDNN_POINTWISE_SUB, s, most, scores(b));
@@ -317,6 +354,7 @@ static void backward(builder *b)
     pointwise(b, CUDNN_POINTWISE_MUL, sum, number(b, SDPA_ONE), delta);
     s = matmul(b, q, k, scores(b));
     s = pointwise(b, CUDNN_POINTWISE_MUL, s, scale, scores(b));
+    s = add_bias(b, s);
     s = pointwise(b, CUDNN_POINTWISE_SUB, s, outer(b, SDPA_LSE, 1), scores(b));
     s = hide(b, s);
     w = pointwise(b, CUDNN_POINTWISE_EXP, s, NULL, scores(b));

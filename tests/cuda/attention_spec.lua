@@ -184,33 +184,140 @@ describe("attention's implementations", function()
   end)
 end)
 
--- Shapes that cuDNN takes, with both of its backward graphs.
-if not helper.simulated then
-  describe("attention by cuDNN", function()
+-- Shapes that cuDNN takes, with both of its backward graphs. On a simulated GPU the graphs are done
+-- by plain loops, and all that surrounds them is what runs on a real one.
+describe("attention by cuDNN", function()
+  local function each(name, f)
     for _, fast in ipairs { "0", "1" } do
-      it("has the CPU's values, DS_FAST_ATTENTION=" .. fast, function()
+      it(("%s, DS_FAST_ATTENTION=%s"):format(name, fast), function()
         ffi.C.setenv("DS_FAST_ATTENTION", fast, 1)
         local ok, message = pcall(with, "cudnn", function()
-          for _, dtype in ipairs { "bf16", "f16" } do
-            check("square", 2, 96, 96, 3, 3, 64, dtype, causal)
-            check("odd", 1, 77, 77, 2, 2, 128, dtype, causal)
-            check("grouped", 2, 64, 64, 4, 2, 64, dtype, causal)
-            check("all seen", 1, 50, 130, 2, 2, 40, dtype)
-            check("more queries", 1, 130, 33, 4, 1, 64, dtype)
-            check("wide", 1, 40, 40, 2, 2, 256, dtype, causal)
-            ds.seed(3)
-            local qkv = helper.randn({ 2, 100, 3 * 4 * 64 }, { dtype = dtype, grad = true })
-            helper.both("packed " .. dtype, function(x)
-              return F.attention(x, { n_head = 4, causal = true })
-            end, { qkv }, { tol = tolerance[dtype] })
-          end
+          for _, dtype in ipairs { "bf16", "f16" } do f(dtype) end
         end)
         ffi.C.unsetenv "DS_FAST_ATTENTION"
         if not ok then error(message, 0) end
       end)
     end
+  end
+
+  each("has the CPU's values", function(dtype)
+    check("square", 2, 96, 96, 3, 3, 64, dtype, causal)
+    check("odd", 1, 77, 77, 2, 2, 128, dtype, causal)
+    check("grouped", 2, 64, 64, 4, 2, 64, dtype, causal)
+    check("all seen", 1, 50, 130, 2, 2, 40, dtype)
+    check("more queries", 1, 130, 33, 4, 1, 64, dtype)
+    check("wide", 1, 40, 40, 2, 2, 256, dtype, causal)
+    ds.seed(3)
+    local qkv = helper.randn({ 2, 100, 3 * 4 * 64 }, { dtype = dtype, grad = true })
+    helper.both("packed " .. dtype, function(x)
+      return F.attention(x, { n_head = 4, causal = true })
+    end, { qkv }, { tol = tolerance[dtype] })
   end)
-end
+
+  each("hides what comes later, with as many queries as keys or not", function(dtype)
+    check("more keys", 2, 33, 100, 2, 1, 40, dtype, causal)
+    check("many more keys", 1, 64, 192, 2, 2, 64, dtype, causal)
+    check("more rows: the first see nothing", 2, 83, 45, 4, 2, 40, dtype, causal)
+  end)
+
+  -- Masks [b h t s] of which those of `size` 1 are the same for all.
+  local function bool(size, least)
+    ds.seed(21)
+    return helper.randn(size):gt(least or 0):keep()
+  end
+  local function float(size, dtype)
+    ds.seed(22)
+    return helper.randn(size, { dtype = dtype })
+  end
+
+  each("hides by bool, whatever the mask is the same for", function(dtype)
+    for _, size in ipairs { { 2, 1, 1, 96 }, { 1, 1, 40, 96 }, { 2, 3, 40, 96 }, { 1, 3, 1, 96 },
+      { 2, 1, 40, 1 }, { 40, 96 } } do
+      check("mask " .. table.concat(size, " "), 2, 40, 96, 3, 3, 16, dtype, { mask = bool(size) })
+    end
+    check("odd keys", 2, 35, 77, 4, 2, 40, dtype, { mask = bool { 2, 4, 35, 77 } })
+    check("beyond a step", 1, 32, 521, 1, 1, 8, dtype, { mask = bool { 1, 1, 1, 521 } })
+    local view = bool({ 2, 1, 41, 99 }):narrow(3, 2, 40):narrow(4, 3, 96)
+    check("rows that begin anywhere", 2, 40, 96, 2, 2, 8, dtype, { mask = view })
+    check("transposed", 1, 40, 96, 2, 2, 8, dtype,
+      { mask = bool({ 1, 2, 96, 40 }):transpose(3, 4) })
+    check("expanded", 2, 40, 96, 2, 2, 8, dtype,
+      { mask = bool({ 2, 1, 1, 96 }):expand(2, 2, 40, 96) })
+  end)
+
+  each("adds masks of any dtype", function(dtype)
+    for _, mask in ipairs { "f32", "bf16", "f16" } do
+      check(mask .. " for each head", 2, 40, 72, 2, 2, 16, dtype,
+        { mask = float({ 2, 40, 72 }, mask) })
+      check(mask .. ", odd, causal", 2, 45, 45, 2, 1, 16, dtype,
+        { mask = float({ 2, 1, 45, 45 }, mask), causal = true })
+    end
+    -- Finer than bf16: a mask of f32 is not rounded.
+    local fine = ds.zeros({ 1, 96 }):add(200.0):keep()
+    fine:narrow(2, 40, 1):fill_(200.75)
+    check("f32 between two numbers of bf16", 1, 40, 96, 1, 1, 8, dtype, { mask = fine })
+  end)
+
+  each("joins masks and causality", function(dtype)
+    for _, size in ipairs { { 2, 1, 1, 0 }, { 1, 3, 0, 0 }, { 1, 1, 0, 0 } } do
+      for _, n in ipairs { { 50, 50 }, { 64, 64 }, { 33, 90 }, { 90, 50 } } do
+        local t, s = n[1], n[2]
+        local m = { size[1], size[2], size[3] == 0 and t or 1, s }
+        local what = ("mask %s, %d queries, %d keys"):format(table.concat(m, " "), t, s)
+        check(what, 2, t, s, 3, 1, 16, dtype, { mask = bool(m), causal = true })
+      end
+    end
+  end)
+
+  each("gives 0 where a row sees nothing", function(dtype)
+    local rows = bool({ 2, 2, 40, 96 }, -0.5)
+    rows:narrow(3, 5, 7):fill_(0)
+    rows:narrow(1, 2, 1):narrow(2, 1, 1):fill_(0) -- a whole head
+    check("bool", 2, 40, 96, 2, 2, 16, dtype, { mask = rows })
+    local first = bool({ 2, 1, 1, 50 }, -0.5)
+    first:narrow(4, 1, 9):fill_(0)
+    check("the first keys, causal", 2, 50, 50, 2, 2, 16, dtype, { mask = first, causal = true })
+    check("the first keys, causal, more of them", 2, 42, 50, 2, 2, 16, dtype,
+      { mask = first, causal = true })
+    check("the first keys, causal, fewer", 2, 61, 50, 2, 2, 16, dtype,
+      { mask = first, causal = true })
+    local last = bool({ 1, 1, 1, 600 }, -0.5)
+    last:narrow(4, 1, 590):fill_(0)
+    check("all but the last keys", 1, 33, 600, 2, 2, 8, dtype, { mask = last })
+    for _, hidden in ipairs { -math.huge, -3.3e38 } do
+      local mask = float({ 2, 1, 40, 72 }, hidden == -math.huge and dtype or "f32")
+      mask:narrow(3, 4, 30):fill_(hidden)
+      mask:narrow(3, 39, 2):narrow(4, 1, 70):fill_(hidden)
+      check("floats of " .. hidden, 2, 40, 72, 2, 2, 16, dtype, { mask = mask })
+    end
+  end)
+
+  each("writes lse that others read", function(dtype)
+    local mask = bool({ 2, 1, 45, 45 }, -0.5)
+    mask:narrow(3, 3, 20):fill_(0)
+    for _, s in ipairs { 45, 38 } do
+      ds.seed(5)
+      local q = helper.randn({ 2, 45, 2, 16 }, { dtype = dtype, grad = true })
+      local kv = helper.randn({ 2, s, 2, 16 }, { dtype = dtype, grad = true })
+      for _, order in ipairs { { "cudnn", "own" }, { "own", "cudnn" } } do
+        local got = {}
+        for i, device in ipairs { "cpu", "cuda" } do
+          local a, b = helper.on(device, q), helper.on(device, kv)
+          ffi.C.setenv("DS_ATTENTION", order[1], 1)
+          local y = F.scaled_dot_product_attention(a, b, b,
+            { causal = true, mask = helper.on(device, mask:narrow(4, 1, s)) })
+          ffi.C.setenv("DS_ATTENTION", order[2], 1)
+          y:sum():backward()
+          got[i] = { a.grad, b.grad }
+        end
+        for i = 1, 2 do
+          helper.same(got[1][i], got[2][i], ("%s, then %s, %d keys: %d"):format(order[1], order[2],
+            s, i), tolerance[dtype])
+        end
+      end
+    end
+  end)
+end)
 
 describe("attention on cuda", function()
   it("says what it cannot do", function()
@@ -225,6 +332,24 @@ describe("attention on cuda", function()
     with("cudnn", function()
       says("DS_ATTENTION=cudnn", function() F.scaled_dot_product_attention(x, x, x) end)
     end)
+    local function refuses(why, t, s, options)
+      with("cudnn", function()
+        local a = ds.randn({ 1, t, 1, 16 }, { device = "cuda" }):to("bf16"):requires_grad_()
+        local b = ds.randn({ 1, s, 1, 16 }, { device = "cuda" }):to("bf16"):requires_grad_()
+        says(why, function()
+          F.scaled_dot_product_attention(a, b, b, options):sum():backward()
+        end)
+      end)
+    end
+    refuses("too few rows", 31, 40)
+    refuses("too few rows", 50, 20, causal)
+    refuses("dropout", 40, 40, { dropout = 0.5 })
+    local beyond = "would not hide what is beyond"
+    refuses(beyond, 64, 64)
+    refuses(beyond, 40, 192)
+    refuses(beyond, 40, 128)
+    refuses(beyond, 40, 128, causal)
+    refuses(beyond, 40, 64, { causal = true, mask = ds.ones({ 1, 64 }, { device = "cuda" }) })
     with("best", function()
       says("DS_ATTENTION", function() F.scaled_dot_product_attention(x, x, x) end)
     end)
