@@ -260,6 +260,8 @@ int ds_cuda_attention(ds_tensor *y, ds_tensor *lse, const ds_tensor *q, const ds
     left = attention_choose(&c, "attention", 0);
     if (left < 0 || left == ATTENTION_DONE)
         return left;
+    if (left == ATTENTION_MMA && attention_few_takes(c))
+        return attention_few(c);
     if (left == ATTENTION_MMA && attention_mma_takes(c, 0))
         return attention_mma(c);
     return BY_WIDTH(c.D, Z, run<Z>(c));

@@ -2,10 +2,11 @@
  *
  * No T x S matrix is ever in memory: a block of threads has some rows (queries of one head) in shared
  * memory and meets a tile of keys at a time, keeping the softmax online (Dao 2023, FlashAttention-2;
- * Milakov & Gimelshein 2018). Three implementations, chosen in attention.cu:
+ * Milakov & Gimelshein 2018). Implementations, chosen in attention.cu:
  *
  *     attention_cudnn.cu                       cuDNN's graphs; bf16 and f16
  *     attention_mma.cu, _mma_backward.cu       tensor cores; bf16 and f16, heads to 128, aligned rows
+ *     attention_few.cu                         few queries to many keys, forward; everything
  *     attention.cu, attention_backward.cu      fused multiply-add; everything
  *
  * All keep the same lse, so that a forward pass of one and a backward pass of another fit.
@@ -62,6 +63,10 @@ int attention_fits(const char *what, size_t shared);
  * where it applies. */
 enum attention_left { ATTENTION_DONE, ATTENTION_MMA, ATTENTION_FMA };
 int attention_choose(const attention_call *c, const char *what, int backward);
+
+/* attention_few.cu: few queries to each key, forward; any dtype and head. */
+int attention_few_takes(const attention_call &c);
+int attention_few(const attention_call &c);
 
 /* ---- places */
 

@@ -161,6 +161,34 @@ for _, implementation in ipairs(implementations) do
   end)
 end
 
+describe("attention of a few queries to many keys", function()
+  for _, dtype in ipairs { "f32", "bf16", "f16" } do
+    it("has the CPU's values, " .. dtype, function() with("own", function()
+      check("one query", 1, 1, 700, 2, 2, 64, dtype, causal)
+      check("one for each of 8 heads", 1, 1, 261, 8, 1, 40, dtype, causal)
+      check("of 16 heads", 1, 1, 130, 16, 1, 12, dtype)
+      check("three, the first see less", 2, 3, 387, 4, 2, 24, dtype, causal)
+      check("wide", 1, 2, 300, 2, 2, 256, dtype, causal)
+      check("narrow", 1, 5, 513, 2, 2, 3, dtype)
+      check("more than keys", 1, 6, 2, 2, 1, 8, dtype, causal)
+      local seen = (helper.randn { 2, 1, 1, 400 }):gt(0):keep()
+      seen:narrow(1, 2, 1):fill_(0)
+      seen:narrow(4, 100, 200):fill_(0)
+      check("parts where nothing is seen", 2, 2, 400, 2, 1, 16, dtype, { mask = seen })
+      check("float masks, dropout", 1, 2, 300, 4, 2, 16, dtype,
+        { mask = helper.randn { 4, 2, 300 }, dropout = 0.3, causal = true })
+    end) end)
+  end
+
+  it("has the same bits every time", function() with("own", function()
+    ds.seed(4)
+    local q = ds.randn({ 2, 1, 4, 16 }, { device = "cuda" })
+    local k = ds.randn({ 2, 300, 2, 16 }, { device = "cuda" })
+    local y = F.scaled_dot_product_attention(q, k, k):tolist()
+    assert.same(y, F.scaled_dot_product_attention(q, k, k):tolist())
+  end) end)
+end)
+
 describe("attention's implementations", function()
   it("are not the same", function()
     -- Tensor cores round the weights, multiply-add does not.
