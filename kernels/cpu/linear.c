@@ -316,7 +316,7 @@ int DS_CPU(linear)(ds_tensor *y, ds_tensor *slope, const ds_tensor *x, const ds_
 {
     ds_product p = {.alpha = 1};
     pass q = {0};
-    int64_t m;
+    int64_t m = 0;
     int rc = check_linear(y, slope, x, w, b, activation);
 
     if (rc < 0 || (rc = flatten(&p.a, &p.m, x, "x")) < 0 || (rc = flatten(&p.y, &m, y, "y")) < 0)

@@ -17,109 +17,6 @@
 #define BLOCK ((int64_t)1 << 22)
 #define CHUNK 512 /* elements of a row converted at a time */
 
-/* ---- putting a product in order ---- */
-
-/* A stride along a dimension of size 1 means nothing: give it the value that makes the matrix
- * dense, so that oneDNN sees a layout it knows and equal shapes make equal keys. */
-static void tidy_matrix(ds_matrix *x, int64_t rows, int64_t cols)
-{
-    if (rows == 1 && cols == 1) {
-        x->row = x->col = 1;
-    } else if (rows == 1) {
-        if (x->col == 1)
-            x->row = cols;
-        else
-            x->row = 1;
-    } else if (cols == 1) {
-        x->col = 1;
-    }
-}
-
-static void drop_batch(ds_product *p, int d)
-{
-    p->batches--;
-    for (int i = d; i < p->batches; i++) {
-        p->batch[i] = p->batch[i + 1];
-        p->y.batch[i] = p->y.batch[i + 1];
-        p->a.batch[i] = p->a.batch[i + 1];
-        p->b.batch[i] = p->b.batch[i + 1];
-    }
-}
-
-static int steps_on(const ds_matrix *x, int d, int64_t size)
-{
-    return x->batch[d] == x->batch[d + 1] * size;
-}
-
-/* Fewest batch dimensions: those of size 1 go, neighbours that step evenly become one, and a batch
- * that repeats b becomes more rows. */
-static void tidy_batches(ds_product *p)
-{
-    for (int d = p->batches - 1; d >= 0; d--)
-        if (p->batch[d] == 1)
-            drop_batch(p, d);
-    for (int d = p->batches - 2; d >= 0; d--) {
-        int64_t inner = p->batch[d + 1];
-
-        if (!steps_on(&p->y, d, inner) || !steps_on(&p->a, d, inner) || !steps_on(&p->b, d, inner))
-            continue;
-        p->batch[d + 1] *= p->batch[d];
-        drop_batch(p, d);
-    }
-    while (p->batches) {
-        int d = p->batches - 1;
-
-        if (p->b.batch[d] != 0 || p->a.batch[d] != p->a.row * p->m ||
-            p->y.batch[d] != p->y.row * p->m)
-            break;
-        p->m *= p->batch[d];
-        drop_batch(p, d);
-    }
-}
-
-static int is_row_major(const ds_matrix *x, int64_t cols)
-{
-    return x->col == 1 && x->row >= cols;
-}
-
-static int is_column_major(const ds_matrix *x, int64_t rows)
-{
-    return x->row == 1 && x->col >= rows;
-}
-
-static void transpose(ds_matrix *x)
-{
-    int64_t row = x->row;
-
-    x->row = x->col;
-    x->col = row;
-}
-
-/* yᵀ = bᵀ aᵀ: oneDNN writes rows only. */
-static void transpose_product(ds_product *p)
-{
-    ds_matrix a = p->a;
-    int64_t m = p->m;
-
-    p->a = p->b;
-    p->b = a;
-    p->m = p->n;
-    p->n = m;
-    transpose(&p->y);
-    transpose(&p->a);
-    transpose(&p->b);
-}
-
-static void tidy(ds_product *p)
-{
-    tidy_batches(p); /* first: it looks at the strides as they were given */
-    tidy_matrix(&p->y, p->m, p->n);
-    tidy_matrix(&p->a, p->m, p->k);
-    tidy_matrix(&p->b, p->k, p->n);
-    if (!p->bias && !is_row_major(&p->y, p->n) && is_column_major(&p->y, p->m))
-        transpose_product(p);
-}
-
 /* ---- direct ---- */
 
 static int is_onednn_dtype(int dtype)
@@ -130,13 +27,13 @@ static int is_onednn_dtype(int dtype)
 /* Whether oneDNN can read x where it lies. */
 static int is_readable(const ds_matrix *x, int64_t rows, int64_t cols)
 {
-    return is_onednn_dtype(x->dtype) && (is_row_major(x, cols) || is_column_major(x, rows));
+    return is_onednn_dtype(x->dtype) && (ds_by_rows(x, cols) || ds_by_columns(x, rows));
 }
 
 static int is_plain(const ds_product *p)
 {
     return is_readable(&p->a, p->m, p->k) && is_readable(&p->b, p->k, p->n) &&
-           is_onednn_dtype(p->y.dtype) && is_row_major(&p->y, p->n);
+           is_onednn_dtype(p->y.dtype) && ds_by_rows(&p->y, p->n);
 }
 
 /* DS_ENOSYS, without a message, where oneDNN has no fast way. */
@@ -166,15 +63,6 @@ static int direct(const ds_product *p)
 }
 
 /* ---- packing ---- */
-
-static int64_t batch_count(const ds_product *p)
-{
-    int64_t n = 1;
-
-    for (int i = 0; i < p->batches; i++)
-        n *= p->batch[i];
-    return n;
-}
 
 /* Where batch number i of x begins, in elements. */
 static int64_t batch_offset(const ds_product *p, const ds_matrix *x, int64_t i)
@@ -230,7 +118,7 @@ static int pack(ds_matrix *x, const ds_product *p, int64_t rows, int64_t cols, i
     int by_column = dtype != DS_F64 && x->row < x->col;
     int64_t lines = by_column ? cols : rows, length = by_column ? rows : cols;
     int64_t step = by_column ? x->col : x->row, stride = by_column ? x->row : x->col;
-    int64_t count = batch_count(p), line_bytes = length * ds_bytes_of(dtype);
+    int64_t count = ds_product_batches(p), line_bytes = length * ds_bytes_of(dtype);
     int repeated = 1, threads;
     char *dst;
 
@@ -288,7 +176,7 @@ static void finish_row(const ds_product *p, void *y, const float *c)
 
 static void finish(const ds_product *p, const float *c)
 {
-    int64_t lines = batch_count(p) * p->m;
+    int64_t lines = ds_product_batches(p) * p->m;
     int threads = ds_threads(lines * p->n);
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -345,7 +233,7 @@ static void loop_row(const ds_product *p, char *y, double *sum, const double *x,
 static int loops(const ds_product *p)
 {
     ds_matrix a = p->a, b = p->b;
-    int64_t lines = batch_count(p) * p->m, k = p->k, n = p->n;
+    int64_t lines = ds_product_batches(p) * p->m, k = p->k, n = p->n;
     int threads = ds_threads(lines * n * k / 4);
     double *sums;
 
@@ -389,7 +277,7 @@ static int by_scratch(const ds_product *p)
         rc = direct(&q);
     if (rc != DS_ENOSYS)
         return rc;
-    c = ds_scratch(DS_SCRATCH_C, (size_t)(batch_count(p) * p->m * p->n) * sizeof *c);
+    c = ds_scratch(DS_SCRATCH_C, (size_t)(ds_product_batches(p) * p->m * p->n) * sizeof *c);
     if (!c)
         return DS_ENOMEM;
     q.y = ds_matrix_of(c, p->n, 1, DS_F32);
@@ -421,7 +309,7 @@ static int each(const ds_product *p)
         advance(&q.y, i * p->y.batch[0]);
         advance(&q.a, i * p->a.batch[0]);
         advance(&q.b, i * p->b.batch[0]);
-        drop_batch(&q, 0);
+        ds_product_drop(&q, 0);
         rc = ds_product_run(&q);
     }
     return rc;
@@ -432,7 +320,7 @@ static int64_t most_elements(const ds_product *p)
     int64_t mk = p->m * p->k, kn = p->k * p->n, mn = p->m * p->n;
     int64_t most = mk > kn ? mk : kn;
 
-    return (most > mn ? most : mn) * batch_count(p);
+    return (most > mn ? most : mn) * ds_product_batches(p);
 }
 
 /* In two along the longest dimension; along k only where y keeps the sums in full. DS_ENOSYS:
@@ -474,13 +362,13 @@ int ds_product_run(const ds_product *given)
     ds_product p = *given;
     int rc;
 
-    if (p.m == 0 || p.n == 0 || batch_count(&p) == 0)
+    if (p.m == 0 || p.n == 0 || ds_product_batches(&p) == 0)
         return 0;
     if (p.k == 0 || p.alpha == 0) { /* no product, only beta y + bias */
         p.k = 0;
         return loops(&p);
     }
-    tidy(&p);
+    ds_product_tidy(&p, 0);
     rc = direct(&p);
     if (rc != DS_ENOSYS)
         return rc;
@@ -496,56 +384,9 @@ int ds_product_run(const ds_product *given)
 
 /* ---- the kernel ---- */
 
-static int check(const ds_tensor *y, const ds_tensor *a, const ds_tensor *b)
-{
-    int n = y->ndim;
-
-    if (a->ndim < 2 || b->ndim < 2 || n < 2 || a->ndim > n || b->ndim > n)
-        return ds_fail(DS_EINVAL, "matmul wants matrices, not %d and %d dimensions into %d",
-                       a->ndim, b->ndim, n);
-    if (a->dtype != b->dtype || !ds_is_float(a->dtype) ||
-        (y->dtype != a->dtype && (y->dtype != DS_F32 || a->dtype == DS_F64)))
-        return ds_fail(DS_EINVAL, "matmul cannot make %s of %s and %s", ds_name_of(y->dtype),
-                       ds_name_of(a->dtype), ds_name_of(b->dtype));
-    if (a->shape[a->ndim - 1] != b->shape[b->ndim - 2] ||
-        y->shape[n - 2] != a->shape[a->ndim - 2] || y->shape[n - 1] != b->shape[b->ndim - 1])
-        return ds_fail(DS_EINVAL,
-                       "matmul cannot make [%lld x %lld] of [%lld x %lld] and [%lld x %lld]",
-                       (long long)y->shape[n - 2], (long long)y->shape[n - 1],
-                       (long long)a->shape[a->ndim - 2], (long long)a->shape[a->ndim - 1],
-                       (long long)b->shape[b->ndim - 2], (long long)b->shape[b->ndim - 1]);
-    return 0;
-}
-
-/* The matrix that x is, its batch dimensions lined up with those of y. */
-static int as_matrix(ds_matrix *out, const ds_tensor *x, const ds_tensor *y)
-{
-    int first = y->ndim - x->ndim;
-
-    *out = ds_matrix_of(x->data, x->stride[x->ndim - 2], x->stride[x->ndim - 1], x->dtype);
-    for (int d = first; d < y->ndim - 2; d++) {
-        int64_t size = x->shape[d - first];
-
-        if (size != y->shape[d] && size != 1)
-            return ds_fail(DS_EINVAL,
-                           "matmul cannot broadcast batch dimension %d from %lld to %lld", d,
-                           (long long)size, (long long)y->shape[d]);
-        out->batch[d] = size == 1 ? 0 : x->stride[d - first];
-    }
-    return 0;
-}
-
 int DS_CPU(matmul)(ds_tensor *y, const ds_tensor *a, const ds_tensor *b, double alpha, double beta)
 {
     ds_product p = {.alpha = alpha, .beta = beta};
-    int n = y->ndim;
 
-    if (check(y, a, b) < 0 || as_matrix(&p.y, y, y) < 0 || as_matrix(&p.a, a, y) < 0 ||
-        as_matrix(&p.b, b, y) < 0)
-        return DS_EINVAL;
-    p.m = y->shape[n - 2], p.n = y->shape[n - 1], p.k = a->shape[a->ndim - 1];
-    p.batches = n - 2;
-    for (int d = 0; d < n - 2; d++)
-        p.batch[d] = y->shape[d];
-    return ds_product_run(&p);
+    return ds_product_of(&p, y, a, b) < 0 ? DS_EINVAL : ds_product_run(&p);
 }

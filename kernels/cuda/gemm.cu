@@ -12,119 +12,9 @@
 
 #define MOST_BATCHES 65535 /* at once: what every kernel's grid can hold */
 
-/* ---- putting a product in order */
-
-/* A stride along a dimension of size 1 means nothing: give it the value that makes the matrix dense,
- * so that equal shapes make equal keys. */
-static void tidy_matrix(gemm_matrix *x, int64_t rows, int64_t cols)
-{
-    if (rows == 1 && cols == 1)
-        x->row = x->col = 1;
-    else if (rows == 1 && x->col == 1)
-        x->row = cols;
-    else if (rows == 1)
-        x->row = 1;
-    else if (cols == 1)
-        x->col = 1;
-}
-
-static void drop_batch(gemm *p, int d)
-{
-    p->batches--;
-    for (int i = d; i < p->batches; i++) {
-        p->batch[i] = p->batch[i + 1];
-        p->y.batch[i] = p->y.batch[i + 1];
-        p->a.batch[i] = p->a.batch[i + 1];
-        p->b.batch[i] = p->b.batch[i + 1];
-    }
-}
-
-static int steps_on(const gemm_matrix *x, int d, int64_t size)
-{
-    return x->batch[d] == x->batch[d + 1] * size;
-}
-
-/* Fewest batch dimensions: those of size 1 go, neighbours that step evenly become one, and a batch
- * that repeats b becomes more rows. */
-static void tidy_batches(gemm *p)
-{
-    for (int d = p->batches - 1; d >= 0; d--)
-        if (p->batch[d] == 1)
-            drop_batch(p, d);
-    for (int d = p->batches - 2; d >= 0; d--) {
-        int64_t inner = p->batch[d + 1];
-
-        if (!steps_on(&p->y, d, inner) || !steps_on(&p->a, d, inner) || !steps_on(&p->b, d, inner))
-            continue;
-        p->batch[d + 1] *= p->batch[d];
-        drop_batch(p, d);
-    }
-    while (p->batches) {
-        int d = p->batches - 1;
-
-        if (p->b.batch[d] != 0 || p->a.batch[d] != p->a.row * p->m ||
-            p->y.batch[d] != p->y.row * p->m)
-            break;
-        p->m *= p->batch[d];
-        drop_batch(p, d);
-    }
-}
-
-static int is_by_rows(const gemm_matrix *x, int64_t cols)
-{
-    return x->col == 1 && x->row >= cols;
-}
-
-static int is_by_columns(const gemm_matrix *x, int64_t rows)
-{
-    return x->row == 1 && x->col >= rows;
-}
-
-static void transpose(gemm_matrix *x)
-{
-    int64_t row = x->row;
-
-    x->row = x->col;
-    x->col = row;
-}
-
-/* yᵀ = bᵀ aᵀ, so that y is written by rows. */
-static void transpose_product(gemm *p)
-{
-    gemm_matrix a = p->a;
-    int64_t m = p->m;
-
-    p->a = p->b;
-    p->b = a;
-    p->m = p->n;
-    p->n = m;
-    transpose(&p->y);
-    transpose(&p->a);
-    transpose(&p->b);
-}
-
-static void tidy(gemm *p)
-{
-    tidy_batches(p); /* first: it looks at the strides as they were given */
-    tidy_matrix(&p->y, p->m, p->n);
-    tidy_matrix(&p->a, p->m, p->k);
-    tidy_matrix(&p->b, p->k, p->n);
-    if (!p->bias && !p->aux && !is_by_rows(&p->y, p->n) && is_by_columns(&p->y, p->m))
-        transpose_product(p);
-}
-
-static void advance(gemm_matrix *x, int64_t elements)
+static void advance(ds_matrix *x, int64_t elements)
 {
     x->data += elements * ds_bytes_of(x->dtype);
-}
-
-static int64_t batch_count(const gemm *p)
-{
-    int64_t n = 1;
-
-    for (int i = 0; i < p->batches; i++)
-        n *= p->batch[i];
-    return n;
 }
 
 /* ---- nothing to multiply: y = beta y + bias */
@@ -154,7 +44,7 @@ static int without_product(const char *name, const gemm *p)
 
     if (!p->batches)
         return DS_BY_FLOAT(name, p->y.dtype, S, scale_matrix<S>(name, p));
-    drop_batch(&q, 0);
+    ds_product_drop(&q, 0);
     for (int64_t i = 0; i < p->batch[0] && rc == 0; i++) {
         rc = without_product(name, &q);
         advance(&q.y, p->y.batch[0]);
@@ -165,7 +55,7 @@ static int without_product(const char *name, const gemm *p)
 /* ---- copies of what cuBLASLt cannot take */
 
 /* x as a tensor [batch.., rows, cols]; a batch that repeats has size 1. */
-static ds_tensor tensor_of(const gemm *p, const gemm_matrix *x, int64_t rows, int64_t cols)
+static ds_tensor tensor_of(const gemm *p, const ds_matrix *x, int64_t rows, int64_t cols)
 {
     ds_tensor t = {};
 
@@ -185,8 +75,7 @@ static ds_tensor tensor_of(const gemm *p, const gemm_matrix *x, int64_t rows, in
 }
 
 /* The same in memory of its own, by rows without gaps; *x becomes that. */
-static int dense_like(ds_tensor *copy, const gemm *p, gemm_matrix *x, const ds_tensor *from,
-                      int slot)
+static int dense_like(ds_tensor *copy, const gemm *p, ds_matrix *x, const ds_tensor *from, int slot)
 {
     int64_t step = 1;
 
@@ -206,11 +95,11 @@ static int dense_like(ds_tensor *copy, const gemm *p, gemm_matrix *x, const ds_t
     return 0;
 }
 
-static int pack_matrix(const gemm *p, gemm_matrix *x, int64_t rows, int64_t cols, int slot)
+static int pack_matrix(const gemm *p, ds_matrix *x, int64_t rows, int64_t cols, int slot)
 {
     ds_tensor from = tensor_of(p, x, rows, cols), copy;
 
-    if (is_by_rows(x, cols) || is_by_columns(x, rows))
+    if (ds_by_rows(x, cols) || ds_by_columns(x, rows))
         return 0;
     DS_TRY(dense_like(&copy, p, x, &from, slot));
     return ds_cuda_copy(&copy, &from);
@@ -246,7 +135,7 @@ static int64_t alignment(const void *p)
 /* Operands that can be taken where they lie, at most one batch dimension. */
 static int call(const char *name, const gemm *p)
 {
-    int a_by_rows = is_by_rows(&p->a, p->k), b_by_rows = is_by_rows(&p->b, p->n);
+    int a_by_rows = ds_by_rows(&p->a, p->k), b_by_rows = ds_by_rows(&p->b, p->n);
     int64_t batch = p->batches ? p->batch[0] : 1;
     int64_t align = alignment(p->y.data);
     gemm_key key = {};
@@ -299,7 +188,7 @@ static int multiply(const char *name, const gemm *p)
         if (p->batch[d] > p->batch[largest])
             largest = d;
     walked = largest == 0 ? 1 : 0;
-    drop_batch(&q, walked);
+    ds_product_drop(&q, walked);
     for (int64_t i = 0; i < p->batch[walked] && rc == 0; i++) {
         rc = multiply(name, &q);
         advance(&q.y, p->y.batch[walked]);
@@ -314,14 +203,14 @@ int gemm_run(const char *name, const gemm *given)
     gemm p = *given;
     int rc;
 
-    if (p.m == 0 || p.n == 0 || batch_count(&p) == 0)
+    if (p.m == 0 || p.n == 0 || ds_product_batches(&p) == 0)
         return 0;
     if (p.k == 0 || p.alpha == 0)
         return p.aux ? DS_ENOSYS : without_product(name, &p);
-    tidy(&p);
+    ds_product_tidy(&p, p.aux != NULL);
     DS_TRY(pack_matrix(&p, &p.a, p.m, p.k, DS_CUDA_A));
     DS_TRY(pack_matrix(&p, &p.b, p.k, p.n, DS_CUDA_B));
-    rc = is_by_rows(&p.y, p.n) ? multiply(name, &p) : by_copy_of_y(name, &p);
+    rc = ds_by_rows(&p.y, p.n) ? multiply(name, &p) : by_copy_of_y(name, &p);
     if (rc == DS_ENOSYS && !p.bias && !p.aux)
         return ds_fail(DS_ENOSYS,
                        "%s: cuBLASLt cannot make [%lld x %lld] of %s, %lld products each", name,
@@ -329,7 +218,7 @@ int gemm_run(const char *name, const gemm *given)
     return rc;
 }
 
-int gemm_rows_of(gemm_matrix *out, int64_t *rows, const ds_tensor *x, const char *name,
+int gemm_rows_of(ds_matrix *out, int64_t *rows, const ds_tensor *x, const char *name,
                  const char *which)
 {
     int last = x->ndim - 1;
@@ -340,7 +229,7 @@ int gemm_rows_of(gemm_matrix *out, int64_t *rows, const ds_tensor *x, const char
     *rows = 1;
     for (int d = 0; d < last; d++)
         *rows *= x->shape[d];
-    *out = gemm_matrix_of(x->data, x->ndim == 2 ? x->stride[0] : x->shape[last], x->stride[last],
-                          x->dtype);
+    *out = ds_matrix_of(x->data, x->ndim == 2 ? x->stride[0] : x->shape[last], x->stride[last],
+                        x->dtype);
     return 0;
 }

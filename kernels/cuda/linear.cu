@@ -46,7 +46,7 @@ static int product_of(gemm *p, const char *name, const ds_tensor *y, const ds_te
         return ds_fail(DS_EINVAL, "%s cannot write %lld rows into %lld", name, (long long)p->m,
                        (long long)m);
     p->n = w->shape[0], p->k = w->shape[1];
-    p->b = gemm_matrix_of(w->data, w->stride[1], w->stride[0], w->dtype);
+    p->b = ds_matrix_of(w->data, w->stride[1], w->stride[0], w->dtype);
     p->alpha = 1;
     return 0;
 }

@@ -175,13 +175,13 @@ static int run_packs(const char *name, backward_task<S> t, int mode, ds_tensor *
 }
 
 typedef struct backward_operands {
-    gemm_matrix dh, a, dy, beside; /* data NULL: is not there */
+    ds_matrix dh, a, dy, beside; /* data NULL: is not there */
     int64_t rows, cols;
     int mode, activation;
 } backward_operands;
 
 /* Whether all rows of x begin at multiples of 16 bytes. */
-static int whole_packs(const gemm_matrix *x)
+static int whole_packs(const ds_matrix *x)
 {
     return aligned_16(x->data) && x->row * ds_bytes_of(x->dtype) % 16 == 0;
 }
@@ -219,7 +219,7 @@ static int run(const char *name, const backward_operands *o, ds_tensor *db, int 
 /* ---- the kernels of ops.def */
 
 /* x, where there is one, as a matrix like dy: its dtype, rows x cols, rows without gaps. */
-static int like(gemm_matrix *out, const ds_tensor *x, const ds_tensor *dy, const char *name,
+static int like(ds_matrix *out, const ds_tensor *x, const ds_tensor *dy, const char *name,
                 const char *which)
 {
     int64_t rows;
@@ -293,7 +293,7 @@ extern "C" int ds_cuda_linear_backward_act(ds_tensor *dh, ds_tensor *a, ds_tenso
         return ds_fail(DS_EINVAL, "%s wants dy [%lld x N] and w [N x %lld] in the dtype of h, %s",
                        name, (long long)o.rows, (long long)o.cols, ds_name_of(h->dtype));
     p.y = o.dh;
-    p.b = gemm_matrix_of(w->data, w->stride[0], w->stride[1], w->dtype);
+    p.b = ds_matrix_of(w->data, w->stride[0], w->stride[1], w->dtype);
     p.m = m, p.n = o.cols, p.k = w->shape[0], p.alpha = 1;
     DS_TRY(gemm_run(name, &p));
     o.dy = o.dh;

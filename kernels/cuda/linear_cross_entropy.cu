@@ -271,14 +271,14 @@ typedef struct task {
     int accumulate;
 } task;
 
-static gemm_matrix rows_from(const ds_tensor *x, int64_t first)
+static ds_matrix rows_from(const ds_tensor *x, int64_t first)
 {
-    return gemm_matrix_of((char *)x->data + first * x->stride[0] * ds_bytes_of(x->dtype),
-                          x->stride[0], x->stride[1], x->dtype);
+    return ds_matrix_of((char *)x->data + first * x->stride[0] * ds_bytes_of(x->dtype),
+                        x->stride[0], x->stride[1], x->dtype);
 }
 
 /* dw, or where its sums are kept, = a b + beta itself */
-static int add_to_dw(const task *t, gemm_matrix a, gemm_matrix b, int64_t rows, int more)
+static int add_to_dw(const task *t, ds_matrix a, ds_matrix b, int64_t rows, int more)
 {
     gemm p = {};
 
@@ -302,7 +302,7 @@ template <typename S> static int visit_as(const task *t, int64_t first, int64_t 
 static int run_chunk(const task *t, int64_t first, int64_t rows)
 {
     int64_t classes = t->w->shape[0], width = t->w->shape[1];
-    gemm_matrix logits = rows_from(t->scratch, 0), across = logits;
+    ds_matrix logits = rows_from(t->scratch, 0), across = logits;
     gemm p = {};
 
     p.y = logits, p.a = rows_from(t->x, first), p.b = rows_from(t->w, 0);
