@@ -68,6 +68,12 @@ typedef struct ds_backend {
     void (*graph_free)(void *graph);
     void *(*stream)(void); /* of all kernels, a cudaStream_t; NULL on the CPU */
     void (*describe)(char *text, size_t bytes); /* "NVIDIA H200, 140 GiB, …" */
+    /* Choices between algorithms whose sums differ by rounding, where they depend on more than a
+     * kernel's arguments; NULL on the CPU. choices: those of this process as text, valid until the next
+     * call; NULL: out of host memory. choose: such a text's are taken from now on, where they are of this
+     * device and its libraries; 1 if that changes what was done before, 0 if not. */
+    const char *(*choices)(void);
+    int (*choose)(const char *text);
     const ds_device_counters *counters;
 } ds_backend;
 

@@ -216,6 +216,20 @@ int ds_device_describe(char *text, int64_t bytes, int device)
     return 0;
 }
 
+const char *ds_device_choices(int device)
+{
+    const ds_backend *backend = ds_backend_of(device);
+
+    return backend && backend->choices ? backend->choices() : NULL;
+}
+
+int ds_device_choose(int device, const char *text)
+{
+    const ds_backend *backend = ds_backend_of(device);
+
+    return !backend ? DS_ENOSYS : backend->choose ? backend->choose(text) : 0;
+}
+
 ds_device_counters ds_device_count(int device)
 {
     /* Asking opens nothing. */

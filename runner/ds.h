@@ -98,6 +98,10 @@ void *ds_device_stream(int device);
 /* "NVIDIA H200, 140 GiB, …"; "" for the CPU. DS_ENOSYS: there is no such device, ds_error() says why. */
 int ds_device_describe(char *text, int64_t bytes, int device);
 ds_device_counters ds_device_count(int device);
+/* Which algorithms were chosen where several would do, as text for a checkpoint, or NULL; and taking a
+ * checkpoint's: 1 if that changes what was done before, 0 if not. */
+const char *ds_device_choices(int device);
+int ds_device_choose(int device, const char *text);
 const char *ds_cpu_level(void);
 const char *const *ds_cpu_levels(void);
 

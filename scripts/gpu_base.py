@@ -160,6 +160,7 @@ def environment(**more):
     """Of dsrun. PyTorch gets the shell's: it knows where its libraries are."""
     env = dict(os.environ, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "8"))
     env.pop("OUT", None)
+    env.setdefault("DS_TUNE", os.path.join(OUT, "products"))  # not the user's
     path = wheel_folders() + [x for x in env.get("LD_LIBRARY_PATH", "").split(":") if x]
     if path:
         env["LD_LIBRARY_PATH"] = ":".join(path)

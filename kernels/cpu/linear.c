@@ -602,6 +602,24 @@ int DS_CPU(linear_backward_bias)(ds_tensor *dh, ds_tensor *db, const ds_tensor *
     return run_backward(db, &p, accumulate);
 }
 
+int DS_CPU(linear_backward_weight)(ds_tensor *dw, ds_tensor *db, const ds_tensor *dy,
+                                   const ds_tensor *x, int accumulate, int accumulate_db)
+{
+    ds_product p = {.alpha = 1, .beta = accumulate != 0};
+    ds_tensor across = *dy;
+    int rc;
+
+    if (dy->ndim != 2)
+        return ds_fail(DS_EINVAL, "linear_backward_weight wants dy [M x N], not %d dimensions",
+                       dy->ndim);
+    across.shape[0] = dy->shape[1], across.shape[1] = dy->shape[0];
+    across.stride[0] = dy->stride[1], across.stride[1] = dy->stride[0];
+    if ((rc = ds_product_of(&p, dw, &across, x)) < 0 ||
+        (db && (rc = DS_CPU(linear_backward_bias)(NULL, db, dy, NULL, accumulate_db)) < 0))
+        return rc;
+    return ds_product_run(&p);
+}
+
 int DS_CPU(linear_backward_act)(ds_tensor *dh, ds_tensor *a, ds_tensor *db, const ds_tensor *dy,
                                 const ds_tensor *w, const ds_tensor *h, int activation,
                                 int accumulate)

@@ -268,6 +268,8 @@ static int open_device(int local_rank, int local_size)
     ds_cuda_fill_graphs(&backend);
     backend.stream = stream;
     backend.describe = describe;
+    backend.choices = ds_cuda_choices;
+    backend.choose = ds_cuda_choose;
     backend.counters = &ds_cuda.counters;
     return 0;
 }

@@ -77,6 +77,10 @@ int ds_cuda_take_fault(void);
 void ds_cuda_fill_events(ds_backend *backend);
 void ds_cuda_fill_graphs(ds_backend *backend);
 
+/* backend.h's choices and choose (gemm_choices.cu). */
+const char *ds_cuda_choices(void);
+int ds_cuda_choose(const char *text);
+
 /* Device memory for a kernel's own use, until the next kernel of this stream that asks for the same
  * slot; at least `bytes`, aligned to 256, contents undefined. It only grows. NULL: out of memory. */
 enum ds_cuda_slot {

@@ -17,6 +17,12 @@ static void advance(ds_matrix *x, int64_t elements)
     x->data += elements * ds_bytes_of(x->dtype);
 }
 
+/* Whether cuBLASLt is to do more than multiply. */
+static int has_beside(const gemm *p)
+{
+    return p->bias || p->aux || p->before || p->sums;
+}
+
 /* ---- nothing to multiply: y = beta y + bias */
 
 template <typename S>
@@ -113,7 +119,7 @@ static int by_copy_of_y(const char *name, const gemm *p)
     gemm q = *p;
     ds_tensor y = tensor_of(p, &p->y, p->m, p->n), copy;
 
-    if (p->bias || p->aux)
+    if (has_beside(p))
         return DS_ENOSYS;
     DS_TRY(dense_like(&copy, p, &q.y, &y, DS_CUDA_C));
     if (p->beta != 0)
@@ -139,11 +145,16 @@ static int call(const char *name, const gemm *p)
     int64_t batch = p->batches ? p->batch[0] : 1;
     int64_t align = alignment(p->y.data);
     gemm_key key = {};
-    gemm_operands o = {p->b.data, p->a.data,       p->y.data,     p->bias,
-                       p->aux,    (float)p->alpha, (float)p->beta};
+    gemm_operands o = {p->b.data,
+                       p->a.data,
+                       p->y.data,
+                       p->bias ? p->bias : p->sums,
+                       p->aux ? p->aux : (void *)p->before,
+                       (float)p->alpha,
+                       (float)p->beta};
 
-    align = p->bias && alignment(p->bias) < align ? alignment(p->bias) : align;
-    align = p->aux && alignment(p->aux) < align ? alignment(p->aux) : align;
+    align = o.bias && alignment(o.bias) < align ? alignment(o.bias) : align;
+    align = o.aux && alignment(o.aux) < align ? alignment(o.aux) : align;
     key.m = p->n, key.n = p->m, key.k = p->k;
     key.a_transposed = !b_by_rows, key.b_transposed = !a_by_rows;
     key.a_ld = b_by_rows ? p->b.row : p->b.col;
@@ -153,7 +164,8 @@ static int call(const char *name, const gemm *p)
     key.batch = batch;
     if (batch > 1)
         key.a_step = p->b.batch[0], key.b_step = p->a.batch[0], key.d_step = p->y.batch[0];
-    key.bias = p->bias != NULL, key.aux = p->aux != NULL;
+    key.bias = p->bias ? GEMM_FORWARD : p->sums ? GEMM_BACKWARD : GEMM_NONE;
+    key.aux = p->aux ? GEMM_FORWARD : p->before ? GEMM_BACKWARD : GEMM_NONE;
     key.a_align = alignment(o.a), key.b_align = alignment(o.b), key.d_align = align;
     return gemm_multiply(name, &key, &o);
 }
@@ -204,14 +216,14 @@ int gemm_run(const char *name, const gemm *given)
     int rc;
 
     if (p.m == 0 || p.n == 0 || ds_product_batches(&p) == 0)
-        return 0;
+        return p.sums ? DS_ENOSYS : 0;
     if (p.k == 0 || p.alpha == 0)
-        return p.aux ? DS_ENOSYS : without_product(name, &p);
-    ds_product_tidy(&p, p.aux != NULL);
+        return p.aux || p.before || p.sums ? DS_ENOSYS : without_product(name, &p);
+    ds_product_tidy(&p, has_beside(&p));
     DS_TRY(pack_matrix(&p, &p.a, p.m, p.k, DS_CUDA_A));
     DS_TRY(pack_matrix(&p, &p.b, p.k, p.n, DS_CUDA_B));
     rc = ds_by_rows(&p.y, p.n) ? multiply(name, &p) : by_copy_of_y(name, &p);
-    if (rc == DS_ENOSYS && !p.bias && !p.aux)
+    if (rc == DS_ENOSYS && !has_beside(&p))
         return ds_fail(DS_ENOSYS,
                        "%s: cuBLASLt cannot make [%lld x %lld] of %s, %lld products each", name,
                        (long long)p.m, (long long)p.n, ds_name_of(p.a.dtype), (long long)p.k);

@@ -5,14 +5,20 @@
 #include "kernels/cuda/device.h"
 #include "kernels/product.h"
 
-/* Of f32, bf16 and f16. With [aux], of y's dtype, dense: the sum goes there, and y becomes gelu_tanh of
- * it. That and a bias only without batches. */
+/* Of f32, bf16 and f16. What cuBLASLt does beside the product, all of it only without batches; vectors
+ * and matrices are dense, of y's dtype:
+ *   [bias]    is added
+ *   [aux]     gets what would be y, and y becomes gelu_tanh of it
+ *   [before]  y is multiplied by gelu_tanh′(before)
+ *   [sums]    gets y's sums by columns with `before`, a's by rows without; f32 sums, rounded once */
 struct gemm : ds_product {
     void *aux;
+    const void *before;
+    void *sums;
 };
 
-/* 0, or a negative code. DS_ENOSYS, without a message, and only with bias or aux: that has to be done
- * in a pass of its own. `name` is the operation's, for messages. */
+/* 0, or a negative code. DS_ENOSYS, without a message, and only with one of those: nothing was done, as
+ * that has to be a pass of its own. `name` is the operation's, for messages. */
 int gemm_run(const char *name, const gemm *product);
 
 /* x [.., cols] as a matrix of its rows: two dimensions with any strides, else dense. DS_EINVAL, with

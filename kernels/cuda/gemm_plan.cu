@@ -1,12 +1,10 @@
 /* gemm_plan.cu - cuBLASLt: descriptors and algorithms, made once for every kind of product.
  *
  * A plan is kept for each key: descriptors, and the algorithm. cuBLASLt offers several, the best by its
- * own estimate first, and that order depends on nothing but key, GPU and version of the library. The
- * first is taken, so that the same training gives the same bits in every run, also after it was resumed
- * elsewhere: two algorithms add in different orders, and two timings are never the same. DS_TUNE times
- * the candidates instead, and then the choices are kept in a file, for the same reason
- * (gemm_choices.cu). Timing happens when a key is first met, on the operands given, into memory of
- * its own where the result is added to; never while a stream is captured.
+ * own estimate first, and that order depends on nothing but key, GPU and version of the library. They
+ * are timed when a key is first met by anyone who shares the file of choices (gemm_choices.cu), on the
+ * operands given, into memory of its own where the result is added to; never while a stream is
+ * captured. What could not be timed is the first, and no choice is kept.
  *
  * Left out are algorithms that split k and add the parts in the result's own precision.
  */
@@ -37,10 +35,10 @@ static struct {
     int kept;
 } cache;
 
-/* For tests: plans made, products run, candidates timed. */
+/* For tests: plans made, products run, candidates timed, products with something beside. */
 extern "C" {
 typedef struct ds_cuda_gemm_counters {
-    int64_t plans, products, timed;
+    int64_t plans, products, timed, beside;
 } ds_cuda_gemm_counters;
 ds_cuda_gemm_counters ds_cuda_gemm_count;
 }
@@ -94,6 +92,32 @@ static int layout(const char *name, cublasLtMatrixLayoutOpaque_t *out, int64_t d
     return 0;
 }
 
+/* cuBLASLt's epilogue for what is wanted beside the product. Matrices are its own here, by columns: a
+ * bias's gradient is sums of d's rows where the activation's slope is applied to d (DGELU_BGRAD), and
+ * of the columns of b, over k, where b is what the weight's gradient is made of (BGRADB). All of them
+ * give the same bits in every run, as the products do: cuBLAS's manual, "Results reproducibility",
+ * says so of all routines for one version, GPU and stream, and this caller owns the workspace. */
+static cublasLtEpilogue_t epilogue_of(const gemm_key *k)
+{
+    if (k->aux == GEMM_BACKWARD)
+        return k->bias ? CUBLASLT_EPILOGUE_DGELU_BGRAD : CUBLASLT_EPILOGUE_DGELU;
+    if (k->aux)
+        return k->bias ? CUBLASLT_EPILOGUE_GELU_AUX_BIAS : CUBLASLT_EPILOGUE_GELU_AUX;
+    return k->bias == GEMM_BACKWARD ? CUBLASLT_EPILOGUE_BGRADB
+           : k->bias                ? CUBLASLT_EPILOGUE_BIAS
+                                    : CUBLASLT_EPILOGUE_DEFAULT;
+}
+
+/* DS_EPILOGUES=0: passes of their own instead, to measure what it saves; =forward: in backward. */
+static int is_unwanted(const gemm_key *k)
+{
+    const char *want = getenv("DS_EPILOGUES");
+    int backward = k->aux == GEMM_BACKWARD || k->bias == GEMM_BACKWARD;
+
+    return want && (k->aux || k->bias) &&
+           (!strcmp(want, "0") || (backward && !strcmp(want, "forward")));
+}
+
 /* Where bias and aux lie changes from call to call. */
 static int point(const char *name, plan *p, const gemm_operands *o)
 {
@@ -109,10 +133,7 @@ static int describe(const char *name, plan *p, const gemm_operands *o)
     const gemm_key *k = &p->key;
     cublasOperation_t a = k->a_transposed ? CUBLAS_OP_T : CUBLAS_OP_N;
     cublasOperation_t b = k->b_transposed ? CUBLAS_OP_T : CUBLAS_OP_N;
-    cublasLtEpilogue_t epilogue = k->aux && k->bias ? CUBLASLT_EPILOGUE_GELU_AUX_BIAS
-                                  : k->aux          ? CUBLASLT_EPILOGUE_GELU_AUX
-                                  : k->bias         ? CUBLASLT_EPILOGUE_BIAS
-                                                    : CUBLASLT_EPILOGUE_DEFAULT;
+    cublasLtEpilogue_t epilogue = epilogue_of(k);
 
     TRY(cublasLtMatmulDescInit(&p->operation, compute_type(k->dtype), CUDA_R_32F));
     TRY(set(p, CUBLASLT_MATMUL_DESC_TRANSA, &a, sizeof a));
@@ -201,7 +222,7 @@ static int fastest(const char *name, plan *p, const gemm_operands *o,
 {
     cudaEvent_t events[2] = {NULL, NULL};
     float least = 0;
-    int best = 0;
+    int best = -1;
 
     if (cudaEventCreateWithFlags(&events[0], cudaEventDefault) == cudaSuccess &&
         cudaEventCreateWithFlags(&events[1], cudaEventDefault) == cudaSuccess)
@@ -222,7 +243,8 @@ static int fastest(const char *name, plan *p, const gemm_operands *o,
     return best;
 }
 
-/* Times the candidates; where the result is added to what is there, into other memory. */
+/* Times the candidates; where the result is added to what is there, into other memory, which goes
+ * again. The fastest; -1: they could not be timed. */
 static int tune(const char *name, plan *p, const gemm_operands *given,
                 const cublasLtMatmulHeuristicResult_t *results, int found)
 {
@@ -236,7 +258,7 @@ static int tune(const char *name, plan *p, const gemm_operands *given,
     if (o.beta != 0) {
         if (cudaMalloc(&instead, bytes) != cudaSuccess) {
             cudaGetLastError();
-            return 0;
+            return -1;
         }
         ds_cuda.counters.takes++, ds_cuda.counters.gives++;
         o.d = instead;
@@ -253,17 +275,25 @@ static int choose(const char *name, plan *p, const gemm_operands *o)
     cudaStreamCaptureStatus captured = cudaStreamCaptureStatusNone;
     int found = 0, choice = -1;
 
-    DS_TRY(ask(name, p, results, &found));
+    if (!is_unwanted(&p->key))
+        DS_TRY(ask(name, p, results, &found));
     p->possible = found > 0;
     if (!found)
         return 0;
-    if (found > 1 && gemm_choices_wanted()) {
+    p->algorithm = results[0].algo;
+    if (found == 1)
+        return 0;
+    choice = gemm_choice_find(&p->key);
+    if (choice < 0 && gemm_choices_wanted()) {
         cudaStreamIsCapturing(ds_cuda.stream, &captured);
-        choice = gemm_choice_find(&p->key);
-        if (choice < 0 && captured == cudaStreamCaptureStatusNone)
-            choice = gemm_choice_keep(&p->key, tune(name, p, o, results, found));
+        if (captured == cudaStreamCaptureStatusNone)
+            choice = tune(name, p, o, results, found);
+        if (choice >= 0)
+            choice = gemm_choice_keep(&p->key, choice);
     }
-    p->algorithm = results[choice > 0 && choice < found ? choice : 0].algo;
+    choice = choice > 0 && choice < found ? choice : 0;
+    gemm_choice_use(&p->key, choice);
+    p->algorithm = results[choice].algo;
     return 0;
 }
 
@@ -281,7 +311,7 @@ static uint64_t hash_of(const gemm_key *key)
     return x;
 }
 
-static void drop_all(void)
+void gemm_plans_drop(void)
 {
     for (int i = 0; i < BUCKETS; i++)
         while (cache.bucket[i]) {
@@ -302,7 +332,7 @@ static int add(const char *name, plan **out, const gemm_key *key, const gemm_ope
     if (!cache.handle)
         TRY(cublasLtCreate(&cache.handle));
     if (cache.kept == PLANS)
-        drop_all();
+        gemm_plans_drop();
     p = (plan *)calloc(1, sizeof *p);
     if (!p)
         return ds_fail(DS_ENOMEM, "out of host memory");
@@ -346,5 +376,6 @@ int gemm_multiply(const char *name, const gemm_key *key, const gemm_operands *op
         return DS_ENOSYS;
     DS_TRY(point(name, p, operands));
     ds_cuda_gemm_count.products++;
+    ds_cuda_gemm_count.beside += key->bias || key->aux;
     return run(name, p, operands);
 }

@@ -1,5 +1,10 @@
-/* linear_backward.cu - what lies between the products of a linear layer's backward: the gradient before
- * the activation, and its sums by columns, in one pass.
+/* linear_backward.cu - a linear layer's backward: products, and what lies between them: the gradient
+ * before the activation, and its sums by columns.
+ *
+ * cuBLASLt makes both beside the products where it can (gemm.h): the sums that are a bias's gradient
+ * with the weight's, and for the tanh form of GELU the slope, with or without sums. It overwrites the sums
+ * and rounds them to the dtype of its result: so they are left to it where that is the wanted one and
+ * nothing is added to them, or all is f32, and they are added from scratch memory. Else they are a pass:
  *
  * A warp takes a strip of columns, 16 bytes a lane, and a block's 8 warps walk down the rows, each
  * thread summing its columns in f32. The block's sums go to scratch, and a second kernel adds those of
@@ -8,6 +13,7 @@
  */
 #include "kernels/cuda/activation.cuh"
 #include "kernels/cuda/gemm.h"
+#include "kernels/cuda/linear.h"
 
 #define WARPS 8
 #define BLOCKS 4096     /* wanted */
@@ -216,6 +222,26 @@ static int run(const char *name, const backward_operands *o, ds_tensor *db, int 
     return DS_BY_FLOAT(name, o->dy.dtype, S, run_as<S>(name, o, db, accumulate));
 }
 
+/* ---- sums by cuBLASLt */
+
+/* Where it may write what becomes db, given the result's dtype; NULL: it may not, or there is no db.
+ * DS_ENOMEM. */
+static int sums_of(void **out, const ds_tensor *db, int dtype, int accumulate)
+{
+    *out = NULL;
+    if (!db || db->dtype != dtype || (accumulate && dtype != DS_F32))
+        return 0;
+    *out =
+        accumulate ? ds_cuda_scratch(DS_CUDA_PARTIAL, (size_t)db->numel * sizeof(float)) : db->data;
+    return *out ? 0 : DS_ENOMEM;
+}
+
+/* db is what was written there, or the sum of both. */
+static int take_sums(const char *name, ds_tensor *db, const void *sums, int accumulate)
+{
+    return accumulate ? finish<float>(name, db, (const float *)sums, 1, db->numel, 1) : 0;
+}
+
 /* ---- the kernels of ops.def */
 
 /* x, where there is one, as a matrix like dy: its dtype, rows x cols, rows without gaps. */
@@ -268,6 +294,62 @@ extern "C" int ds_cuda_linear_backward_bias(ds_tensor *dh, ds_tensor *db, const 
     return run(name, &o, db, accumulate);
 }
 
+extern "C" int ds_cuda_linear_backward_weight(ds_tensor *dw, ds_tensor *db, const ds_tensor *dy,
+                                              const ds_tensor *x, int accumulate, int accumulate_db)
+{
+    const char *name = "linear_backward_weight";
+    ds_tensor across = *dy;
+    gemm p = {};
+    int rc = DS_ENOSYS;
+
+    if (dy->dtype == DS_F64 || !ds_is_float(dy->dtype))
+        return ds_cuda_refuse(name, dy->dtype);
+    if (dy->ndim != 2)
+        return ds_fail(DS_EINVAL, "%s wants dy [M x N], not %d dimensions", name, dy->ndim);
+    across.shape[0] = dy->shape[1], across.shape[1] = dy->shape[0];
+    across.stride[0] = dy->stride[1], across.stride[1] = dy->stride[0];
+    DS_TRY(ds_product_of(&p, dw, &across, x));
+    DS_TRY(check_db(db, dy->shape[1], name));
+    p.alpha = 1, p.beta = accumulate != 0;
+    DS_TRY(sums_of(&p.sums, db, dw->dtype, accumulate_db));
+    if (p.sums) {
+        rc = gemm_run(name, &p);
+        if (rc == 0)
+            return take_sums(name, db, p.sums, accumulate_db);
+        p.sums = NULL;
+    }
+    if (rc != DS_ENOSYS)
+        return rc;
+    if (db)
+        DS_TRY(ds_cuda_linear_backward_bias(NULL, db, dy, NULL, accumulate_db));
+    return gemm_run(name, &p);
+}
+
+/* linear_backward_act where cuBLASLt knows the slope: the product p, with the sums if it makes them, and
+ * what is left in passes. DS_ENOSYS, nothing is done: it cannot. */
+static int act_beside(const char *name, const gemm *given, backward_operands *o, ds_tensor *db,
+                      int accumulate)
+{
+    activation_pass a = {o->beside.data, NULL,    o->a.data,   NULL,         o->rows,
+                         o->cols,        o->cols, o->dy.dtype, o->activation};
+    gemm p = *given;
+    int rc;
+
+    p.before = o->beside.data;
+    DS_TRY(sums_of(&p.sums, db, p.y.dtype, accumulate));
+    rc = gemm_run(name, &p);
+    if (rc == DS_ENOSYS && p.sums) {
+        p.sums = NULL;
+        rc = gemm_run(name, &p);
+    }
+    if (rc == 0 && a.y)
+        rc = activation_run(name, &a);
+    if (rc < 0 || !db)
+        return rc;
+    o->mode = SUMS;
+    return p.sums ? take_sums(name, db, p.sums, accumulate) : run(name, o, db, accumulate);
+}
+
 extern "C" int ds_cuda_linear_backward_act(ds_tensor *dh, ds_tensor *a, ds_tensor *db,
                                            const ds_tensor *dy, const ds_tensor *w,
                                            const ds_tensor *h, int activation, int accumulate)
@@ -295,8 +377,13 @@ extern "C" int ds_cuda_linear_backward_act(ds_tensor *dh, ds_tensor *a, ds_tenso
     p.y = o.dh;
     p.b = ds_matrix_of(w->data, w->stride[0], w->stride[1], w->dtype);
     p.m = m, p.n = o.cols, p.k = w->shape[0], p.alpha = 1;
-    DS_TRY(gemm_run(name, &p));
     o.dy = o.dh;
     o.mode = ACTIVATION, o.activation = activation;
+    if (activation == ACT_GELU_TANH && h->dense && (!a || a->dense)) {
+        int rc = act_beside(name, &p, &o, db, accumulate);
+        if (rc != DS_ENOSYS)
+            return rc;
+    }
+    DS_TRY(gemm_run(name, &p));
     return run(name, &o, db, accumulate);
 }

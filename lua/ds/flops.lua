@@ -20,6 +20,9 @@ end
 local kernels = {
   matmul = function(y, a) return 2 * numel(y) * size(a, 0) end,
   linear = function(y, _, x) return 2 * numel(y) * size(x, 0) end,
+  linear_aux = function(y, _, x) return 2 * numel(y) * size(x, 0) end,
+  linear_backward_act = function(dh, _, _, dy) return 2 * numel(dh) * size(dy, 0) end,
+  linear_backward_weight = function(dw, _, dy) return 2 * numel(dw) * size(dy, 1) end,
   attention = function(_, _, q, k, _, _, causal)
     return 4 * size(q, 0) * pairs_of(q, k, causal)
   end,

@@ -15,7 +15,7 @@ local options_of, need_floating, sum_to = shapes.options_of, shapes.need_floatin
 local need_like, need_targets, fine = shapes.need_like, shapes.need_targets, shapes.fine
 local define, needs, sink = autograd.define, autograd.needs, autograd.sink
 local new, run, methods, is_tensor = tensor.new, tensor.run, tensor.methods, tensor.is_tensor
-local rows, columns, swapped = tensor.borrow.rows, tensor.borrow.columns, tensor.borrow.swapped
+local rows, swapped = tensor.borrow.rows, tensor.borrow.swapped
 
 local M = {}
 
@@ -126,17 +126,20 @@ local function linear_run(y, slope, x, w, b, activation)
 end
 
 --- dw and db of y = act(x wᵀ + b), and dh = dy ∘ slope, which goes to `into` (may be dy) or, if
--- slope is nil, is dy.
+-- slope is nil, is dy: then db comes with dw.
 local function weight_gradients(x, w, b, dy, slope, into)
-  local dh, dw, db, add = slope and into or dy, nil, nil, 0
-  if needs(b) then db, add = sink(b) end
-  if slope or db then
+  local dh, dw, db, add_db = slope and into or dy, nil, nil, 0
+  if needs(b) then db, add_db = sink(b) end
+  local beside = db and not slope and needs(w)
+  if slope or db and not beside then
     run("linear_backward_bias", dy.device, slope and rows(1, dh) or nil, db and db._c or nil,
-      rows(2, dy), slope and rows(3, slope) or nil, add)
+      rows(2, dy), slope and rows(3, slope) or nil, add_db)
   end
   if needs(w) then
+    local add
     dw, add = sink(w)
-    run("matmul", dy.device, dw._c, columns(1, dh), rows(2, x), 1, add)
+    run("linear_backward_weight", dy.device, dw._c, beside and db._c or nil, rows(1, dh),
+      rows(2, x), add, add_db)
   end
   return dw, db, dh
 end
@@ -179,6 +182,13 @@ function M.linear(x, w, b, options)
   return linear(x, w, b, code)
 end
 
+--- Whether b1's gradient comes with w1's: on cuda the product that makes dh makes it, too, where it
+-- knows the activation's slope, but only in dh's dtype.
+local function comes_later(r)
+  return r.h.device == "cuda" and r.activation == activations.gelu_tanh and needs(r.w1)
+    and autograd.grad_dtype(r.b1) ~= r.h.dtype
+end
+
 local mlp = define("mlp", {
   inputs = { "x", "w1", "b1?", "w2", "b2?" }, args = { "activation" }, saved = { "h" },
   spare = true,
@@ -196,9 +206,10 @@ local mlp = define("mlp", {
     local h, dh, db1, add = r.h, nil, nil, 0
     dy = dy:contiguous()
     local a = needs(r.w2) and new(h.shape, h.dtype, h.device) or nil
+    local later = needs(r.b1) and comes_later(r)
     if needs(r.x) or needs(r.w1) or needs(r.b1) then
       dh = new(h.shape, h.dtype, h.device)
-      if needs(r.b1) then db1, add = sink(r.b1) end
+      if needs(r.b1) and not later then db1, add = sink(r.b1) end
       run("linear_backward_act", h.device, rows(1, dh), a and rows(2, a) or nil,
         db1 and db1._c or nil, rows(3, dy), r.w2._c, rows(4, h), r.activation, add)
     elseif a then
@@ -207,8 +218,8 @@ local mlp = define("mlp", {
     local dw2, db2 = weight_gradients(a, r.w2, r.b2, dy)
     if a then scope.release(a) end
     if not dh then return nil, nil, nil, dw2, db2 end
-    local dw1 = weight_gradients(r.x, r.w1, nil, dh)
-    return needs(r.x) and input_gradient(r.x.shape, r.w1, dh) or nil, dw1, db1, dw2, db2
+    local dw1, with_dw1 = weight_gradients(r.x, r.w1, later and r.b1 or nil, dh)
+    return needs(r.x) and input_gradient(r.x.shape, r.w1, dh) or nil, dw1, db1 or with_dw1, dw2, db2
   end,
 })
 

@@ -344,6 +344,41 @@ static void backward_without_db_writes_dh(void **state)
     drop(&dy), drop(&slope);
 }
 
+/* dw and db as matmul and linear_backward_bias make them, to the bit. */
+static void check_weight(int dtype, int low, int64_t m, int64_t n, int64_t k, int accumulate,
+                         int accumulate_db, int with_db)
+{
+    int dw_dtype = low || dtype == DS_F64 ? dtype : DS_F32;
+    ds_tensor dy = make(dtype, ROW_GAPS, 2, (int64_t[]){m, n}), across = dy;
+    ds_tensor x = make(dtype, ROWS, 2, (int64_t[]){m, k});
+    ds_tensor dw = make(dw_dtype, ROWS, 2, (int64_t[]){n, k}),
+              dw2 = make(dw_dtype, ROWS, 2, dw.shape);
+    ds_tensor db = make(dw_dtype, ROWS, 1, &n), db2 = make(dw_dtype, ROWS, 1, &n);
+
+    randomise(&dy, 1), randomise(&x, 1), randomise(&dw, 1), randomise(&db, 1);
+    memcpy(dw2.data, dw.data, (size_t)span(&dw)), memcpy(db2.data, db.data, (size_t)span(&db));
+    across.shape[0] = n, across.shape[1] = m;
+    across.stride[0] = dy.stride[1], across.stride[1] = dy.stride[0];
+    across.dense = 0;
+    if (kernels()->linear_backward_weight(&dw, with_db ? &db : NULL, &dy, &x, accumulate,
+                                          accumulate_db))
+        fail_msg("%s", ds_error());
+    if (with_db)
+        assert_int_equal(kernels()->linear_backward_bias(NULL, &db2, &dy, NULL, accumulate_db), 0);
+    assert_int_equal(kernels()->matmul(&dw2, &across, &x, 1, accumulate), 0);
+    assert_memory_equal(dw.data, dw2.data, span(&dw));
+    assert_memory_equal(db.data, db2.data, span(&db));
+    drop(&dy), drop(&x), drop(&dw), drop(&dw2), drop(&db), drop(&db2);
+}
+
+static void weight_and_bias_are_those_of_two_kernels(void **state)
+{
+    (void)state;
+    for (int i = 0; i < 48; i++)
+        check_weight(i % 4, i / 4 % 2, between(1, 60), between(1, 60), between(1, 60), i / 8 % 2,
+                     i / 16 % 2, i % 5 != 0);
+}
+
 static void same_bits_every_time(void **state)
 {
     (void)state;
@@ -393,6 +428,12 @@ static void wrong_calls_are_refused(void **state)
                      DS_EINVAL);
     assert_int_equal(kernels()->linear_backward_act(&y, NULL, NULL, &y, &w, &x, GELU, 0),
                      DS_EINVAL);
+    assert_int_equal(kernels()->linear_backward_weight(&w, &b, &y, &x, 0, 0), DS_EINVAL);
+    assert_non_null(strstr(ds_error(), "db dense with 4 elements"));
+    assert_int_equal(kernels()->linear_backward_weight(&y, NULL, &y, &x, 0, 0), DS_EINVAL);
+    assert_non_null(strstr(ds_error(), "[3 x 4] of [4 x 3] and [3 x 5]"));
+    assert_int_equal(kernels()->linear_backward_weight(&w, NULL, &b, &x, 0, 0), DS_EINVAL);
+    assert_non_null(strstr(ds_error(), "not 1 dimensions"));
     drop(&x), drop(&w), drop(&y), drop(&b);
 }
 
@@ -408,6 +449,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(backward_through_an_activation_matches),
         cmocka_unit_test(both_results_are_those_of_two_kernels),
         cmocka_unit_test(backward_without_db_writes_dh),
+        cmocka_unit_test(weight_and_bias_are_those_of_two_kernels),
         cmocka_unit_test(same_bits_every_time),
         cmocka_unit_test(wrong_calls_are_refused),
     };

@@ -10,27 +10,6 @@ local helper = require "tests.cuda.helper"
 
 local both, randn, run = helper.both, helper.randn, tensor.run
 
-ffi.cdef [[
-typedef struct { int64_t plans, products, timed; } linear_spec_counters;
-ssize_t readlink(const char *path, char *to, size_t bytes);
-]]
-
--- The plugin itself, for the counters of its plans.
-local function plugin()
-  local path = os.getenv "DS_CUDA_LIBRARY"
-  if not path then
-    local text = ffi.new "char[4096]"
-    local n = tonumber(ffi.C.readlink("/proc/self/exe", text, 4096))
-    path = ffi.string(text, n):match "^(.*)/" .. "/libds_cuda.so"
-  end
-  return ffi.load(path)
-end
-
-local function plans()
-  pcall(ffi.cdef, "extern linear_spec_counters ds_cuda_gemm_count;")
-  return plugin().ds_cuda_gemm_count
-end
-
 local function waits() return tonumber(border.C.ds_device_count(1).waits) end
 
 -- Sums of a few hundred products: bf16 rounds twice where a CPU without it rounds once.
@@ -134,7 +113,7 @@ describe("matmul on cuda", function()
 
   it("makes a plan once for each kind of product", function()
     local a, b = helper.on("cuda", randn { 23, 9 }), helper.on("cuda", randn { 9, 14 })
-    local count = plans()
+    local count = helper.products()
     a:matmul(b)
     local made, products = tonumber(count.plans), tonumber(count.products)
     for _ = 1, 5 do a:matmul(b) end
@@ -148,34 +127,6 @@ describe("matmul on cuda", function()
     a:matmul(b)
     assert.equal(before, waits())
     assert.same(c:tolist(), a:matmul(b):tolist())
-  end)
-
-  it("keeps the choices that DS_TUNE times in a file", function()
-    local file, script = os.tmpname(), os.tmpname()
-    local f = io.open(script, "w")
-    f:write [[
-local ds = require "ds"
-local a, b = ds.ones(33, 24, { device = "cuda" }), ds.ones(24, 7, { device = "cuda" })
-local y = ds.ones(33, 7, { device = "cuda" })
-require("ds.tensor").run("matmul", "cuda", y._c, a._c, b._c, 1, 1)
-assert(y:to("cpu"):tolist()[33][7] == 25) -- added once, however often it was timed
-]]
-    f:close()
-    local program = ffi.new "char[4096]"
-    local n = tonumber(ffi.C.readlink("/proc/self/exe", program, 4096))
-    local command = ("DS_TUNE=%s %s %s"):format(file, ffi.string(program, n), script)
-    assert.equal(0, os.execute(command))
-    f = io.open(file)
-    local first = f:read "*a"
-    f:close()
-    assert.matches("|7 33 24 ", first, 1, true)
-    if helper.simulated then assert.matches(" 1\n$", first) end
-    assert.equal(0, os.execute(command))
-    f = io.open(file)
-    assert.equal(first, f:read "*a")
-    f:close()
-    os.remove(file)
-    os.remove(script)
   end)
 end)
 

@@ -11,6 +11,8 @@
 #include <stdlib.h>
 #include <time.h>
 
+#include <vector>
+
 #include "kernels/scalar.h"
 
 namespace
@@ -20,7 +22,7 @@ struct operation {
     cublasComputeType_t compute;
     cublasOperation_t a, b;
     uint32_t epilogue;
-    const void *bias;
+    void *bias;
     void *aux;
     int64_t aux_ld;
 };
@@ -83,13 +85,57 @@ bool fits(const operation &o, const layout &a, const layout &b, const layout &d)
            d.batch <= 65535 && (d.batch == 1 || d.step != 0);
 }
 
+/* What an epilogue does: cublasLt.h at cublasLtEpilogue_t. */
+struct beside {
+    bool known, bias, gelu, aux, slope, sum_d, sum_a, sum_b;
+};
+
+beside beside_of(uint32_t epilogue)
+{
+    beside b = {true, false, false, false, false, false, false, false};
+
+    switch (epilogue) {
+    case CUBLASLT_EPILOGUE_DEFAULT:
+        break;
+    case CUBLASLT_EPILOGUE_BIAS:
+        b.bias = true;
+        break;
+    case CUBLASLT_EPILOGUE_GELU_AUX_BIAS:
+        b.bias = b.gelu = b.aux = true;
+        break;
+    case CUBLASLT_EPILOGUE_GELU_AUX:
+        b.gelu = b.aux = true;
+        break;
+    case CUBLASLT_EPILOGUE_DGELU_BGRAD:
+        b.slope = b.aux = b.sum_d = true;
+        break;
+    case CUBLASLT_EPILOGUE_DGELU:
+        b.slope = b.aux = true;
+        break;
+    case CUBLASLT_EPILOGUE_BGRADA:
+        b.sum_a = true;
+        break;
+    case CUBLASLT_EPILOGUE_BGRADB:
+        b.sum_b = true;
+        break;
+    default:
+        b.known = false;
+    }
+    return b;
+}
+
+/* As documented: aux's ld no less than d's rows and divisible by 8; vectors without gaps, of d's type.
+ * With batches their strides would have to be told. */
 bool epilogue_fits(const operation &o, const layout &d)
 {
-    bool aux = o.epilogue & CUBLASLT_EPILOGUE_GELU, bias = o.epilogue & CUBLASLT_EPILOGUE_BIAS;
+    beside b = beside_of(o.epilogue);
+    bool vector = b.bias || b.sum_d || b.sum_a || b.sum_b;
 
-    if (aux && (o.aux_ld < d.rows || o.aux_ld % 8 || (uintptr_t)o.aux % 16 || !o.aux))
+    if (!b.known || ((b.aux || vector) && d.batch != 1))
         return false;
-    return !bias || (o.bias && (uintptr_t)o.bias % 16 == 0 && d.batch == 1);
+    if (b.aux && (!o.aux || (uintptr_t)o.aux % 16 || o.aux_ld < d.rows || o.aux_ld % 8))
+        return false;
+    return !vector || (o.bias && (uintptr_t)o.bias % 16 == 0);
 }
 
 void multiply_one(const operation &o, float alpha, const char *a, const layout &la, const char *b,
@@ -97,6 +143,8 @@ void multiply_one(const operation &o, float alpha, const char *a, const layout &
 {
     bool ta = o.a == CUBLAS_OP_T, tb = o.b == CUBLAS_OP_T;
     int64_t k = ta ? la.rows : la.cols;
+    beside e = beside_of(o.epilogue);
+    std::vector<float> sums((size_t)ld.rows);
 
     for (int64_t j = 0; j < ld.cols; j++)
         for (int64_t i = 0; i < ld.rows; i++) {
@@ -108,14 +156,45 @@ void multiply_one(const operation &o, float alpha, const char *a, const layout &
             v = alpha * sum;
             if (beta != 0)
                 v += beta * load(d, j * ld.ld + i, ld.type);
-            if (o.epilogue & CUBLASLT_EPILOGUE_BIAS)
+            if (e.bias)
                 v += load(o.bias, i, ld.type);
-            if (o.epilogue & CUBLASLT_EPILOGUE_GELU) {
+            if (e.gelu) {
                 store(o.aux, j * o.aux_ld + i, ld.type, v);
                 v = ds_gelu_tanh_f32(v);
             }
+            if (e.slope)
+                v *= ds_gelu_tanh_slope_f32(load(o.aux, j * o.aux_ld + i, ld.type));
+            sums[i] += v;
             store(d, j * ld.ld + i, ld.type, v);
         }
+    for (int64_t i = 0; e.sum_d && i < ld.rows; i++)
+        store(o.bias, i, ld.type, sums[i]);
+}
+
+/* The sums of x over k, for each of n rows or columns; `across`: k steps by ld. */
+void sum_operand(const operation &o, const char *x, const layout &l, int64_t n, int64_t k,
+                 bool across, cudaDataType type)
+{
+    for (int64_t i = 0; i < n; i++) {
+        float sum = 0;
+
+        for (int64_t j = 0; j < k; j++)
+            sum += load(x, across ? j * l.ld + i : i * l.ld + j, l.type);
+        store(o.bias, i, type, sum);
+    }
+}
+
+/* What BGRADA and BGRADB want beside the product. */
+void sum_operands(const operation &o, const char *a, const layout &la, const char *b,
+                  const layout &lb, const layout &ld)
+{
+    beside e = beside_of(o.epilogue);
+    int64_t k = o.a == CUBLAS_OP_T ? la.rows : la.cols;
+
+    if (e.sum_a)
+        sum_operand(o, a, la, ld.rows, k, o.a != CUBLAS_OP_T, ld.type);
+    if (e.sum_b)
+        sum_operand(o, b, lb, ld.cols, k, o.b == CUBLAS_OP_T, ld.type);
 }
 
 template <typename V> cublasStatus_t take(V *to, const void *from, size_t bytes)
@@ -258,13 +337,15 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const
         wrong("an operand is not aligned as was promised");
     if (bytes < w.workspace || !workspace)
         wrong("there is less workspace than was promised");
-    if (algo->data[1] == 0) { /* the first is slower */
+    if (algo->data[1] == 0) { /* the first is slower, where that can matter */
         struct timespec pause = {0, 200000};
+        const char *tune = getenv("DS_TUNE");
 
-        if (getenv("DS_TUNE"))
+        if (!tune || strcmp(tune, "0"))
             nanosleep(&pause, NULL);
     }
     simt::enqueue(stream, [=] {
+        sum_operands(o, (const char *)a, x, (const char *)b, y, z);
         for (int64_t i = 0; i < z.batch; i++)
             multiply_one(o, s, (const char *)a + i * x.step * size_of(x.type), x,
                          (const char *)b + i * y.step * size_of(y.type), y, t,
