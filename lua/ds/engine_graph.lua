@@ -366,6 +366,14 @@ function Graph:drop()
   self.set = 0
 end
 
+--- After a checkpoint was loaded: what was recorded goes, with the algorithms in it, and the first
+-- steps are made as in the beginning.
+function Graph:begin_again()
+  self:drop()
+  self.set = take_set()
+  self.began, self.emptied, self.settings = self.engine.global_steps, nil, nil
+end
+
 --- From now on everything runs as without graphs. The batch is kept, for what may be made again.
 function Graph:give_up(why)
   log.info("cuda_graph: %s; training goes on without it", why)

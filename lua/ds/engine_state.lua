@@ -5,6 +5,7 @@
 -- parameter, `fp32/NAME` (the master copy, where the weights are of lower precision) and each piece
 -- of optimizer state, `exp_avg/NAME`. Everything else is plain data in state.json.
 
+local ffi = require "ffi"
 local border = require "ds.ffi"
 local host = require "ds.host"
 local scope = require "ds.scope"
@@ -18,7 +19,8 @@ local json = require "ds.json"
 local offload = require "ds.offload"
 local F = require "ds.functional"
 
-local raise, run, slice = border.raise, tensor.run, tensor.view.slice_flat
+local raise, check, run = border.raise, border.check, tensor.run
+local slice = tensor.view.slice_flat
 
 local M = {}
 
@@ -102,6 +104,25 @@ local function random_state()
   return rng
 end
 
+--- Which algorithms a GPU's products are made by, so that a resumed run makes them alike: one text,
+-- or one for each rank where they differ. nil on the CPU, which has no choice.
+local function choices(engine)
+  if engine.device ~= "cuda" then return nil end
+  local text = border.C.ds_device_choices(border.C.DS_CUDA)
+  local texts = together.texts(text ~= nil and ffi.string(text) or "")
+  for _, other in ipairs(texts) do
+    if other ~= texts[1] then return json.array(texts) end
+  end
+  return json.array { texts[1] }
+end
+
+--- Makes products as the run did that was saved.
+local function restore_choices(engine, saved)
+  if engine.device ~= "cuda" or not saved then return end
+  check(border.C.ds_device_choose(border.C.DS_CUDA, saved[comm.rank() + 1] or saved[1]),
+    "load_checkpoint")
+end
+
 --- Where the names in weights/ are not those in optim/: { [inner] = { outer, transposed } }.
 local function outer_names(engine)
   local names = {}
@@ -123,6 +144,7 @@ local function plain_state(engine)
     loader = engine.training_dataloader and engine.training_dataloader:state() or nil,
     optimizer = engine.optimizer and engine.optimizer:state_dict() or nil,
     scheduler = engine.lr_scheduler and engine.lr_scheduler:state_dict() or nil,
+    products = choices(engine),
   }
 end
 
@@ -382,6 +404,8 @@ local function restore_state(engine, state, options)
     engine.lr_scheduler:load_state_dict(state.scheduler)
   end
   restore_random(state.rng)
+  restore_choices(engine, state.products)
+  if engine.graph then engine.graph:begin_again() end
   if engine.training_dataloader and state.loader then
     engine.training_dataloader:load_state(state.loader)
   end

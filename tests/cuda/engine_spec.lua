@@ -440,6 +440,28 @@ describe("a CUDA graph", function()
     end)
   end
 
+  it("is recorded anew after a checkpoint was loaded", function()
+    local list, results = batches(16), {}
+    local first, rest = { unpack(list, 1, 6) }, { unpack(list, 7, 16) }
+    for i, c in ipairs { {}, on } do
+      local folder, engine = common.temporary(), make("cuda", c)
+      train(engine, first)
+      engine:save_checkpoint(folder)
+      local out = { train(engine, rest) }
+      for k, other in ipairs { engine, (make("cuda", c)) } do
+        other:load_checkpoint(folder)
+        local before = ds.cuda.counters()
+        out[k + 1] = train(other, rest)
+        assert.same(out[1], out[k + 1])
+        assert.equal(i == 1 and 0 or 3, ds.cuda.counters().captures - before.captures)
+        other:destroy()
+      end
+      results[i] = out
+      os.execute("rm -r " .. folder)
+    end
+    assert.same(results[1], results[2])
+  end)
+
   it("leaves evaluation, other shapes and later changes of settings alone", function()
     local list, odd = batches(12), batches(1, 3)[1]
     table.insert(list, 7, odd)
