@@ -151,15 +151,20 @@ static int describe(const char *name, plan *p, const gemm_operands *o)
 
 /* ---- algorithms */
 
+/* DS_ENOSYS: the heuristic offered what cuBLASLt then has not, with something beside the product. */
 static int run(const char *name, plan *p, const gemm_operands *o)
 {
     void *workspace = ds_cuda_scratch(DS_CUDA_WORKSPACE, WORKSPACE);
+    cublasStatus_t status;
 
     if (!workspace)
         return DS_ENOMEM;
-    TRY(cublasLtMatmul(cache.handle, &p->operation, &o->alpha, o->a, &p->a, o->b, &p->b, &o->beta,
-                       o->d, &p->d, o->d, &p->d, &p->algorithm, workspace, WORKSPACE,
-                       ds_cuda.stream));
+    status = cublasLtMatmul(cache.handle, &p->operation, &o->alpha, o->a, &p->a, o->b, &p->b,
+                            &o->beta, o->d, &p->d, o->d, &p->d, &p->algorithm, workspace, WORKSPACE,
+                            ds_cuda.stream);
+    if (status == CUBLAS_STATUS_NOT_SUPPORTED && (p->key.bias || p->key.aux))
+        return DS_ENOSYS;
+    TRY(status);
     return ds_cuda_launched(name);
 }
 
@@ -368,6 +373,7 @@ static plan *find(const gemm_key *key)
 int gemm_multiply(const char *name, const gemm_key *key, const gemm_operands *operands)
 {
     plan *p = find(key);
+    int rc;
 
     if (!p)
         DS_TRY(add(name, &p, key, operands));
@@ -375,7 +381,9 @@ int gemm_multiply(const char *name, const gemm_key *key, const gemm_operands *op
     if (!p->possible)
         return DS_ENOSYS;
     DS_TRY(point(name, p, operands));
-    ds_cuda_gemm_count.products++;
-    ds_cuda_gemm_count.beside += key->bias || key->aux;
-    return run(name, p, operands);
+    rc = run(name, p, operands);
+    p->possible = rc != DS_ENOSYS;
+    ds_cuda_gemm_count.products += p->possible;
+    ds_cuda_gemm_count.beside += p->possible && (key->bias || key->aux);
+    return rc;
 }

@@ -131,6 +131,17 @@ describe("a bias's gradient", function()
     assert.equal(8, db:to("cpu"):to("f32"):tolist()[1])
   end)
 
+  it("is a pass where cuBLASLt finds out late that it cannot", function()
+    for _, db_dtype in ipairs { "bf16", "f32" } do
+      local f, inputs = weight(1000, 16, 8, "bf16", db_dtype, db_dtype, 1, 1)
+      both("late " .. db_dtype, f, inputs, { tol = loose.bf16 })
+      if helper.simulated then assert.same({ 1, 0, 3 }, count_of(f, inputs)) end
+    end
+    local f, inputs = act(8, 1000, 16, "bf16", "bf16", 0, true)
+    both("late act", f, inputs, { tol = 2 * loose.bf16 })
+    if helper.simulated then assert.same({ 1, 0, 3 }, count_of(f, inputs)) end
+  end)
+
   it("is the same every time", function()
     local f, inputs = weight(200, 48, 40, "bf16", "f32", "f32", 0, 0)
     local given = on_cuda(inputs)
