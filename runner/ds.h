@@ -46,6 +46,8 @@ int ds_expand(ds_tensor *out, const ds_tensor *x, int ndim, const int64_t *shape
 int ds_slice_flat(ds_tensor *out, const ds_tensor *x, int64_t offset, int ndim,
                   const int64_t *shape);
 
+/* The first `bytes` of the memory that t lies in, also what is not t's, as u8. */
+int ds_whole(ds_tensor *out, const ds_tensor *t, int64_t bytes);
 /* t, which was released, again: with the shape and strides that it still has, on x's storage from byte
  * `offset` of x on. It takes a reference of its own. */
 int ds_revive(ds_tensor *t, const ds_tensor *x, int64_t offset);
@@ -59,6 +61,7 @@ void ds_swapped(ds_tensor *out, const ds_tensor *x); /* last two dimensions swap
 void ds_heads(ds_tensor *out, const ds_tensor *x, int64_t first, int64_t count, int64_t width);
 
 int ds_references(const ds_tensor *t); /* how many tensors hold t's storage */
+int64_t ds_reach(const ds_tensor *t);  /* bytes of the storage up to t's last; 0: t is released */
 int64_t ds_dtype_size(int dtype);      /* bytes */
 const char *ds_dtype_name(int dtype);
 
@@ -129,6 +132,11 @@ int ds_event_follow(ds_event *e);
  * the kernels, in their order. The host's side must stay as it is until e is done. */
 int ds_upload_later(ds_event *e, ds_tensor *to, const ds_tensor *from);
 int ds_download_later(ds_event *e, ds_tensor *to, const ds_tensor *from);
+/* A download beside the kernels, after those that were asked for before: they must leave `from` as it is.
+ * hand_over: the kernels that are asked for from now on wait for the transfer, as by `follow`, so its memory
+ * on the device may be anybody's: e keeps the host's side only. */
+int ds_download_beside(ds_event *e, ds_tensor *to, const ds_tensor *from);
+int ds_event_hand_over(ds_event *e);
 
 /* From begin to end what is asked of the device's kernels is recorded and not done; whatever would make
  * the host wait fails. end: out NULL drops the record. run does it all again, with the same addresses. */

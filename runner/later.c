@@ -93,7 +93,7 @@ void ds_event_free(ds_event *e)
 {
     if (!e)
         return;
-    if (e->recorded && e->held[0])
+    if (e->recorded && (e->held[0] || e->held[1]))
         e->backend->event_wait(e->handle);
     let_go(e);
     e->backend->event_free(e->handle);
@@ -190,6 +190,30 @@ int ds_download_later(ds_event *e, ds_tensor *to, const ds_tensor *from)
     if (rc == 0)
         rc = ds_event_wait(e);
     return rc < 0 ? rc : transfer(e, to, from, 0, DS_STREAM_KERNELS);
+}
+
+int ds_download_beside(ds_event *e, ds_tensor *to, const ds_tensor *from)
+{
+    int rc = check_transfer("download", e, from, to);
+
+    if (rc == 0)
+        rc = ds_event_record(e);
+    if (rc == 0)
+        rc = e->backend->event_before(e->handle, DS_STREAM_COPIES);
+    return rc < 0 ? rc : transfer(e, to, from, 0, DS_STREAM_COPIES);
+}
+
+/* Whoever takes the memory next writes to it by kernels, or by transfers that follow those. */
+int ds_event_hand_over(ds_event *e)
+{
+    int rc = ds_event_follow(e);
+
+    for (int i = 0; rc == 0 && i < 2; i++)
+        if (e->held[i] && e->held[i]->device == e->device) {
+            ds_storage_release(e->held[i]);
+            e->held[i] = NULL;
+        }
+    return rc;
 }
 
 /* ---- ordinary memory. A transfer from it would wait until the device is idle: CUDA reads it by pieces

@@ -112,6 +112,18 @@ int ds_references(const ds_tensor *t)
     return t->storage ? atomic_load_explicit(&t->storage->refs, memory_order_relaxed) : 0;
 }
 
+int64_t ds_reach(const ds_tensor *t)
+{
+    int64_t last = 0, first;
+
+    if (!t->storage || !t->numel)
+        return 0;
+    first = t->data ? (char *)t->data - (char *)t->storage->data : 0;
+    for (int i = 0; i < t->ndim; i++)
+        last += (t->shape[i] - 1) * t->stride[i];
+    return first + (last + 1) * dtypes[t->dtype].size;
+}
+
 /* ---- views */
 
 int ds_alias(ds_tensor *out, const ds_tensor *x)
@@ -122,12 +134,24 @@ int ds_alias(ds_tensor *out, const ds_tensor *x)
     return 0;
 }
 
+int ds_whole(ds_tensor *out, const ds_tensor *t, int64_t bytes)
+{
+    if (!t->storage || bytes > t->storage->bytes)
+        return ds_fail(DS_EINVAL, "%lld bytes of a tensor's memory, which has %lld",
+                       (long long)bytes, (long long)(t->storage ? t->storage->bytes : 0));
+    *out = (ds_tensor){
+        .data = t->storage->data, .storage = t->storage, .dtype = DS_U8, .device = t->device};
+    shape_dense(out, 1, &bytes);
+    ds_storage_retain(out->storage);
+    return 0;
+}
+
 int ds_revive(ds_tensor *t, const ds_tensor *x, int64_t offset)
 {
-    if (!x->data)
+    if (!x->storage)
         return ds_fail(DS_EINVAL, "a view of a tensor that is released");
     t->storage = x->storage;
-    t->data = (char *)x->data + offset;
+    t->data = x->data ? (char *)x->data + offset : NULL; /* meta: NULL */
     ds_storage_retain(t->storage);
     return 0;
 }

@@ -465,7 +465,7 @@ local function finish(r, retain)
   for i = 1, #op.inputs do r[op.inputs[i]] = nil end
   for i = 1, #outputs do r[outputs[i]] = nil end
   for i = 1, #op.saved do r[op.saved[i]] = nil end
-  r.kept, r.list, r.arguments = nil, nil, nil
+  r.kept, r.list, r.arguments, r.away = nil, nil, nil, nil
 end
 
 local function missing(r, i)
@@ -538,6 +538,21 @@ local function revive_inputs(r)
   end
 end
 
+M.away = 0 -- how many pieces of memory are in the host's (checkpointing_host.lua)
+
+local function bring(r, names, unread)
+  for i = 1, #names do
+    local t = r[names[i]]
+    if t and type(t._gone) == "table" and not (unread and unread[names[i]]) then t._gone:back() end
+  end
+end
+
+--- Brings what a record reads back from there.
+local function bring_back(r)
+  bring(r, r.op.inputs, r.op.unread)
+  if not r.op.spare then bring(r, r.op.outputs) end
+end
+
 --- Tells parameters with sharded gradients that this record adds nothing more.
 local function tell_done(r)
   local inputs = r.op.inputs
@@ -561,6 +576,7 @@ local function walk(placed, low, high, temporary, retain)
     local r = placed[dense and i or keys[i]]
     if r then
       state.now = r
+      if M.away > 0 then bring_back(r) end
       revive_inputs(r)
       step(r)
       sweep(temporary)

@@ -23,6 +23,10 @@ local is_tensor = tensor.is_tensor
 
 local M = {}
 
+M.to_host = false -- DeepSpeed's cpu_checkpointing, of the engine that runs now, or by configure()
+
+local function host() return require "ds.checkpointing_host" end
+
 local function pack_values(...) return { n = select("#", ...), ... } end
 
 -- ---- forward
@@ -101,10 +105,11 @@ local function run_again(r)
     end
   end
   local seed, offset, loss_seed = generator.seed, generator.offset, products.loss_seed
+  local to_host = M.to_host
   generator.seed, generator.offset, products.loss_seed = r.seed, r.offset, r.loss_seed
-  scope.grad = true
+  scope.grad, M.to_host = true, r.to_host
   local out = pack_values(pcall(r.f, unpack(again, 1, again.n)))
-  scope.grad = false
+  scope.grad, M.to_host = false, to_host
   generator.seed, generator.offset, products.loss_seed = seed, offset, loss_seed
   if not out[1] then error(out[2], 0) end
   return again, pack_values(unpack(out, 2, out.n))
@@ -114,6 +119,7 @@ local function shape_of(t) return is_tensor(t) and shape_string(t.shape) or type
 
 local function backward(r, dys)
   local floor = autograd.now()
+  if r.away then host().back(r.away) end
   local again, out = run_again(r)
   local roots, seeds = {}, {}
   for k, i in ipairs(r.results) do
@@ -190,7 +196,8 @@ function M.run(f, module, ...)
   check_arguments(f, args)
   if not scope.grad then return f(...) end
   local r = setmetatable({ mark = 0, f = f, arguments = args, seed = tensor.generator.seed,
-    offset = tensor.generator.offset, loss_seed = products.loss_seed }, autograd.Record)
+    offset = tensor.generator.offset, loss_seed = products.loss_seed, to_host = M.to_host },
+    autograd.Record)
   local results = run_unrecorded(f, args)
   local inputs, unread = name_inputs(r, args, module and awaited(module) or {})
   local outputs = name_outputs(r, args, results)
@@ -198,6 +205,7 @@ function M.run(f, module, ...)
     args = {}, many = true, partial = true, spare = true, backward = backward,
     nested = not module }
   autograd.place(r)
+  r.away = M.to_host and host().depart(args)
   return unpack(results, 1, results.n)
 end
 
@@ -261,6 +269,7 @@ end
 -- @tparam table blocks what wrap() gave
 function M.unwrap(blocks)
   for _, block in ipairs(blocks) do block.forward = nil end
+  if package.loaded["ds.checkpointing_host"] then host().flush() end
 end
 
 -- ---- DeepSpeed's interface
@@ -274,9 +283,9 @@ local arguments = {
 
 local configured = false
 
---- Checks DeepSpeed's settings of checkpoint(), which needs none here: under the names of the
--- config section activation_checkpointing, or of deepspeed.checkpointing.configure's arguments.
--- What is not in this version is refused.
+--- DeepSpeed's settings of checkpoint(): under the names of the config section
+-- activation_checkpointing, or of deepspeed.checkpointing.configure's arguments. Of those, here
+-- cpu_checkpointing does something; what is not in this version is refused.
 -- @tparam[opt] table options
 function M.configure(options)
   local given = {}
@@ -291,6 +300,7 @@ function M.configure(options)
     raise("%s", table.concat(spec.messages(context, "checkpointing.configure"), "\n"))
   end
   configured = true
+  if given.cpu_checkpointing ~= nil then M.to_host = given.cpu_checkpointing end
 end
 
 function M.is_configured() return configured end

@@ -167,9 +167,6 @@ local function check_device(self)
   if self.device ~= "cuda" then return end
   tensor.kernels "cuda"
   local c = self.config
-  if c.activation_checkpointing.cpu_checkpointing then
-    raise("initialize: activation_checkpointing.cpu_checkpointing is not in this version on a GPU")
-  end
   if c.zero_optimization.cpu_offload then
     raise("initialize: zero_optimization.cpu_offload: on a GPU say "
       .. '"offload_optimizer": {"device": "cpu"}')
@@ -363,11 +360,11 @@ local function leave_evaluation(self, ok, ...)
   return ...
 end
 
-local function leave(self, s, outer, seed, ok, ...)
+local function leave(self, s, outer, before, ok, ...)
   exit(self)
   C.ds_breadcrumb("")
   scope.enter(outer)
-  products.loss_seed = seed
+  products.loss_seed, checkpointing.to_host = before.seed, before.to_host
   if not ok then
     scope.close(s, "when forward() failed")
     nn.reset_place()
@@ -380,12 +377,16 @@ end
 
 --- Runs the model in training, recorded for backward.
 function run_forward(self, ...)
-  local s, seed = scope.new(), products.loss_seed
+  local s = scope.new()
+  local before = { seed = products.loss_seed, to_host = checkpointing.to_host }
   local outer = scope.enter(s)
   products.loss_seed = self:loss_scale() / self.gas
+  if self.device ~= "cpu" and self.config.activation_checkpointing.cpu_checkpointing then
+    checkpointing.to_host = true
+  end
   C.ds_breadcrumb("engine:forward()")
   enter(self, true)
-  return leave(self, s, outer, seed, xpcall(run_model, border.note, self, ...))
+  return leave(self, s, outer, before, xpcall(run_model, border.note, self, ...))
 end
 
 --- Runs the model: `engine(x, y)` is the same. In training its activations are kept for backward

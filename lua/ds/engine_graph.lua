@@ -32,6 +32,7 @@ local Graph = {}
 Graph.__index = Graph
 
 local WARM = 2 -- steps before the one that takes memory from the set
+local AWAY = "what checkpoints keep leaves for the host's memory and comes back"
 
 -- ---- memory of its own
 
@@ -183,6 +184,7 @@ end
 function Graph:forward(...)
   local n, args, engine = select("#", ...), { ... }, self.engine
   self.open = nil
+  if require("ds.checkpointing").to_host then return self:give_up(AWAY) end -- by configure()
   local steps = engine.global_steps - self.began
   if steps < WARM then return nil end
   if steps == WARM then return self:warm_forward(...) end
@@ -389,6 +391,7 @@ function M.new(engine, run_forward)
   local why = comm.world_size() > 1 and "several ranks meet in a step"
     or engine:dynamic_loss_scale() and "the loss scale changes while it trains"
     or engine.zero.sharded and "parameters are sharded"
+    or engine.config.activation_checkpointing.cpu_checkpointing and AWAY
   local set = not why and take_set()
   if not why and not set then why = "so many engines have one already" end
   if why then

@@ -73,6 +73,10 @@ function M.release(t, why)
   if c.storage ~= nil then
     C.ds_release(c)
     t._gone = why
+  elseif type(t._gone) == "table" then -- its values are in host memory (checkpointing_host.lua)
+    local piece = t._gone
+    t._gone = why
+    piece:drop()
   end
 end
 

@@ -167,8 +167,9 @@ function M.pinned(shape, dtype)
 end
 
 --- A message for a tensor that is used after its memory went; returns for one of the meta device
--- that has not been released.
+-- that has not been released, and for one whose values were in the host's (checkpointing_host.lua).
 local function revive(t, what)
+  if type(t._gone) == "table" then return t._gone:back() end
   if t.device == "meta" and t._c.storage ~= nil then return end
   if t._unit then return M.gather(what, t) end
   raise("%s: tensor %s was released %s; t:keep() or t:detach() before that makes it survive", what,
@@ -179,6 +180,10 @@ M.revive = revive
 --- The same for all tensors of an operation at once; false and nil are passed over. Where
 -- parameters are sharded, M.gather (zero_params.lua) makes them usable.
 function M.revive_all(what, ...)
+  for i = 1, select("#", ...) do
+    local t = select(i, ...)
+    if t and type(t._gone) == "table" then t._gone:back() end
+  end
   for i = 1, select("#", ...) do
     local t = select(i, ...)
     if t and t._unit then return M.gather(what, ...) end
@@ -502,6 +507,7 @@ end
 local function view(c, shape, x)
   local t = wrap(c, shape, x.dtype, x.device)
   if x._unit then M.note_view(t, x) end
+  if type(x._gone) == "table" then x._gone:stay() end
   return t
 end
 
@@ -697,6 +703,7 @@ end
 
 local function may_change(t, what)
   need_tensor(t, what, 1)
+  if type(t._gone) == "table" then t._gone:stay() end
   if scope.grad and (t._rec or t.requires_grad) then
     raise("%s: the tensor takes part in the gradient; change it inside ds.no_grad(function() … "
       .. "end), or use the form without '_'", what)

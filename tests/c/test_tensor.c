@@ -237,6 +237,37 @@ static void meta_counts(void **state)
     assert_null(ds_memory_of(-1));
 }
 
+/* What a piece of memory holds goes to another one, and its tensors with it. */
+static void memory_of_views_moves(void **state)
+{
+    const int64_t shape[] = {5, 7};
+    ds_tensor t, rows, view, from, to;
+
+    (void)state;
+    assert_int_equal(ds_empty(&t, DS_F32, DS_CPU, 2, shape), 0);
+    for (int i = 0; i < 35; i++)
+        ((float *)t.data)[i] = (float)i;
+    assert_int_equal(ds_narrow(&rows, &t, 0, 1, 3), 0);
+    assert_int_equal(ds_transpose(&view, &rows, 0, 1), 0);
+    ds_release(&rows);
+    ds_release(&t);
+    assert_int_equal(ds_reach(&t), 0);
+    assert_int_equal(ds_reach(&view), 4 * 7 * 4);
+    assert_int_equal(ds_whole(&from, &t, 1), DS_EINVAL);
+    assert_int_equal(ds_whole(&from, &view, (int64_t)1 << 40), DS_EINVAL);
+    assert_int_equal(ds_whole(&from, &view, ds_reach(&view)), 0);
+    assert_int_equal(from.numel, 4 * 7 * 4);
+    assert_int_equal(ds_empty(&to, DS_U8, DS_CPU, 1, &from.numel), 0);
+    memcpy(to.data, from.data, (size_t)to.numel);
+    ds_release(&from);
+    ds_release(&view);
+    assert_int_equal(ds_revive(&view, &to, 7 * 4), 0);
+    ds_release(&to);
+    assert_true(((float *)view.data)[2 * view.stride[0] + view.stride[1]] == 2 * 7 + 2);
+    ds_release(&view);
+    assert_int_equal(ds_revive(&view, &to, 0), DS_EINVAL);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -246,6 +277,7 @@ int main(void)
         cmocka_unit_test(allocator_under_load),
         cmocka_unit_test(steady_state_takes_nothing),
         cmocka_unit_test(meta_counts),
+        cmocka_unit_test(memory_of_views_moves),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -4,7 +4,8 @@
  * A stream with a priority (the one that ranks reduce in) does its work as late as CUDA allows: when
  * another stream or the host waits for an event behind it. So who reads a result without waiting reads
  * what was there before, and who writes to what is still being sent, sends that. DS_SIMT_LATE=kernels:
- * the streams without a priority are late instead, so that what works beside them must wait for them.
+ * the streams without a priority are late instead, so that what works beside them must wait for them;
+ * DS_SIMT_LATE=copies: all but the first stream, which is the kernels'.
  *
  * Device memory is host memory, filled with bytes that are NaN, so that what nobody wrote shows.
  * DS_SIMT_DEVICES: how many devices there are (1). DS_SIMT_MEMORY: bytes that each has (8 GiB).
@@ -30,7 +31,7 @@ void launch_now(const char *name, dim3 grid, dim3 block, size_t shared, std::fun
 static std::vector<std::function<void()>> *capturing;
 static cudaStreamCaptureMode capture_mode;
 static cudaError_t last = cudaSuccess;
-static std::map<void *, size_t> blocks;
+static std::map<void *, size_t> blocks, pinned;
 static size_t taken;
 
 /* ---- streams */
@@ -113,14 +114,19 @@ void launch(cudaStream_t in, const char *name, dim3 grid, dim3 block, size_t sha
     enqueue(in, [=] { launch_now(name, grid, block, shared, body); });
 }
 
-bool is_device(const void *data, size_t bytes)
+static bool lies_in(const std::map<void *, size_t> &all, const void *data, size_t bytes)
 {
-    auto next = blocks.upper_bound((void *)data);
+    auto next = all.upper_bound((void *)data);
 
-    if (next == blocks.begin())
+    if (next == all.begin())
         return false;
     --next;
     return (const char *)data + bytes <= (char *)next->first + next->second;
+}
+
+bool is_device(const void *data, size_t bytes)
+{
+    return lies_in(blocks, data, bytes);
 }
 
 static double now_ms()
@@ -246,8 +252,10 @@ cudaError_t cudaFree(void *p)
 }
 cudaError_t cudaHostAlloc(void **out, size_t bytes, unsigned)
 {
-    return posix_memalign(out, 4096, bytes ? bytes : 1) == 0 ? cudaSuccess
-                                                             : fails(cudaErrorMemoryAllocation);
+    if (posix_memalign(out, 4096, bytes ? bytes : 1) != 0)
+        return fails(cudaErrorMemoryAllocation);
+    pinned[*out] = bytes;
+    return cudaSuccess;
 }
 cudaError_t cudaMallocHost(void **out, size_t bytes)
 {
@@ -255,14 +263,16 @@ cudaError_t cudaMallocHost(void **out, size_t bytes)
 }
 cudaError_t cudaFreeHost(void *p)
 {
+    pinned.erase(p);
     free(p);
     return cudaSuccess;
 }
-/* What comes from the host is taken at once, as CUDA takes what is not page-locked. */
+/* What comes from the host is taken at once where it is not page-locked, as CUDA does. */
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind,
                             cudaStream_t s)
 {
-    if (kind == cudaMemcpyHostToDevice && s && ((stream *)s)->late && !capturing) {
+    if (kind == cudaMemcpyHostToDevice && s && ((stream *)s)->late && !capturing &&
+        !lies_in(pinned, from, bytes)) {
         std::string taken((const char *)from, bytes);
 
         enqueue(s, [=] { memcpy(to, taken.data(), bytes); });
@@ -291,10 +301,12 @@ cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t s)
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t *out, unsigned, int priority)
 {
     const char *late = getenv("DS_SIMT_LATE");
-    bool kernels = late && !strcmp(late, "kernels");
+    bool kernels = late && !strcmp(late, "kernels"), copies = late && !strcmp(late, "copies");
+    static int count;
     stream *s = new stream{};
 
-    s->late = kernels ? !priority : priority != 0;
+    s->late = kernels ? !priority : copies ? count > 0 : priority != 0;
+    count++;
     if (s->late)
         late_streams.insert(s);
     *out = (cudaStream_t)s;

@@ -3,7 +3,8 @@
 --
 --     dsrun --num_gpus 2 --device cuda tests/cuda/ranks/train.lua stage=2 [device=cpu] [overlap=0]
 --       [gas=2] [twice=1: two backwards a step] [plain=1: and one of the script's own]
---       [checkpoint=1] [dtype=bf16] [wire=fp16]
+--       [checkpoint=1] [dtype=bf16] [wire=fp16] [away=1: what checkpoints keep in host memory]
+--       [offload=cpu, or a folder: the optimizer's state there]
 
 local ds = require "ds"
 local tensor = require "ds.tensor"
@@ -33,6 +34,8 @@ ds.on("cpu", function()
   model = Deep()
   x = ds.randn(4, 17)
 end)
+if opt.away then require("ds.checkpointing_host").LEAST = 1 end
+if opt.offload then require("ds.offload_host").BLOCK = 100 end
 for _, p in ipairs(model:parameters()) do
   p.requires_grad = false
   tensor.repoint(p, p:to(p.dtype, opt.device))
@@ -44,11 +47,15 @@ local engine = ds.initialize { model = model, config = {
   train_micro_batch_size_per_gpu = 1, gradient_accumulation_steps = opt.gas, steps_per_print = 0,
   device = opt.device, bf16 = { enabled = opt.dtype == "bf16" }, gradient_clipping = 1,
   communication_data_type = opt.wire,
-  activation_checkpointing = opt.checkpoint and { enabled = true, number_checkpoints = 3 } or nil,
+  activation_checkpointing = (opt.checkpoint or opt.away) and { enabled = true,
+    number_checkpoints = opt.checkpoint and 3, cpu_checkpointing = opt.away == 1 } or nil,
   optimizer = { type = "AdamW", params = { lr = 1e-2 } },
   zero_optimization = { stage = opt.stage, overlap_comm = opt.overlap == 1,
     reduce_bucket_size = 700, allgather_bucket_size = 300,
-    stage3_param_persistence_threshold = 20, stage3_prefetch_bucket_size = 1000 },
+    stage3_param_persistence_threshold = 20, stage3_prefetch_bucket_size = 1000,
+    sub_group_size = opt.offload and 1024,
+    offload_optimizer = opt.offload and { device = opt.offload == "cpu" and "cpu" or "nvme",
+      nvme_path = opt.offload } },
 } }
 local zero = engine.zero
 
