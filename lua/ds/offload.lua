@@ -1,10 +1,12 @@
---- The optimizer's vectors on a disk: the fp32 master, where weights are of lower precision, and
--- the rule's state.
+--- The optimizer's vectors elsewhere than beside the weights: the fp32 master, where weights are of
+-- lower precision, and the rule's state. They are on a disk; or, for an engine on a GPU, in the
+-- host's memory. Updates are the CPU's, block by block; for a GPU gradients and weights of a block
+-- cross the border (offload_host.lua) while others are updated.
 --
--- Each rank has one file. A segment's vectors lie in it block by block, those of a block beside
--- each other: flat segments in blocks of at most sub_group_size elements (and a million), a segment
--- that is a whole tensor as one. An update streams all blocks through memory in order: while one is
--- updated, the next ones are read and those before are written.
+-- On a disk each rank has one file. A segment's vectors lie in it block by block, those of a block
+-- beside each other: flat segments in blocks of at most sub_group_size elements (and a million), a
+-- segment that is a whole tensor as one. An update streams all blocks through memory in order:
+-- while one is updated, the next ones are read and those before are written.
 --
 --     [p₁ | exp_avg₁ | exp_avg_sq₁] [p₂ | exp_avg₂ | exp_avg_sq₂] …
 --
@@ -157,23 +159,20 @@ Store.__index = Store
 --- What `offload_optimizer` and `aio` of a config ask for.
 -- @tparam table config the engine's
 -- @tparam string device the engine's
--- @treturn Store|nil where the optimizer's vectors lie, still without a file; nil: in memory
+-- @treturn Store|nil where the optimizer's vectors lie, still without a file; nil: beside the
+--   weights
 function M.new(config, device)
   local wanted = config.zero_optimization.offload_optimizer
   if not wanted or wanted.device == "none" then return nil end
-  if device == "cuda" then
-    if wanted.device == "cpu" then return require("ds.offload_host").new() end
-    raise("initialize: offload_optimizer.device \"%s\" is for device \"cpu\" in this version",
-      wanted.device)
-  end
-  if wanted.device == "cpu" then
+  if device == "cpu" and wanted.device == "cpu" then
     log.info("offload_optimizer.device \"cpu\": that is where the optimizer's state is anyway")
     return nil
   end
   local count = wanted.buffer_count
   local aio = config.aio
-  return setmetatable({
-    path = wanted.nvme_path, ratio = wanted.ratio, slots = count,
+  local host = device == "cuda" and require "ds.offload_host"
+  local self = setmetatable({
+    border = host and host.new(), path = wanted.nvme_path, ratio = wanted.ratio, slots = count,
     block = max(PAGE, min(BLOCK, floor(config.zero_optimization.sub_group_size / PAGE) * PAGE)),
     -- a block is updated and, unless each is waited for, one is written; the others read ahead
     ahead = wanted.pipeline_read and max(min(1, count - 1), count - (wanted.pipeline_write and 2
@@ -183,6 +182,8 @@ function M.new(config, device)
       aio.single_submit and 1 or 0, aio.overlap_events and 1 or 0),
     blocks = {}, elements = 0, bytes = 0, most_buffers = 0, place = "initialize",
   }, Store)
+  if wanted.device == "cpu" then self.in_memory, self.block = true, host.BLOCK end
+  return self
 end
 
 --- Raises what went wrong with a transfer, from then on: what is on the disk can't be told.
@@ -211,7 +212,9 @@ local function cut(self, s, vectors, whole)
       stride = pages(to - from), offset = self.bytes }
     self.elements = self.elements + block.stride * #vectors
     blocks[#blocks + 1], self.blocks[#self.blocks + 1] = block, block
-    if self.bytes / 4 < self.ratio * self.elements then
+    if self.in_memory then
+      block.resident = true
+    elseif self.bytes / 4 < self.ratio * self.elements then
       self.bytes = self.bytes + block.stride * #vectors * 4
     else
       local host = { dtype = "f32", device = "cpu" }
@@ -232,13 +235,29 @@ local function fill(segments, groups)
     local group = groups[s.group]
     for name, setting in pairs(group.rule.initial or {}) do
       local value = group[setting]
-      if value ~= 0 then s.state[name]:each(function(t) t:fill_(value) end, true) end
+      if value ~= 0 then M.each(s.state[name], function(t) t:fill_(value) end, true) end
     end
   end
 end
 
+local function in_host(shape)
+  return tensor.zeros(shape, { dtype = "f32", device = "cpu" }):keep()
+end
+
+--- The file, for what was cut.
+local function open(self)
+  local slot = ffi.new("ds_offload *[1]")
+  check(C.ds_offload_open(slot, self.path, self.bytes, self.slots + 2, self.aio),
+    "offload_optimizer.nvme_path")
+  self.file = ffi.gc(slot[0], C.ds_offload_close)
+  local c = self:counters()
+  log.info("%s of the optimizer's state in '%s' (%s%s)", tensor.bytes_string(self.bytes),
+    self.path, c.ringed and "io_uring" or c.threads .. " threads",
+    c.direct and ", O_DIRECT" or "")
+end
+
 --- Takes over the vectors of segments that have no p yet (where there is a copy in low precision)
--- and no state: makes the file, and leaves Stored vectors in their place.
+-- and no state: makes the file, and leaves Stored vectors in their place; in memory, tensors.
 -- @tparam table segments
 -- @tparam table groups the optimizer's: group.rule.state names the vectors
 function Store:lay(segments, groups)
@@ -248,38 +267,49 @@ function Store:lay(segments, groups)
     if s.low then table.insert(vectors, 1, MASTER) end
     local blocks = cut(self, s, vectors, rule.granularity ~= "flat")
     s.state = {}
-    for i, name in ipairs(vectors) do put(s, name, stored(self, blocks, i - 1, 0, s.shape)) end
+    for i, name in ipairs(vectors) do
+      put(s, name, self.in_memory and in_host(s.shape) or stored(self, blocks, i - 1, 0, s.shape))
+    end
   end
   self.file_blocks = {}
   for _, block in ipairs(self.blocks) do
     if not block.resident then self.file_blocks[#self.file_blocks + 1] = block end
   end
-  if self.bytes > 0 then
-    local slot = ffi.new("ds_offload *[1]")
-    check(C.ds_offload_open(slot, self.path, self.bytes, self.slots + 2, self.aio),
-      "offload_optimizer.nvme_path")
-    self.file = ffi.gc(slot[0], C.ds_offload_close)
-    local c = self:counters()
-    log.info("%s of the optimizer's state in '%s' (%s%s)", tensor.bytes_string(self.bytes),
-      self.path, c.ringed and "io_uring" or c.threads .. " threads",
-      c.direct and ", O_DIRECT" or "")
+  if self.in_memory then
+    log.info("%s of the optimizer's state in host memory", tensor.bytes_string(self.elements * 4))
   end
+  if self.bytes > 0 then open(self) end
   fill(segments, groups)
 end
 
 -- ---- an update
 
---- The block as a segment of its own, whose vectors on the disk are in `buffer`.
-local function part_of(block, buffer)
+--- A block as a segment of its own.
+-- @tparam table block
+-- @tparam Tensor buffer where the vectors are that have no place in memory; nil: they have
+-- @tparam[opt] Tensor g its gradient, and its weights, where they are not the segment's own
+-- @tparam[opt] Tensor weights
+local function part_of(block, buffer, g, weights)
   local s, from, n = block.segment, block.from, block.to - block.from
   local shape = n == s.to - s.from and s.shape or { n }
   local part = setmetatable({ state = {} }, { __index = s })
-  part.g, part.low = slice_flat(s.g, from, shape), s.low and slice_flat(s.low, from, shape)
-  if not s.low then part.p = slice_flat(s.p, from, shape) end
+  part.g = g and slice_flat(g, 0, shape) or slice_flat(s.g, from, shape)
+  weights = weights and slice_flat(weights, 0, shape) or slice_flat(s.low or s.p, from, shape)
+  if s.low then part.low = weights else part.p = weights end
   for i, name in ipairs(block.vectors) do
-    put(part, name, slice_flat(buffer, (i - 1) * block.stride, shape))
+    put(part, name, buffer and slice_flat(buffer, (i - 1) * block.stride, shape)
+      or slice_flat(name == MASTER and s.p or s.state[name], from, shape))
   end
   return part
+end
+
+--- Updates block number i, whose vectors are in memory now.
+local function update_block(self, i, buffer, update)
+  local across, block = self.border, self.blocks[i]
+  if not across then return scope.no_grad(function() update(part_of(block, buffer)) end) end
+  if self.blocks[i + 1] then across:fetch(i + 1, self.blocks[i + 1]) end
+  scope.no_grad(function() update(part_of(block, buffer, across:take(i))) end)
+  across:send(i, block)
 end
 
 --- Waits until the slot is free, and lets go of its buffer.
@@ -304,10 +334,10 @@ end
 
 local function stream(self, update)
   local read, reached = 0, 0 -- of file_blocks: how many were begun to be read, and were needed
-  local function update_part(block, buffer) update(part_of(block, buffer)) end
-  for _, block in ipairs(self.blocks) do
+  if self.border and self.blocks[1] then self.border:fetch(1, self.blocks[1]) end
+  for i, block in ipairs(self.blocks) do
     if block.resident then
-      scope.no_grad(update_part, block, block.resident)
+      update_block(self, i, not self.in_memory and block.resident, update)
     else
       while read < min(#self.file_blocks, reached + 1 + self.ahead) do
         read = read + 1
@@ -316,24 +346,27 @@ local function stream(self, update)
       local slot = reached % self.slots
       reached = reached + 1
       self:check(C.ds_offload_wait(self.file, slot))
-      scope.no_grad(update_part, block, self.buffers[slot])
+      update_block(self, i, self.buffers[slot], update)
       self:check(C.ds_offload_write(self.file, slot, self.buffers[slot]._c, block.offset))
       if not self.write_behind then free(self, slot) end
     end
   end
   for slot = 0, self.file and self.slots - 1 or -1 do free(self, slot) end
+  if self.border then self.border:finish() end
 end
 
---- Runs update(segment) for all segments, in parts that are in memory for the length of the call:
--- of flat segments their blocks, else whole ones. When it returns, all is in the file. After an
--- error in between the vectors are good for nothing, and every later use says so.
+--- Runs update(segment) for all segments, in parts that are in the host's memory for the length of
+-- the call: of flat segments their blocks, else whole ones. When it returns, all is in the file,
+-- and weights are on their way to where they belong. After an error in between vectors on a disk
+-- are good for nothing, and every later use says so.
 function Store:stream(update)
   self:alive()
   self.buffers = {}
-  local ok, message = xpcall(stream, border.note, self, update)
+  local ok, message = xpcall(tensor.on, border.note, "cpu", stream, self, update)
   if ok then return end
   for slot = 0, self.file and self.slots - 1 or -1 do C.ds_offload_wait(self.file, slot) end
-  self.broken = self.broken or message
+  if self.border then self.border:drain() end
+  self.broken = self.broken or not self.in_memory and message
   error(message, 0)
 end
 
@@ -353,8 +386,9 @@ function Store:counters()
   return out
 end
 
---- Gives the disk back; the vectors are gone.
+--- Gives the disk back, and what transfers went through; the vectors are gone.
 function Store:close()
+  if self.border then self.border:close() end
   if self.file then C.ds_offload_close(ffi.gc(self.file, nil)) end
   self.file, self.broken = nil, "the engine was destroyed"
 end

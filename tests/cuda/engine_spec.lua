@@ -4,6 +4,7 @@ local ds = require "ds"
 local nn, F = ds.nn, ds.F
 local host = require "ds.host"
 local helper = require "tests.cuda.helper"
+local training = require "tests.cuda.training"
 local common = require "tests.lua.helper"
 
 local says, has = common.says, common.has
@@ -19,58 +20,8 @@ function Net:forward(x, y)
   return y and (h - y):square():mean() or h
 end
 
---- An engine on a device, from the same seed.
-local function make(device, config, model)
-  local c = { train_micro_batch_size_per_gpu = 4, steps_per_print = 0, gradient_clipping = 0.5,
-    device = device, optimizer = { type = "AdamW", params = { lr = 0.05, weight_decay = 0.1 } } }
-  for key, value in pairs(config or {}) do c[key] = value end
-  return ds.initialize { model = model or ds.on("cpu", function()
-    ds.seed(5)
-    return Net()
-  end), config = c }
-end
-
---- Batches on the CPU.
-local function batches(n, rows)
-  ds.seed(9)
-  local out = {}
-  for i = 1, n do
-    out[i] = { ds.randn(rows or 4, 5, { device = "cpu" }):keep(),
-      ds.randn(rows or 4, 3, { device = "cpu" }):keep() }
-  end
-  return out
-end
-
---- Trains on a list of batches. @treturn table the losses
-local function train(engine, list)
-  local losses = {}
-  for i, b in ipairs(list) do
-    losses[i] = engine(b[1], b[2])
-    engine:backward(losses[i])
-    engine:step()
-  end
-  for i, loss in ipairs(losses) do losses[i] = loss:item() end
-  return losses
-end
-
-local function weights(engine)
-  local out = {}
-  for _, e in ipairs(engine.named) do
-    out[#out + 1] = e.parameter:to("f32"):to("cpu"):reshape(-1):tolist()
-  end
-  return out
-end
-
-local function near(expected, got, tolerance, what)
-  assert.equal(#expected, #got, what)
-  for i, e in ipairs(expected) do
-    if type(e) == "table" then
-      near(e, got[i], tolerance, what)
-    else
-      assert.is_near(e, got[i], tolerance * math.max(1, math.abs(e)), what)
-    end
-  end
-end
+local make, batches, train = training.maker(Net), training.batches, training.train
+local weights, near = training.weights, training.near
 
 local warm_up = { type = "WarmupLR",
   params = { warmup_num_steps = 6, warmup_type = "linear", warmup_max_lr = 0.05 } }
@@ -235,71 +186,6 @@ describe("an engine on a GPU", function()
       results[device] = out
     end
     near(results.cpu, results.cuda, 1e-4, "losses")
-  end)
-end)
-
-describe("an optimizer's state in host memory", function()
-  local host_store = require "ds.offload_host"
-
-  local function offloaded(more)
-    local c = { zero_optimization = { stage = 1, offload_optimizer = { device = "cpu" } } }
-    for key, value in pairs(more) do c[key] = value end
-    return c
-  end
-
-  for name, case in pairs {
-    f32 = { {}, 1e-4 }, bf16 = { { bf16 = { enabled = true } }, 0.03 },
-    Lamb = { { optimizer = { type = "Lamb", params = { lr = 0.02 } } }, 1e-4 },
-  } do
-    it("gives the same training: " .. name, function()
-      local list = batches(5)
-      local plain, away = make("cuda", case[1]), make("cuda", offloaded(case[1]))
-      near(train(plain, list), train(away, list), case[2], "loss")
-      near(weights(plain), weights(away), case[2], "weights")
-      away:destroy()
-    end)
-  end
-
-  it("comes in blocks, several at a time", function()
-    local list, c = batches(4), offloaded { bf16 = { enabled = true } }
-    local whole = make("cuda", c)
-    local expected, block = train(whole, list), host_store.BLOCK
-    host_store.BLOCK = 16
-    local small = make("cuda", c)
-    host_store.BLOCK = block
-    assert(#small.offload.blocks > 4)
-    assert.same(expected, train(small, list))
-    assert.same(weights(whole), weights(small))
-  end)
-
-  it("is saved, and loaded where it is not away", function()
-    local folder, list = common.temporary(), batches(5)
-    local c = { bf16 = { enabled = true } }
-    local away = make("cuda", offloaded(c))
-    train(away, { list[1], list[2], list[3] })
-    away:save_checkpoint(folder)
-    local expected = train(away, { list[4], list[5] })
-    local again, plain = make("cuda", offloaded(c)), make("cuda", c)
-    again:load_checkpoint(folder)
-    plain:load_checkpoint(folder)
-    assert.same(expected, train(again, { list[4], list[5] }))
-    near(expected, train(plain, { list[4], list[5] }), 0.03, "losses")
-    os.execute("rm -r " .. folder)
-  end)
-
-  it("is not on the GPU", function()
-    local Wide = nn.module "Wide"
-    function Wide:init() self.w = nn.Parameter(ds.zeros(1e6, { device = "cpu" })) end
-    function Wide:forward(x) return (self.w * x):sum() end
-    local function bytes(c)
-      local before = ds.cuda.memory_allocated()
-      local engine = make("cuda", c, ds.on("cpu", Wide))
-      local out = ds.cuda.memory_allocated() - before
-      engine:destroy()
-      return out
-    end
-    local c = { bf16 = { enabled = true } }
-    assert.is_near(12e6, bytes(c) - bytes(offloaded(c)), 1e5) -- fp32 weights and two vectors
   end)
 end)
 
@@ -664,9 +550,25 @@ describe("transfers beside the host", function()
     assert(ds.cuda.memory_allocated() <= before - 8e6)
   end)
 
+  it("beside the kernels hand the device's memory on before they are over", function()
+    for _, n in ipairs { 0, 1, 4099 } do
+      local e, down, there = event(), pinned(n), ds.full({ n }, 3, { device = "cuda" }) * 2
+      check(C.ds_download_beside(e, down, there._c))
+      assert.equal(2, C.ds_references(there._c))
+      check(C.ds_event_hand_over(e))
+      assert.equal(1, C.ds_references(there._c))
+      there:zero_() -- after the download
+      check(C.ds_event_wait(e))
+      for i = 0, n - 1 do assert.equal(6, ffi.cast("float *", down.data)[i]) end
+    end
+  end)
+
   it("say what does not fit", function()
     local e, there = event(), ds.zeros(3, { device = "cuda" })
     says("4 f32 and 3 f32; both", function() check(C.ds_download_later(e, pinned(4), there._c)) end)
+    says("4 f32 and 3 f32; both", function()
+      check(C.ds_download_beside(e, pinned(4), there._c))
+    end)
     says("page-locked memory and the event's device only", function()
       check(C.ds_upload_later(e, there._c, ds.zeros(3, { device = "cpu" })._c))
     end)
