@@ -205,8 +205,10 @@ local zero_fields = {
   offload("offload_optimizer", "keeps the optimizer's state, and fp32 master weights, elsewhere " ..
     "than beside the weights; at any stage", {
     { "device", "string", "none", "where to: \"nvme\" is a disk, from which state is streamed " ..
-      "through each update, with the same results (without a GPU); \"cpu\" is the host's " ..
-      "memory: for an engine on a GPU the CPU updates there; without one it is there anyway",
+      "through each update; \"cpu\" is the host's memory, where it is anyway without a GPU. " ..
+      "Both have the same results. For an engine on a GPU the CPU updates: gradients come and " ..
+      "weights go block by block, and the host waits for each step's norm and each block's " ..
+      "gradient",
       enum = { "none", "cpu", "nvme" } },
     { "nvme_path", "string", nil, "folder on the disk, which must exist: each rank takes room " ..
       "there for its state, in a file that has no name and goes with the process" },
@@ -490,8 +492,11 @@ M.groups = {
           "the first. Not given: all", min = 1 },
         switch("partition_activations", "split what is kept over the ranks", "it is for ranks " ..
           "that compute on the same inputs, of one model in parts"),
-        idle("cpu_checkpointing", "boolean", false, "keep it in the host's memory, where it is " ..
-          "anyway on CPUs; on a GPU it is refused"),
+        { "cpu_checkpointing", "boolean", false, "on a GPU, what a checkpoint keeps, its " ..
+          "inputs, waits in the host's memory, page-locked: it goes and comes back, one " ..
+          "checkpoint ahead, beside the kernels, and the host waits for none of it. Not " ..
+          "together with cuda_graph, which is given up with a line. Without a GPU it is there " ..
+          "anyway." },
         idle("contiguous_memory_optimization", "boolean", false, "keep it in one buffer; freed " ..
           "blocks are used again by size here, so nothing is scattered"),
         idle("synchronize_checkpoint_boundary", "boolean", false, "wait for the device at each; " ..

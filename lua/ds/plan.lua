@@ -142,6 +142,7 @@ local function conclude()
   show.show(job, {
     engines = engines, base = runs[1].base, plain = plain, checkpointed = again,
     by_script = checkpoints > 0, blocks = fits,
+    to_host = engines[1].config.activation_checkpointing.cpu_checkpointing,
   })
 end
 
@@ -317,10 +318,14 @@ local function read_configs()
   function config.load(source, options)
     local settings = load(source, { world_size = job.ranks,
       optimizers = options and options.optimizers })
-    local z = settings.zero_optimization
+    local z, keeps = settings.zero_optimization, settings.activation_checkpointing
     local offload = type(z.offload_optimizer) == "table" and z.offload_optimizer or {}
-    settings.asked = { stage = z.stage, offload = offload.device == "nvme",
-      buffer_count = offload.buffer_count or 4 }
+    local gpu = (settings.device or job.device) == "cuda"
+    local in_host = gpu and offload.device == "cpu"
+    settings.asked = { stage = z.stage, offload = offload.device == "nvme" or in_host, gpu = gpu,
+      in_host = in_host, buffer_count = offload.buffer_count or 4 }
+    keeps.cpu_checkpointing = gpu and keeps.cpu_checkpointing
+    if gpu then require("ds.checkpointing_host").devices.meta = true end
     settings.device, z.stage, z.offload_optimizer, z.offload_param = "meta", 0, nil, nil
     return settings
   end
@@ -405,7 +410,7 @@ end
 --   memory, flops, bandwidth, disk, json
 function M.begin(text)
   job = show.read_job(text)
-  tensor.default_device = "meta"
+  job.device, tensor.default_device = tensor.default_device, "meta"
   log.info = function() end
   local checkpoint = checkpointing.run
   function checkpointing.run(f, module, ...)

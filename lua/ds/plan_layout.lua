@@ -64,7 +64,8 @@ function M.of(engine, ranks)
     wire = engine.zero.wire >= 0 and tonumber(C.ds_dtype_size(engine.zero.wire))
       or bytes_of(engine.zero.grad_dtype),
     scatter = z.reduce_scatter ~= false, most_gathered = z.allgather_bucket_size,
-    round_robin = z.round_robin_gradients, buffer_count = config.asked.buffer_count }
+    round_robin = z.round_robin_gradients, buffer_count = config.asked.buffer_count,
+    gpu = config.asked.gpu, in_host = config.asked.in_host }
   for g, group in ipairs(groups) do
     local sizes, largest = {}, 0
     for i, p in ipairs(group.params) do
@@ -196,15 +197,16 @@ end
 --- Bytes that a rank keeps and needs in between.
 -- @tparam table layout of M.of
 -- @tparam number stage 0 to 3
--- @tparam[opt] boolean offload the optimizer's vectors lie on a disk
+-- @tparam[opt] boolean offload the optimizer's vectors lie on a disk, or in a GPU's host
 -- @treturn table weights, gradients, optimizer, buffers (what is whole for a moment, or on its way
---   from the disk), disk; and start: what ds.initialize needs beside the weights as the script made
---   them, before it can drop those
+--   from the disk), disk, host; and start: what ds.initialize needs beside the weights as the
+--   script made them, before it can drop those. For an engine on a GPU all but disk and host is
+--   there
 function M.memory(layout, stage, offload)
   if layout.ranks == 1 then stage = 0 end
   local all, sharded = totals(layout)
   local out = { weights = all * layout.weight, gradients = all * layout.grad, buffers = 0,
-    disk = 0 }
+    disk = 0, host = 0 }
   local moving = 0
   if stage >= 1 then
     local share, split = 0, 0
@@ -224,7 +226,11 @@ function M.memory(layout, stage, offload)
   end
   local bytes, staged, masters = optimizer_bytes(layout, stage)
   out.optimizer = bytes
-  if offload then out.optimizer, out.buffers, out.disk = 0, out.buffers + staged, bytes end
+  if offload then
+    out.optimizer = 0
+    if not layout.gpu then out.buffers = out.buffers + staged end
+    out[layout.in_host and "host" or "disk"] = bytes
+  end
   out.start = out.weights + out.gradients + (offload and 0 or masters) + moving
   return out
 end

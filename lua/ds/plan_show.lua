@@ -73,12 +73,12 @@ end
 --- What all engines take at a stage, added up.
 local function sum_of_engines(plan, stage, offload)
   local sum = { stage = stage, offload = offload, weights = 0, gradients = 0, optimizer = 0,
-    buffers = 0, disk = 0, sent = 0, collectives = 0, start = 0 }
+    buffers = 0, disk = 0, host = 0, sent = 0, collectives = 0, start = 0 }
   local alone, until_now = 0, 0
   for _, e in ipairs(plan.engines) do
     local m, wire = layout.memory(e.layout, stage, offload), layout.wire(e.layout, stage)
     sum.start = math.max(sum.start, e.before - alone + until_now + m.start)
-    for _, key in ipairs { "weights", "gradients", "optimizer", "buffers", "disk" } do
+    for _, key in ipairs { "weights", "gradients", "optimizer", "buffers", "disk", "host" } do
       sum[key] = sum[key] + m[key]
     end
     until_now = until_now + m.weights + m.gradients + m.optimizer
@@ -93,7 +93,7 @@ local function times(job, row, run)
   local t = {
     computing = job.flops and (run.forward + run.backward) / job.flops,
     communication = job.bandwidth and row.sent / job.bandwidth,
-    disk = row.offload and job.disk and 2 * row.disk / job.disk or nil,
+    disk = row.disk > 0 and job.disk and 2 * row.disk / job.disk or nil,
   }
   t.step = t.computing and (t.computing + (t.communication or 0) + (t.disk or 0))
   return next(t) and t or nil
@@ -148,7 +148,8 @@ function M.table_of(job, plan)
     gradient_accumulation_steps = config.gradient_accumulation_steps,
     activations = activations_of(plan.plain),
     checkpointed = activations_of(plan.checkpointed),
-    checkpointed_by_script = plan.by_script, blocks = json.array(plan.blocks),
+    checkpointed_by_script = plan.by_script, checkpointed_to_host = plan.to_host,
+    blocks = json.array(plan.blocks),
     stages = stages,
   }
 end
@@ -221,9 +222,10 @@ local function print_head(out, job, p)
     or p.checkpointed and ", if ds.checkpoint kept everything"
     or ", with the script's ds.checkpoint")
   if p.checkpointed then
-    print_activations(out, p, p.checkpointed, "checkpointed", p.checkpointed_by_script
-      and ", as the script has it"
-      or (", if each of the blocks %s were a ds.checkpoint"):format(blocks_string(p.blocks)))
+    local what = p.checkpointed_by_script and ", as the script has it"
+      or (", if each of the blocks %s were a ds.checkpoint"):format(blocks_string(p.blocks))
+    print_activations(out, p, p.checkpointed, "checkpointed", what
+      .. (p.checkpointed_to_host and ", its input in the host's memory" or ""))
   end
 end
 
@@ -245,7 +247,7 @@ end
 
 local function name_of(row)
   return ("%sstage %d%s"):format(row.configured and "* " or "  ", row.stage,
-    row.offload and ", nvme" or "")
+    row.offload and (row.host > 0 and ", cpu" or ", nvme") or "")
 end
 
 local function total_string(t)

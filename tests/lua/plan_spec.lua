@@ -225,6 +225,31 @@ describe("dsrun plan", function()
     assert.is_nil(plan("").stages[1].plain.seconds)
   end)
 
+  it("has the GPU's memory where the engine is on one", function()
+    local function of(settings)
+      configure(settings)
+      return plan("--disk 1MB/s", "gpt.lua")
+    end
+    local keeps = { cpu_checkpointing = true }
+    local function state(device) return { stage = 1, offload_optimizer = { device = device,
+      nvme_path = "/tmp" } } end
+    local plain, disk = of { device = "cuda" }, of { device = "cuda", zero_optimization =
+      state "nvme", activation_checkpointing = keeps }
+    local memory = of { device = "cuda", zero_optimization = state "cpu" }
+    assert.equal(0, configured(disk).buffers) -- they are the host's
+    assert.same({ 0, 0 }, { configured(disk).optimizer, configured(disk).host })
+    assert.same({ 0, 0 }, { configured(memory).optimizer, configured(memory).disk })
+    assert.equal(plain.stages[1].optimizer, configured(disk).disk)
+    assert.equal(plain.stages[1].optimizer, configured(memory).host)
+    assert.is_nil(configured(memory).plain.seconds)
+    assert.is_true(disk.checkpointed_to_host)
+    assert.is_true(disk.checkpointed.bytes < plain.checkpointed.bytes)
+    assert.equal(plain.checkpointed.bytes, -- without a GPU it is there anyway
+      of({ activation_checkpointing = keeps }).checkpointed.bytes)
+    local _, out = sh "$D plan gpt.lua"
+    assert.falsy(out:find("the host's memory", 1, true))
+  end)
+
   it("is made of one step where the script makes no more", function()
     configure {}
     for _, words in ipairs { "", "--checkpoint" } do
