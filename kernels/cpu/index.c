@@ -248,22 +248,24 @@ LINE(add_u8, uint8_t, +=)
 LINE_HALF(add_bf16, DS_BF16, ds_bf16_to_f32)
 LINE_HALF(add_f16, DS_F16, ds_f16_to_f32)
 
+static line_fn *const adds[DS_DTYPES] = {
+    [DS_F32] = add_f32, [DS_BF16] = add_bf16, [DS_F16] = add_f16, [DS_F64] = add_f64,
+    [DS_I64] = add_i64, [DS_I32] = add_i32,   [DS_U8] = add_u8};
+
+/* The indices are i64, in range, and of the shape of what is written, with any strides. */
 static int scatter_lines(const char *name, line_fn *line, ds_tensor *y, const ds_tensor *index,
                          const ds_tensor *x, int dim)
 {
-    ds_tensor indices, lines[3];
+    ds_tensor lines[3];
     int64_t count, buffer_size = y->shape[dim];
     double *buffers;
     int rc, threads;
     walk w;
 
-    rc = DS_CPU(indices_load)(&indices, name, index, y->shape[dim]);
-    if (rc < 0)
-        return rc;
     count = index->shape[dim];
     lines[0] = flat_along(y, index, dim, 1);
     lines[1] = flat_along(x, index, dim, 1);
-    lines[2] = flat_along(&indices, index, dim, 1);
+    lines[2] = flat_along(index, index, dim, 1);
     rc = DS_CPU(walk_start)(&w, name, 3, (const ds_tensor *[]){&lines[0], &lines[1], &lines[2]},
                             WALK_ANY);
     threads = ds_threads(index->numel * 4);
@@ -282,7 +284,7 @@ static int scatter_lines(const char *name, line_fn *line, ds_tensor *y, const ds
         cursor_start(&c, &w, begin);
         for (; begin < end; begin++) {
             line(cursor_at(&c, &w, 0), y->stride[dim], y->shape[dim],
-                 (const int64_t *)(void *)cursor_at(&c, &w, 2), indices.stride[dim],
+                 (const int64_t *)(void *)cursor_at(&c, &w, 2), index->stride[dim],
                  cursor_at(&c, &w, 1), x->stride[dim], count,
                  buffers + buffer_size * omp_get_thread_num());
             cursor_advance(&c, &w, 1);
@@ -290,13 +292,13 @@ static int scatter_lines(const char *name, line_fn *line, ds_tensor *y, const ds
     }
 out:
     free(buffers);
-    free(indices.data);
     return rc;
 }
 
 static int scatter(const char *name, line_fn *line, ds_tensor *y, const ds_tensor *index,
                    const ds_tensor *x, int dim)
 {
+    ds_tensor indices;
     int rc = check(name, y, x, index, dim);
 
     if (rc == 0)
@@ -305,7 +307,13 @@ static int scatter(const char *name, line_fn *line, ds_tensor *y, const ds_tenso
         rc = fits(name, index, y, dim, 1);
     if (rc == 0 && !line)
         rc = ds_fail(DS_EINVAL, "%s: not for %s", name, ds_name_of(y->dtype));
-    return rc < 0 ? rc : scatter_lines(name, line, y, index, x, dim);
+    if (rc == 0)
+        rc = DS_CPU(indices_load)(&indices, name, index, y->shape[dim]);
+    if (rc < 0)
+        return rc;
+    rc = scatter_lines(name, line, y, &indices, x, dim);
+    free(indices.data);
+    return rc;
 }
 
 int DS_CPU(scatter)(ds_tensor *y, const ds_tensor *index, const ds_tensor *x, int dim)
@@ -317,17 +325,40 @@ int DS_CPU(scatter)(ds_tensor *y, const ds_tensor *index, const ds_tensor *x, in
 
 int DS_CPU(scatter_add)(ds_tensor *y, const ds_tensor *index, const ds_tensor *x, int dim)
 {
-    static line_fn *const by_dtype[DS_DTYPES] = {
-        [DS_F32] = add_f32, [DS_BF16] = add_bf16, [DS_F16] = add_f16, [DS_F64] = add_f64,
-        [DS_I64] = add_i64, [DS_I32] = add_i32,   [DS_U8] = add_u8};
+    return scatter("scatter_add", adds[y->dtype], y, index, x, dim);
+}
 
-    return scatter("scatter_add", by_dtype[y->dtype], y, index, x, dim);
+/* Slices of real numbers, summed by groups of equal indices. */
+static int add_slices(ds_tensor *y, const ds_tensor *indices, const ds_tensor *x, int dim)
+{
+    ds_tensor to = flat_along(y, y, dim, 1), from = flat_along(x, x, dim, 1);
+    int64_t *offset = malloc((size_t)(indices->numel + 1) * sizeof *offset);
+    int rc;
+
+    for (int64_t i = 0; offset && i < indices->numel; i++)
+        offset[i] = i * x->stride[dim];
+    rc = offset ? DS_CPU(sum_rows)("index_add", &to, y->stride[dim], y->shape[dim], &from, offset,
+                                   indices->data, indices->numel, 0)
+                : ds_fail(DS_ENOMEM, "index_add: out of memory");
+    free(offset);
+    return rc;
+}
+
+/* Integers wrap around, so they are added as they are: scatter_add with an index that is broadcast. */
+static int add_integers(ds_tensor *y, const ds_tensor *indices, const ds_tensor *x, int dim)
+{
+    ds_tensor index = *x;
+
+    index.data = indices->data;
+    index.dtype = DS_I64;
+    for (int i = 0; i < x->ndim; i++)
+        index.stride[i] = i == dim;
+    return scatter_lines("index_add", adds[y->dtype], y, &index, x, dim);
 }
 
 int DS_CPU(index_add)(ds_tensor *y, const ds_tensor *index, const ds_tensor *x, int dim)
 {
-    ds_tensor indices, to, from;
-    int64_t *offset;
+    ds_tensor indices;
     int rc = check("index_add", y, x, y, dim);
 
     if (rc == 0)
@@ -339,15 +370,8 @@ int DS_CPU(index_add)(ds_tensor *y, const ds_tensor *index, const ds_tensor *x, 
         rc = DS_CPU(indices_load)(&indices, "index_add", index, y->shape[dim]);
     if (rc < 0)
         return rc;
-    to = flat_along(y, y, dim, 1);
-    from = flat_along(x, x, dim, 1);
-    offset = malloc((size_t)(index->numel + 1) * sizeof *offset);
-    for (int64_t i = 0; offset && i < index->numel; i++)
-        offset[i] = i * x->stride[dim];
-    rc = offset ? DS_CPU(sum_rows)("index_add", &to, y->stride[dim], y->shape[dim], &from, offset,
-                                   indices.data, index->numel, 0)
-                : ds_fail(DS_ENOMEM, "index_add: out of memory");
-    free(offset);
+    rc = adds[y->dtype] && !ds_is_float(y->dtype) ? add_integers(y, &indices, x, dim)
+                                                  : add_slices(y, &indices, x, dim);
     free(indices.data);
     return rc;
 }

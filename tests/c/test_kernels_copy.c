@@ -323,6 +323,37 @@ static void selections(void **state)
     }
 }
 
+/* Integers wrap around, one by one or by rows. */
+static void integer_sums_wrap(void **state)
+{
+    static const struct {
+        int dtype;
+        double most, least; /* most + 1 is least */
+    } kinds[] = {{DS_U8, 255, 0}, {DS_I32, INT32_MAX, INT32_MIN}};
+    const ds_ops *ops = kernels();
+
+    (void)state;
+    for (size_t k = 0; k < sizeof kinds / sizeof *kinds; k++) {
+        ds_tensor y = dense(kinds[k].dtype, SHAPE(2, 3)), x = dense(kinds[k].dtype, SHAPE(4, 3));
+        ds_tensor rows = dense(DS_I64, SHAPE(4)), index = dense(DS_I64, SHAPE(4, 3));
+
+        for (int i = 0; i < 2; i++) {
+            assert_int_equal(ops->fill(&y, kinds[k].most), 0);
+            assert_int_equal(ops->fill(&x, 1), 0);
+            assert_int_equal(ops->fill(&rows, 1), 0);
+            assert_int_equal(ops->fill(&index, 1), 0);
+            assert_int_equal(
+                i ? ops->index_add(&y, &rows, &x, 0) : ops->scatter_add(&y, &index, &x, 0), 0);
+            for (int at = 0; at < 6; at++)
+                assert_true(get(&y, at) == (at < 3 ? kinds[k].most : kinds[k].least + 3));
+        }
+        drop(&y);
+        drop(&x);
+        drop(&rows);
+        drop(&index);
+    }
+}
+
 /* Low precision adds in f32 and rounds once: 1 + 300 × 2^-9 in bf16 is not 1. */
 static void sums_are_wide(void **state)
 {
@@ -521,9 +552,10 @@ int main(int argc, char **argv)
         cmocka_unit_test(copy_limits),   cmocka_unit_test(fills),
         cmocka_unit_test(triangles),     cmocka_unit_test(gathers),
         cmocka_unit_test(scatters),      cmocka_unit_test(selections),
-        cmocka_unit_test(sums_are_wide), cmocka_unit_test(bad_indices),
-        cmocka_unit_test(one_hots),      cmocka_unit_test(masks),
-        cmocka_unit_test(embeddings),    cmocka_unit_test(rotaries),
+        cmocka_unit_test(sums_are_wide), cmocka_unit_test(integer_sums_wrap),
+        cmocka_unit_test(bad_indices),   cmocka_unit_test(one_hots),
+        cmocka_unit_test(masks),         cmocka_unit_test(embeddings),
+        cmocka_unit_test(rotaries),
     };
     int done = each_level(argv);
 

@@ -144,7 +144,7 @@ describe("scatter_, scatter_add_, index_add", function()
 
   it("add rows", function()
     for _, dtype in ipairs(summed) do
-      for _, places in ipairs(dtype == "u8" and { 300 } or { 1, 6, 300 }) do
+      for _, places in ipairs { 1, 6, 300 } do -- at 1 and 6 sums of u8 wrap around
         helper.both(dtype, function(v, at)
           local out = {}
           for k, width in ipairs { 1, 40, 33 } do
