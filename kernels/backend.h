@@ -33,6 +33,7 @@ enum { DS_STREAM_KERNELS, DS_STREAM_COPIES };
 
 typedef struct ds_backend {
     const char *name; /* "cpu", "cuda" */
+    int at_once; /* 1: its memory is the host's, and what is asked for is done when the call returns */
     ds_ops ops;
     /* Memory of this device, not zeroed; the caching allocator above calls it rarely. */
     int (*memory_take)(void **out, size_t bytes);

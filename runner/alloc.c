@@ -68,17 +68,30 @@ static struct pool pools[] = {
 /* What an allocation is for: Lua says it there, whatever the device. */
 static const ds_memory *const asked = &pools[DS_CPU].memory;
 
-/* ---- for the address sanitizer: what no tensor has is out of bounds */
+/* Page-locked memory is the GPU backend's to take and to give. */
+static const ds_backend *backend_of(int pool)
+{
+    return ds_backend_of(pool == DS_PINNED ? DS_CUDA : pool);
+}
+
+/* ---- for the address sanitizer: what no tensor has is out of bounds, also on a GPU that is simulated,
+ * but for the memory of recorded graphs, which use it again when they run */
+
+static int guarded(const ds_storage *s)
+{
+    return s->device == DS_CPU ||
+           (s->device == DS_CUDA && s->list < 2 && backend_of(DS_CUDA)->at_once);
+}
 
 static void forbid(const ds_storage *s, int64_t from)
 {
-    if (s->device == DS_CPU)
+    if (guarded(s))
         ASAN_POISON_MEMORY_REGION((char *)s->data + from, (size_t)(s->bytes - from));
 }
 
 static void allow(const ds_storage *s)
 {
-    if (s->device == DS_CPU)
+    if (guarded(s))
         ASAN_UNPOISON_MEMORY_REGION(s->data, (size_t)s->bytes);
 }
 
@@ -158,12 +171,6 @@ found:
 }
 
 /* ---- segments */
-
-/* Page-locked memory is the GPU backend's to take and to give. */
-static const ds_backend *backend_of(int pool)
-{
-    return ds_backend_of(pool == DS_PINNED ? DS_CUDA : pool);
-}
 
 /* A new segment as one piece, on no list. */
 static int segment_take(ds_storage **out, int pool, int64_t bytes)

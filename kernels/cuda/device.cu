@@ -128,6 +128,16 @@ static void scratch_give(void *data, size_t bytes)
         memory_give(data, bytes);
 }
 
+/* A block is larger than what was ever asked of it: on a simulated device the rest is out of bounds. */
+static void *scratch_asked(void *data, size_t bytes)
+{
+#ifdef DS_SIMT
+    simt::limit(data, bytes);
+#endif
+    (void)bytes;
+    return data;
+}
+
 void *ds_cuda_scratch(int slot, size_t bytes)
 {
     static struct {
@@ -138,7 +148,7 @@ void *ds_cuda_scratch(int slot, size_t bytes)
     size_t size = (size_t)1 << 20;
 
     if (blocks[slot].data && bytes <= blocks[slot].bytes)
-        return blocks[slot].data;
+        return scratch_asked(blocks[slot].data, bytes);
     while (size < bytes && size < most)
         size *= 2;
     if (size < bytes)
@@ -151,7 +161,7 @@ void *ds_cuda_scratch(int slot, size_t bytes)
         return NULL;
     blocks[slot].bytes = size;
     ds_cuda.counters.scratch += (int64_t)size;
-    return blocks[slot].data;
+    return scratch_asked(blocks[slot].data, bytes);
 }
 
 /* ---- transfers */
@@ -256,6 +266,9 @@ static int open_device(int local_rank, int local_size)
     memset(ds_cuda.fault, 0, sizeof *ds_cuda.fault);
     ds_cuda.sync = sync && *sync && strcmp(sync, "0");
     backend.name = "cuda";
+#ifdef DS_SIMT
+    backend.at_once = simt::at_once();
+#endif
     ds_cuda_fill_table(&backend.ops);
     backend.memory_take = memory_take;
     backend.memory_give = memory_give;

@@ -12,6 +12,15 @@
 
 #include <vector>
 
+#ifdef __has_feature
+#if __has_feature(address_sanitizer) && !defined __SANITIZE_ADDRESS__
+#define __SANITIZE_ADDRESS__ 1
+#endif
+#endif
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace simt
 {
 
@@ -20,7 +29,54 @@ place now;
 namespace
 {
 
-const size_t STACK = 256 << 10, MOST_THREADS = 1024;
+#ifdef __SANITIZE_ADDRESS__
+const size_t STACK = 1 << 20; /* what surrounds its variables takes more */
+#else
+const size_t STACK = 256 << 10;
+#endif
+const size_t MOST_THREADS = 1024;
+
+/* A stack, as the address sanitizer has to know of it: whose frames are whose, and where it ends. */
+struct stack {
+    const void *bottom;
+    size_t bytes;
+    void *frames; /* the sanitizer's own, while another stack is in use */
+};
+
+#ifdef __SANITIZE_ADDRESS__
+/* Before another stack is in use; `of` NULL: this one is not used again. */
+void leave(stack *of, const stack *to)
+{
+    __sanitizer_start_switch_fiber(of ? &of->frames : NULL, to->bottom, to->bytes);
+}
+/* When a stack is in use again, or (`of` NULL) for the first time; *last: the one before. */
+void arrive(const stack *of, stack *last)
+{
+    __sanitizer_finish_switch_fiber(of ? of->frames : NULL, last ? &last->bottom : NULL,
+                                    last ? &last->bytes : NULL);
+}
+void forbid(const void *data, size_t bytes)
+{
+    ASAN_POISON_MEMORY_REGION(data, bytes);
+}
+void allow(const void *data, size_t bytes)
+{
+    ASAN_UNPOISON_MEMORY_REGION(data, bytes);
+}
+#else
+void leave(stack *, const stack *)
+{
+}
+void arrive(const stack *, stack *)
+{
+}
+void forbid(const void *, size_t)
+{
+}
+void allow(const void *, size_t)
+{
+}
+#endif
 
 #ifdef __x86_64__
 /* Saves what a call must keep, and goes on with another stack: some 20 ns, where swapcontext() asks
@@ -36,8 +92,9 @@ __asm__(".text\n"
         "  ret\n");
 struct context {
     void *stack_pointer;
+    struct stack stack;
 };
-static void go(context *from, context *to)
+static void jump(context *from, context *to)
 {
     simt_switch(&from->stack_pointer, to->stack_pointer);
 }
@@ -54,8 +111,9 @@ static void prepare(context *c, char *stack, void (*entry)())
 #else
 struct context {
     ucontext_t c;
+    struct stack stack;
 };
-static void go(context *from, context *to)
+static void jump(context *from, context *to)
 {
     swapcontext(&from->c, &to->c);
 }
@@ -68,6 +126,13 @@ static void prepare(context *c, char *stack, void (*entry)())
     makecontext(&c->c, entry, 0);
 }
 #endif
+
+static void go(context *from, context *to)
+{
+    leave(&from->stack, &to->stack);
+    jump(from, to);
+    arrive(&from->stack, NULL);
+}
 
 enum state { READY, AT_BARRIER, IN_WARP, DONE };
 
@@ -125,6 +190,7 @@ void yield()
 
 void entry()
 {
+    arrive(NULL, &b.scheduler.stack);
     (*b.body)();
     fiber &f = b.fibers[b.current];
 
@@ -135,7 +201,8 @@ void entry()
     w.present &= ~(1u << b.current % 32);
     if (w.arrived && (w.mask & ~w.present & ~w.arrived))
         wrong("ended while lanes of its warp wait for it");
-    go(&f.at, &b.scheduler);
+    leave(NULL, &b.scheduler.stack);
+    jump(&f.at, &b.scheduler);
 }
 
 void run_block()
@@ -151,6 +218,7 @@ void run_block()
         f.thread.y = (unsigned)i / now.threads.x % now.threads.y;
         f.thread.z = (unsigned)i / now.threads.x / now.threads.y;
         prepare(&f.at, b.stacks + (size_t)i * STACK, entry);
+        f.at.stack = {b.stacks + (size_t)i * STACK, STACK, NULL};
     }
     for (int i = 0; i < (b.threads + 31) / 32; i++) {
         int lanes = b.threads - i * 32 < 32 ? b.threads - i * 32 : 32;
@@ -200,6 +268,7 @@ void launch_now(const char *name, dim3 grid, dim3 block, size_t shared, std::fun
     now.threads = block;
     now.blocks = grid;
     uint64_t blocks = (uint64_t)grid.x * grid.y * grid.z;
+    char *end = (char *)dynamic_shared() + shared;
     for (uint64_t n = 0; n < blocks; n++) {
         uint64_t i = b.backwards ? blocks - 1 - n : n;
 
@@ -207,7 +276,9 @@ void launch_now(const char *name, dim3 grid, dim3 block, size_t shared, std::fun
         now.block.y = (unsigned)(i / grid.x % grid.y);
         now.block.z = (unsigned)(i / grid.x / grid.y);
         memset(b.shared.data(), 0xff, b.shared.size());
+        forbid(end, (size_t)(b.shared.data() + b.shared.size() - end));
         run_block();
+        allow(b.shared.data(), b.shared.size());
     }
 }
 

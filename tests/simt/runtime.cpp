@@ -17,6 +17,8 @@
 #include <stdlib.h>
 #include <time.h>
 
+#include <sanitizer/asan_interface.h> /* nothing unless the sanitizer is on */
+
 #include <deque>
 #include <map>
 #include <set>
@@ -31,7 +33,10 @@ void launch_now(const char *name, dim3 grid, dim3 block, size_t shared, std::fun
 static std::vector<std::function<void()>> *capturing;
 static cudaStreamCaptureMode capture_mode;
 static cudaError_t last = cudaSuccess;
-static std::map<void *, size_t> blocks, pinned;
+struct block {
+    size_t bytes, limit; /* limit 0: none */
+};
+static std::map<void *, block> blocks, pinned;
 static size_t taken;
 
 /* ---- streams */
@@ -114,14 +119,30 @@ void launch(cudaStream_t in, const char *name, dim3 grid, dim3 block, size_t sha
     enqueue(in, [=] { launch_now(name, grid, block, shared, body); });
 }
 
-static bool lies_in(const std::map<void *, size_t> &all, const void *data, size_t bytes)
+static bool lies_in(const std::map<void *, block> &all, const void *data, size_t bytes)
 {
     auto next = all.upper_bound((void *)data);
 
     if (next == all.begin())
         return false;
     --next;
-    return (const char *)data + bytes <= (char *)next->first + next->second;
+    return (const char *)data + bytes <= (char *)next->first + next->second.bytes;
+}
+
+bool at_once()
+{
+    return !getenv("DS_SIMT_LATE");
+}
+
+void limit(void *data, size_t bytes)
+{
+    block *of = &blocks[data];
+
+    if (bytes <= of->limit)
+        return;
+    of->limit = bytes;
+    ASAN_UNPOISON_MEMORY_REGION(data, bytes);
+    ASAN_POISON_MEMORY_REGION((char *)data + bytes, of->bytes - bytes);
 }
 
 bool is_device(const void *data, size_t bytes)
@@ -236,7 +257,7 @@ cudaError_t cudaMalloc(void **out, size_t bytes)
         posix_memalign(out, 512, bytes ? bytes : 1) != 0)
         return fails(cudaErrorMemoryAllocation);
     memset(*out, 0xff, bytes);
-    blocks[*out] = bytes;
+    blocks[*out] = {bytes, 0};
     taken += bytes;
     return cudaSuccess;
 }
@@ -244,7 +265,7 @@ cudaError_t cudaFree(void *p)
 {
     if (p) {
         run_all();
-        taken -= blocks[p];
+        taken -= blocks[p].bytes;
         blocks.erase(p);
         free(p);
     }
@@ -254,7 +275,7 @@ cudaError_t cudaHostAlloc(void **out, size_t bytes, unsigned)
 {
     if (posix_memalign(out, 4096, bytes ? bytes : 1) != 0)
         return fails(cudaErrorMemoryAllocation);
-    pinned[*out] = bytes;
+    pinned[*out] = {bytes, 0};
     return cudaSuccess;
 }
 cudaError_t cudaMallocHost(void **out, size_t bytes)

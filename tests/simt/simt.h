@@ -42,6 +42,11 @@ void enqueue(cudaStream_t stream, std::function<void()> work);
 void enqueue_steps(cudaStream_t stream, std::function<bool()> step);
 /* Whether these bytes lie in one block of the simulated device's memory. */
 bool is_device(const void *data, size_t bytes);
+/* Whether kernels are done when the call returns that asks for them: not so with DS_SIMT_LATE. */
+bool at_once();
+/* Of the block of memory that begins there no more than this was asked for, or what was said before: the
+ * address sanitizer, if it is on, lets nobody beyond. */
+void limit(void *data, size_t bytes);
 void *dynamic_shared();
 void must_align(const void *p, size_t bytes);
 void block_barrier();
