@@ -66,7 +66,7 @@ library := $(filter-out $(BUILD)/runner/main.o,$(objects))
 tests   := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/c/test_*.c))
 fuzzers := $(patsubst tests/fuzz/%.c,%,$(wildcard tests/fuzz/*.c))
 # what a kernel in a library of the user's own may include
-headers := $(addprefix kernels/,tensor.h error.h dtype.h philox.h backend.h ops.def) runner/ds.h
+headers := $(addprefix kernels/,tensor.h headers.h error.h dtype.h philox.h backend.h ops.def) runner/ds.h
 
 .PHONY: all setup demo test test-hosts soak bench bench-peers lint format asan fuzz install clean help \
         c-tests fuzzers tests-built simt gpu-check gpu-bundle sanitize-cuda FORCE

@@ -7,6 +7,8 @@
 
 #include <stdint.h>
 
+#include "headers.h"
+
 #define DS_MAX_DIM 8
 
 /* ds.h: begin ffi */

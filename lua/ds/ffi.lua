@@ -6,7 +6,9 @@ local ffi = require "ffi"
 local host = require "ds.host"
 
 ffi.cdef(host.cdef)
-ffi.cdef "extern const char ds_cdef[];" -- of a library of the user's own
+ffi.cdef [[ // of a library of the user's own
+extern const char ds_cdef[];
+unsigned long long ds_headers(void);]]
 
 local C = ffi.C
 local M = { C = C, host = host }
@@ -34,6 +36,13 @@ function M.declare(text) ffi.cdef(text) end
 function M.declarations_of(clib)
   local there, text = pcall(function() return clib.ds_cdef end)
   return there and ffi.string(text) or nil
+end
+
+--- Whether a library was compiled with this program's headers (kernels/headers.h). @treturn
+-- boolean|nil nil: it does not say
+function M.same_headers(clib)
+  local there, number = pcall(function() return clib.ds_headers() end)
+  if there then return number == C.ds_headers() end
 end
 
 --- Adds to an error message where in a model it happened; nn sets it.

@@ -129,6 +129,20 @@ end
 
 -- ---- loading
 
+--- A library of other headers is not called: tensors would lie elsewhere, arguments would be
+-- others. One that knows nothing of tensors needs none.
+local function check_headers(path, clib, declarations)
+  local same = border.same_headers(clib)
+  if same == false then
+    raise("load_library: %s was compiled with the headers of another dsrun: compile it again, with "
+      .. "those in ds.include_folder()", path)
+  end
+  if same == nil and declarations:find "%f[%w_]ds_%w" then
+    raise("load_library: %s does not say which headers it was compiled with: include "
+      .. "kernels/tensor.h or runner/ds.h of ds.include_folder(), and compile it again", path)
+  end
+end
+
 local Library = {}
 function Library.__index(library, name)
   raise("%s declares no function '%s'", rawget(library, "path"), tostring(name))
@@ -165,6 +179,7 @@ function M.load_library(path, declarations, options)
   end
   local fine, problem = pcall(border.declare, declarations)
   if not fine then raise("load_library: the declarations of %s: %s", path, problem) end
+  check_headers(path, clib, declarations)
   local library = { path = path, device = device }
   local out, count = { path = path }, 0
   for _, f in ipairs(functions_of(declarations)) do
@@ -184,7 +199,8 @@ function M.load_library(path, declarations, options)
 end
 
 --- The folder of the headers that a library's source includes: `-I` for its compiler. They are
--- kernels/tensor.h, error.h, dtype.h, philox.h, and runner/ds.h.
+-- kernels/tensor.h, error.h, dtype.h, philox.h, and runner/ds.h. A library carries their number,
+-- and is refused by a dsrun whose headers declare something else.
 -- @treturn string
 function M.include_folder()
   local root = border.host.root

@@ -109,6 +109,35 @@ describe("ds.load_library", function()
     helper.says("load_library: ", ds.load_library, place.folder .. "/text.so", declarations)
   end)
 
+  it("refuses a library of other headers, or of none where it takes tensors", function()
+    local header = assert(io.open(ds.include_folder() .. "/kernels/headers.h"))
+    local number = header:read "*a":match "#define DS_HEADERS (0x%x+)"
+    header:close()
+    assert.equal(18, #number)
+    local text = "unsigned long long ds_headers(void) { return %s; }\n"
+      .. "int own_eight(void) { return 8; }\n"
+    local function load(name, of)
+      return ds.load_library(compile(name, text:format(of)), "int own_eight(void);")
+    end
+    assert.equal(8, load("same", number).own_eight())
+    helper.says("other.so was compiled with the headers of another dsrun: compile it again", load,
+      "other", number .. " + 1")
+    local plain = compile("plain", "int own_nine(void *y) { return y != 0; }")
+    helper.says("plain.so does not say which headers it was compiled with: include "
+      .. "kernels/tensor.h", ds.load_library, plain, "int own_nine(ds_tensor *y);")
+  end)
+
+  it("takes one in C++ whose other functions are hidden", function()
+    if os.execute "command -v c++ >/dev/null" ~= 0 then return pending "there is no c++" end
+    place:write("cpp.cc", '#include "kernels/tensor.h"\nextern "C" __attribute__((visibility('
+      .. '"default"))) int own_ndim(const ds_tensor *x) { return x->ndim; }\n')
+    local code, _, err = place:sh(("c++ -Wall -Wextra -Werror -O2 -fvisibility=hidden -shared "
+      .. "-fPIC -I'%s' -o cpp.so cpp.cc"):format(ds.include_folder()))
+    assert(code == 0, err)
+    local cpp = ds.load_library(place.folder .. "/cpp.so", "int own_ndim(const ds_tensor *x);")
+    assert.equal(2, cpp.own_ndim(ds.ones(2, 3)))
+  end)
+
   it("lists what it can, when the library declares itself", function()
     local self = ds.load_library(compile("self", 'const char ds_cdef[] = "int own_seven(void);";\n'
       .. "int own_seven(void) { return 7; }\n"))
