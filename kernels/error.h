@@ -26,6 +26,14 @@ enum ds_code {
  * a full stop, with values, shapes and units. */
 int ds_fail(int code, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
+/* Returns what a call failed with. */
+#define DS_TRY(call)                                                                               \
+    do {                                                                                           \
+        int rc_ = (call);                                                                          \
+        if (rc_ < 0)                                                                               \
+            return rc_;                                                                            \
+    } while (0)
+
 /* The message of this thread's last failure; never NULL; valid until the next ds_fail(). */
 const char *ds_error(void);
 

@@ -174,9 +174,7 @@ int DS_CPU(arange)(ds_tensor *y, double start, double step)
 {
     double row[BUFFER];
 
-    if (y->ndim != 1)
-        return ds_fail(DS_EINVAL, "arange: the result has %d dimensions, but it must have 1",
-                       y->ndim);
+    DS_TRY(ds_check_arange(y));
     for (int64_t i = 0; i < y->numel; i += BUFFER) {
         int64_t n = y->numel - i < BUFFER ? y->numel - i : BUFFER;
 
@@ -206,27 +204,17 @@ int DS_CPU(triangle)(ds_tensor *y, const ds_tensor *x, int diagonal, int upper)
 {
     int threads = ds_threads(y->numel), last = y->ndim - 1;
     ds_tensor rows[2] = {*y, *x};
-    char have[128], want[128];
     int64_t columns;
     walk w;
-    int rc;
 
-    if (y->ndim < 2 || y->ndim != x->ndim ||
-        memcmp(y->shape, x->shape, sizeof(int64_t) * (size_t)y->ndim))
-        return ds_fail(DS_EINVAL, "triangle: %s and %s are not equally shaped matrices",
-                       DS_CPU(shape_text)(have, x), DS_CPU(shape_text)(want, y));
-    if (y->dtype != x->dtype)
-        return ds_fail(DS_EINVAL, "triangle: the result is %s, but it must be %s",
-                       ds_name_of(y->dtype), ds_name_of(x->dtype));
+    DS_TRY(ds_check_triangle(y, x));
     if (y->numel == 0)
         return 0;
     columns = y->shape[last];
     rows[0].shape[last] = rows[1].shape[last] = 1;
     rows[0].numel = rows[1].numel = y->numel / columns;
-    rc = DS_CPU(walk_start)(&w, "triangle", 2, (const ds_tensor *[]){&rows[0], &rows[1]},
-                            WALK_ROW_MAJOR);
-    if (rc < 0)
-        return rc;
+    DS_TRY(DS_CPU(walk_start)(&w, "triangle", 2, (const ds_tensor *[]){&rows[0], &rows[1]},
+                              WALK_ROW_MAJOR));
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         int64_t begin, end;

@@ -59,28 +59,19 @@ typedef walk_body *bodies[DS_DTYPES];
 
 /* ---- running a table of bodies */
 
-/* `kinds` has a letter an operand: x the common dtype, b bool, anything else is right already. */
+/* `kinds`: as ds_check_kinds() takes them. */
 static int elementwise(const char *name, const bodies by_dtype, const char *kinds, int count,
                        const ds_tensor *const *t, const double *scalars, enum cost cost)
 {
     const char *first = strrchr(kinds, 'x'); /* the last of them is an input */
-    int dtype = first ? t[first - kinds]->dtype : DS_BOOL, rc;
+    int dtype = first ? t[first - kinds]->dtype : DS_BOOL;
     walk w;
 
-    for (int k = 0; k < count; k++) {
-        int want = kinds[k] == 'x' ? dtype : kinds[k] == 'b' ? DS_BOOL : t[k]->dtype;
-
-        if (t[k]->dtype != want)
-            return ds_fail(DS_EINVAL, "%s: %s is %s, but it must be %s", name,
-                           k ? "an operand" : "the result", ds_name_of(t[k]->dtype),
-                           ds_name_of(want));
-    }
+    DS_TRY(ds_check_kinds(name, kinds, count, t));
     if (!by_dtype[dtype])
         return ds_fail(DS_EINVAL, "%s: not for %s%s", name, ds_name_of(dtype),
                        ds_is_float(dtype) ? "" : "; use :float() first");
-    rc = DS_CPU(walk_start)(&w, name, count, t, WALK_ANY);
-    if (rc < 0)
-        return rc;
+    DS_TRY(DS_CPU(walk_start)(&w, name, count, t, WALK_ANY));
     w.ones = cost == BROADCASTS;
     DS_CPU(walk_run)(&w, by_dtype[dtype], scalars, cost == COSTLY ? 8 : 1);
     return 0;
@@ -263,19 +254,11 @@ BODY(clamp_backward_f64, double, double, double, ((b[i] >= s0) & (b[i] <= s1)) ?
 int DS_CPU(clamp)(ds_tensor *y, const ds_tensor *x, double low, double high)
 {
     static const bodies by_dtype = {FLOATS(clamp), INTEGERS(clamp)};
-    /* the largest double below 2^63 */
-    static const double least[DS_DTYPES] = {[DS_I64] = -0x1p63, [DS_I32] = -0x1p31};
-    static const double most[DS_DTYPES] = {
-        [DS_I64] = 0x1.fffffffffffffp62, [DS_I32] = 0x1p31 - 1, [DS_U8] = 255};
     double bounds[] = {low, high};
 
-    if (low != low || high != high || low > high)
-        return ds_fail(DS_EINVAL, "clamp: no value lies between %g and %g", low, high);
-    for (int i = 0; i < 2 && !ds_is_float(x->dtype); i++) {
-        double whole = i ? floor(bounds[i]) : ceil(bounds[i]);
-
-        bounds[i] = fmin(fmax(whole, least[x->dtype]), most[x->dtype]);
-    }
+    DS_TRY(ds_check_clamp(low, high));
+    for (int i = 0; i < 2 && !ds_is_float(x->dtype); i++)
+        bounds[i] = ds_clamp_bound(bounds[i], i == 0, x->dtype);
     return elementwise("clamp", by_dtype, "xx", 2, (const ds_tensor *[]){y, x}, bounds, CHEAP);
 }
 
@@ -311,17 +294,9 @@ static int where(const char *name, ds_tensor *y, const ds_tensor *condition, con
     static walk_body *const by_size[] = {
         [1] = where_uint8_t, [2] = where_uint16_t, [4] = where_uint32_t, [8] = where_uint64_t};
     walk w;
-    int rc;
 
-    if (condition->dtype != DS_BOOL)
-        return ds_fail(DS_EINVAL, "%s: the condition is %s, but it must be bool", name,
-                       ds_name_of(condition->dtype));
-    if (a->dtype != b->dtype || y->dtype != a->dtype)
-        return ds_fail(DS_EINVAL, "%s: %s and %s cannot be mixed into %s", name,
-                       ds_name_of(a->dtype), ds_name_of(b->dtype), ds_name_of(y->dtype));
-    rc = DS_CPU(walk_start)(&w, name, 4, (const ds_tensor *[]){y, condition, a, b}, WALK_ANY);
-    if (rc < 0)
-        return rc;
+    DS_TRY(ds_check_where(name, y, condition, a, b));
+    DS_TRY(DS_CPU(walk_start)(&w, name, 4, (const ds_tensor *[]){y, condition, a, b}, WALK_ANY));
     walk_raw(&w, 0);
     walk_raw(&w, 2);
     walk_raw(&w, 3);

@@ -10,33 +10,13 @@
 
 /* ---- embedding */
 
-/* w, y and index share their last dimension's rules: y […, C], w [V, C], index […]. */
-static int check(const char *name, const ds_tensor *rows, const ds_tensor *w,
-                 const ds_tensor *index)
-{
-    char one[128], other[128];
-    int bad =
-        w->ndim != 2 || rows->ndim != index->ndim + 1 || rows->shape[rows->ndim - 1] != w->shape[1];
-
-    for (int i = 0; i < index->ndim && !bad; i++)
-        bad = rows->shape[i] != index->shape[i];
-    return bad ? ds_fail(DS_EINVAL, "%s: rows %s do not fit weight %s", name,
-                         DS_CPU(shape_text)(one, rows), DS_CPU(shape_text)(other, w))
-               : 0;
-}
-
 int DS_CPU(embedding)(ds_tensor *y, const ds_tensor *w, const ds_tensor *index)
 {
     ds_tensor indices, row = *w;
-    int last = index->ndim, rc = check("embedding", y, w, index);
+    int last = index->ndim, rc;
 
-    if (rc == 0 && y->dtype != w->dtype)
-        rc = ds_fail(DS_EINVAL, "embedding: the result is %s, but it must be %s",
-                     ds_name_of(y->dtype), ds_name_of(w->dtype));
-    if (rc == 0)
-        rc = DS_CPU(indices_load)(&indices, "embedding", index, w->shape[0]);
-    if (rc < 0)
-        return rc;
+    DS_TRY(ds_check_embedding(y, w, index));
+    DS_TRY(DS_CPU(indices_load)(&indices, "embedding", index, w->shape[0]));
     row.ndim = y->ndim;
     indices.ndim = y->ndim;
     indices.shape[last] = 1;
@@ -240,15 +220,10 @@ int DS_CPU(embedding_backward)(ds_tensor *dw, const ds_tensor *dy, const ds_tens
 {
     ds_tensor indices, to = *dw, from = *dy;
     int64_t *offset;
-    int rc = check("embedding_backward", dy, dw, index);
+    int rc;
 
-    if (rc == 0 && !(ds_is_float(dw->dtype) && ds_is_float(dy->dtype)))
-        rc = ds_fail(DS_EINVAL, "embedding_backward: gradients are %s and %s, not real numbers",
-                     ds_name_of(dw->dtype), ds_name_of(dy->dtype));
-    if (rc == 0)
-        rc = DS_CPU(indices_load)(&indices, "embedding_backward", index, dw->shape[0]);
-    if (rc < 0)
-        return rc;
+    DS_TRY(ds_check_embedding_backward(dw, dy, index));
+    DS_TRY(DS_CPU(indices_load)(&indices, "embedding_backward", index, dw->shape[0]));
     to.ndim = from.ndim = 1;
     to.numel = to.shape[0] = from.numel = from.shape[0] = dw->shape[1];
     to.stride[0] = dw->stride[1];
@@ -342,9 +317,7 @@ int DS_CPU(rotary)(ds_tensor *y, const ds_tensor *x, int64_t offset, double base
     int64_t half = x->ndim == 4 ? x->shape[3] / 2 : 0, batch = x->shape[0];
     double *scratch;
 
-    if (x->ndim != 4 || y->ndim != 4 || memcmp(x->shape, y->shape, 4 * sizeof *x->shape) ||
-        x->shape[3] % 2 || !ds_is_float(x->dtype) || x->dtype != y->dtype)
-        return ds_fail(DS_EINVAL, "rotary: [B x T x H x D] of real numbers with D even is needed");
+    DS_TRY(ds_check_rotary(y, x));
     if (x->numel == 0)
         return 0;
     scratch = malloc((size_t)threads * (size_t)half * 5 * sizeof *scratch);

@@ -10,20 +10,12 @@
 
 /* ---- indices */
 
-static int is_index(int dtype)
-{
-    return dtype == DS_I64 || dtype == DS_I32 || dtype == DS_U8;
-}
-
 int DS_CPU(indices_load)(ds_tensor *out, const char *name, const ds_tensor *index, int64_t bound)
 {
     int64_t *to, step = 1, bad = index->numel;
     int threads = ds_threads(index->numel);
     walk w;
 
-    if (!is_index(index->dtype))
-        return ds_fail(DS_EINVAL, "%s: the index is %s, but it must be i64 or i32", name,
-                       ds_name_of(index->dtype));
     DS_CPU(walk_start)(&w, name, 1, &index, WALK_ROW_MAJOR);
     *out = *index;
     out->dtype = DS_I64;
@@ -60,45 +52,6 @@ int DS_CPU(indices_load)(ds_tensor *out, const char *name, const ds_tensor *inde
     free(to);
     return ds_fail(DS_ERANGE, "%s: index %lld is out of range for size %lld (indices count from 0)",
                    name, (long long)bad, (long long)bound);
-}
-
-static int check(const char *name, const ds_tensor *y, const ds_tensor *x, const ds_tensor *like,
-                 int dim)
-{
-    if (y->dtype != x->dtype)
-        return ds_fail(DS_EINVAL, "%s: %s cannot be mixed with %s", name, ds_name_of(x->dtype),
-                       ds_name_of(y->dtype));
-    if (dim < 0 || dim >= x->ndim || (like && like->ndim != x->ndim))
-        return ds_fail(DS_EINVAL, "%s: dimension %d is not in a tensor of %d", name, dim + 1,
-                       x->ndim);
-    return 0;
-}
-
-/* t cut down to the shape of `like`, without its extent along dim: size n there, stride 0. */
-static ds_tensor flat_along(const ds_tensor *t, const ds_tensor *like, int dim, int64_t n)
-{
-    ds_tensor flat = *t;
-
-    flat.numel = 1;
-    for (int i = 0; i < t->ndim; i++) {
-        flat.shape[i] = i == dim ? n : like->shape[i];
-        flat.stride[i] = i == dim ? 0 : t->stride[i];
-        flat.numel *= flat.shape[i];
-    }
-    return flat;
-}
-
-/* a is of b's shape (or, if `within`, no larger) but for dimension `except`. */
-static int fits(const char *name, const ds_tensor *a, const ds_tensor *b, int except, int within)
-{
-    char one[128], other[128];
-    int bad = a->ndim != b->ndim;
-
-    for (int i = 0; i < a->ndim && !bad; i++)
-        bad = i != except && (within ? a->shape[i] > b->shape[i] : a->shape[i] != b->shape[i]);
-    return bad ? ds_fail(DS_EINVAL, "%s: %s does not match %s", name, DS_CPU(shape_text)(one, a),
-                         DS_CPU(shape_text)(other, b))
-               : 0;
 }
 
 /* ---- reading */
@@ -163,17 +116,11 @@ int DS_CPU(select_run)(const char *name, ds_tensor *y, const ds_tensor *x, const
 int DS_CPU(gather)(ds_tensor *y, const ds_tensor *x, const ds_tensor *index, int dim)
 {
     ds_tensor indices, flat;
-    int rc = check("gather", y, x, index, dim);
+    int rc;
 
-    if (rc == 0)
-        rc = fits("gather", y, index, -1, 0);
-    if (rc == 0)
-        rc = fits("gather", index, x, dim, 1);
-    if (rc == 0)
-        rc = DS_CPU(indices_load)(&indices, "gather", index, x->shape[dim]);
-    if (rc < 0)
-        return rc;
-    flat = flat_along(x, index, dim, index->shape[dim]);
+    DS_TRY(ds_check_gather(y, x, index, dim));
+    DS_TRY(DS_CPU(indices_load)(&indices, "gather", index, x->shape[dim]));
+    flat = ds_flat_along(x, index, dim, index->shape[dim]);
     rc = DS_CPU(select_run)("gather", y, &flat, &indices, x->stride[dim]);
     free(indices.data);
     return rc;
@@ -182,18 +129,11 @@ int DS_CPU(gather)(ds_tensor *y, const ds_tensor *x, const ds_tensor *index, int
 int DS_CPU(index_select)(ds_tensor *y, const ds_tensor *x, const ds_tensor *index, int dim)
 {
     ds_tensor indices, flat, wide;
-    int rc = check("index_select", y, x, y, dim);
+    int rc;
 
-    if (rc == 0)
-        rc = fits("index_select", y, x, dim, 0);
-    if (rc == 0 && (index->ndim != 1 || index->numel != y->shape[dim]))
-        rc = ds_fail(DS_EINVAL, "index_select: %lld indices cannot fill size %lld",
-                     (long long)index->numel, (long long)y->shape[dim]);
-    if (rc == 0)
-        rc = DS_CPU(indices_load)(&indices, "index_select", index, x->shape[dim]);
-    if (rc < 0)
-        return rc;
-    flat = flat_along(x, x, dim, index->numel);
+    DS_TRY(ds_check_index_select(y, x, index, dim));
+    DS_TRY(DS_CPU(indices_load)(&indices, "index_select", index, x->shape[dim]));
+    flat = ds_flat_along(x, x, dim, index->numel);
     wide = indices;
     wide.ndim = y->ndim;
     for (int i = 0; i < y->ndim; i++) {
@@ -263,9 +203,9 @@ static int scatter_lines(const char *name, line_fn *line, ds_tensor *y, const ds
     walk w;
 
     count = index->shape[dim];
-    lines[0] = flat_along(y, index, dim, 1);
-    lines[1] = flat_along(x, index, dim, 1);
-    lines[2] = flat_along(index, index, dim, 1);
+    lines[0] = ds_flat_along(y, index, dim, 1);
+    lines[1] = ds_flat_along(x, index, dim, 1);
+    lines[2] = ds_flat_along(index, index, dim, 1);
     rc = DS_CPU(walk_start)(&w, name, 3, (const ds_tensor *[]){&lines[0], &lines[1], &lines[2]},
                             WALK_ANY);
     threads = ds_threads(index->numel * 4);
@@ -299,18 +239,12 @@ static int scatter(const char *name, line_fn *line, ds_tensor *y, const ds_tenso
                    const ds_tensor *x, int dim)
 {
     ds_tensor indices;
-    int rc = check(name, y, x, index, dim);
+    int rc;
 
-    if (rc == 0)
-        rc = fits(name, index, x, -1, 1);
-    if (rc == 0)
-        rc = fits(name, index, y, dim, 1);
-    if (rc == 0 && !line)
-        rc = ds_fail(DS_EINVAL, "%s: not for %s", name, ds_name_of(y->dtype));
-    if (rc == 0)
-        rc = DS_CPU(indices_load)(&indices, name, index, y->shape[dim]);
-    if (rc < 0)
-        return rc;
+    DS_TRY(ds_check_scatter(name, y, index, x, dim));
+    if (!line)
+        return ds_fail(DS_EINVAL, "%s: not for %s", name, ds_name_of(y->dtype));
+    DS_TRY(DS_CPU(indices_load)(&indices, name, index, y->shape[dim]));
     rc = scatter_lines(name, line, y, &indices, x, dim);
     free(indices.data);
     return rc;
@@ -331,7 +265,7 @@ int DS_CPU(scatter_add)(ds_tensor *y, const ds_tensor *index, const ds_tensor *x
 /* Slices of real numbers, summed by groups of equal indices. */
 static int add_slices(ds_tensor *y, const ds_tensor *indices, const ds_tensor *x, int dim)
 {
-    ds_tensor to = flat_along(y, y, dim, 1), from = flat_along(x, x, dim, 1);
+    ds_tensor to = ds_flat_along(y, y, dim, 1), from = ds_flat_along(x, x, dim, 1);
     int64_t *offset = malloc((size_t)(indices->numel + 1) * sizeof *offset);
     int rc;
 
@@ -359,17 +293,10 @@ static int add_integers(ds_tensor *y, const ds_tensor *indices, const ds_tensor 
 int DS_CPU(index_add)(ds_tensor *y, const ds_tensor *index, const ds_tensor *x, int dim)
 {
     ds_tensor indices;
-    int rc = check("index_add", y, x, y, dim);
+    int rc;
 
-    if (rc == 0)
-        rc = fits("index_add", x, y, dim, 0);
-    if (rc == 0 && (index->ndim != 1 || index->numel != x->shape[dim]))
-        rc = ds_fail(DS_EINVAL, "index_add: %lld indices do not match size %lld",
-                     (long long)index->numel, (long long)x->shape[dim]);
-    if (rc == 0)
-        rc = DS_CPU(indices_load)(&indices, "index_add", index, y->shape[dim]);
-    if (rc < 0)
-        return rc;
+    DS_TRY(ds_check_index_add(y, index, x, dim));
+    DS_TRY(DS_CPU(indices_load)(&indices, "index_add", index, y->shape[dim]));
     rc = adds[y->dtype] && !ds_is_float(y->dtype) ? add_integers(y, &indices, x, dim)
                                                   : add_slices(y, &indices, x, dim);
     free(indices.data);
@@ -378,28 +305,19 @@ int DS_CPU(index_add)(ds_tensor *y, const ds_tensor *index, const ds_tensor *x, 
 
 int DS_CPU(one_hot)(ds_tensor *y, const ds_tensor *index)
 {
-    int last = y->ndim - 1, rc;
+    int last = y->ndim - 1;
     ds_tensor indices, lines, ones;
     int64_t one = 1;
 
-    if (y->dtype != DS_I64 || last != index->ndim)
-        return ds_fail(DS_EINVAL, "one_hot: the result must be i64 with one dimension more");
-    lines = *index;
-    lines.ndim = y->ndim;
-    lines.shape[last] = 1;
-    lines.stride[last] = 0;
-    rc = fits("one_hot", y, &lines, last, 0);
-    if (rc == 0)
-        rc = DS_CPU(indices_load)(&indices, "one_hot", index, y->shape[last]);
-    if (rc < 0)
-        return rc;
+    DS_TRY(ds_check_one_hot(&lines, y, index));
+    DS_TRY(DS_CPU(indices_load)(&indices, "one_hot", index, y->shape[last]));
     free(indices.data);
     ones = lines;
     ones.dtype = DS_I64;
     ones.data = &one;
     memset(ones.stride, 0, sizeof ones.stride);
-    rc = DS_CPU(fill)(y, 0);
-    return rc < 0 ? rc : DS_CPU(scatter)(y, &lines, &ones, last);
+    DS_TRY(DS_CPU(fill)(y, 0));
+    return DS_CPU(scatter)(y, &lines, &ones, last);
 }
 
 /* ---- masks: the k-th true element in row-major order is the k-th of the other side */
@@ -465,16 +383,11 @@ static int64_t mask_part(const walk *w, mask_fn *row, char *list, int64_t begin,
 static int masked(const char *name, mask_fn *row, const ds_tensor *x, const ds_tensor *mask,
                   char *list, int64_t room, int exact, int64_t *count)
 {
-    int threads = ds_threads(x->numel), rc;
+    int threads = ds_threads(x->numel);
     int64_t start[threads + 1];
     walk w;
 
-    if (mask->dtype != DS_BOOL)
-        return ds_fail(DS_EINVAL, "%s: the mask is %s, but it must be bool", name,
-                       ds_name_of(mask->dtype));
-    rc = DS_CPU(walk_start)(&w, name, 2, (const ds_tensor *[]){x, mask}, WALK_ROW_MAJOR);
-    if (rc < 0)
-        return rc;
+    DS_TRY(DS_CPU(walk_start)(&w, name, 2, (const ds_tensor *[]){x, mask}, WALK_ROW_MAJOR));
     memset(start, 0, sizeof start);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -503,6 +416,7 @@ static int masked(const char *name, mask_fn *row, const ds_tensor *x, const ds_t
 
 int DS_CPU(mask_count)(int64_t *count, const ds_tensor *mask)
 {
+    DS_TRY(ds_check_mask("mask_count", mask));
     return masked("mask_count", NULL, mask, mask, NULL, 0, 0, count);
 }
 
@@ -510,9 +424,7 @@ int DS_CPU(masked_select)(ds_tensor *y, const ds_tensor *x, const ds_tensor *mas
 {
     int64_t count;
 
-    if (y->dtype != x->dtype || !y->dense)
-        return ds_fail(DS_EINVAL, "masked_select: the result must be dense and %s",
-                       ds_name_of(x->dtype));
+    DS_TRY(ds_check_masked_select(y, x, mask));
     return masked("masked_select", take_row, x, mask, y->data, y->numel, 1, &count);
 }
 
@@ -520,8 +432,6 @@ int DS_CPU(masked_scatter)(ds_tensor *y, const ds_tensor *mask, const ds_tensor 
 {
     int64_t count;
 
-    if (y->dtype != x->dtype || !x->dense)
-        return ds_fail(DS_EINVAL, "masked_scatter: the source must be dense and %s",
-                       ds_name_of(y->dtype));
+    DS_TRY(ds_check_masked_scatter(y, mask, x));
     return masked("masked_scatter", give_row, y, mask, x->data, x->numel, 0, &count);
 }

@@ -4,7 +4,7 @@
 
 #include "kernels/cpu/walk.h"
 
-/* *out: the indices of a tensor as a dense one of i64 in row-major order, each checked to be in
+/* *out: the indices of a tensor, whose dtype was checked, as a dense one of i64 in row-major order, each checked to be in
  * [0, bound). free(out->data) afterwards. DS_ERANGE names the first one that is not. */
 int DS_CPU(indices_load)(ds_tensor *out, const char *name, const ds_tensor *index, int64_t bound);
 

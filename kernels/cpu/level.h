@@ -11,6 +11,7 @@
 #include <stdint.h>
 
 #include "kernels/backend.h"
+#include "kernels/checks.h"
 #include "kernels/dtype.h"
 #include "kernels/error.h"
 #include "kernels/tensor.h"

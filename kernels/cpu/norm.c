@@ -24,72 +24,11 @@ typedef struct norm {
     double eps;
 } norm;
 
-/* ---- checking */
-
-static int check_rows(const char *what, const char *name, const ds_tensor *t, const ds_tensor *x)
+static void set_shape(norm *n, const ds_tensor *x)
 {
-    int last = x->ndim - 1;
-
-    if (!t)
-        return 0;
-    if (!ds_is_float(t->dtype) || (t->dtype == DS_F64) != (x->dtype == DS_F64))
-        return ds_fail(DS_EINVAL, "%s: %s is %s beside an input of %s", what, name,
-                       ds_name_of(t->dtype), ds_name_of(x->dtype));
-    if (t->ndim != x->ndim || t->numel != x->numel ||
-        memcmp(t->shape, x->shape, (size_t)x->ndim * sizeof *x->shape) != 0)
-        return ds_fail(DS_EINVAL,
-                       "%s: %s has %lld elements in %d dimensions, must have the "
-                       "input's shape (%lld in %d)",
-                       what, name, (long long)t->numel, t->ndim, (long long)x->numel, x->ndim);
-    if (t->stride[last] != 1 && t->shape[last] > 1)
-        return ds_fail(DS_EINVAL,
-                       "%s: the last dimension of %s is not dense (stride %lld; call "
-                       "contiguous() first)",
-                       what, name, (long long)t->stride[last]);
-    return 0;
-}
-
-/* n elements, dense. */
-static int check_vector(const char *what, const char *name, const ds_tensor *t, int64_t n,
-                        const ds_tensor *x)
-{
-    if (!t)
-        return 0;
-    if (t->numel != n || !t->dense)
-        return ds_fail(DS_EINVAL, "%s: %s has %lld elements, must have %lld, dense", what, name,
-                       (long long)t->numel, (long long)n);
-    if (!ds_is_float(t->dtype) || (t->dtype == DS_F64 && x->dtype != DS_F64))
-        return ds_fail(DS_EINVAL, "%s: %s is %s beside an input of %s", what, name,
-                       ds_name_of(t->dtype), ds_name_of(x->dtype));
-    return 0;
-}
-
-static int check_statistics(const char *what, const norm *n)
-{
-    const ds_tensor *both[] = {n->mean, n->rstd};
-
-    if (!n->rstd)
-        return ds_fail(DS_EINVAL, "%s: rstd is missing", what);
-    for (int i = 0; i < 2; i++) {
-        int rc = check_vector(what, i ? "rstd" : "mean", both[i], n->rows, n->x);
-
-        if (rc < 0)
-            return rc;
-        if (both[i] && (both[i]->dtype == DS_BF16 || both[i]->dtype == DS_F16))
-            return ds_fail(DS_EINVAL, "%s: %s is %s, must be f32", what, i ? "rstd" : "mean",
-                           ds_name_of(both[i]->dtype));
-    }
-    return 0;
-}
-
-static int set_shape(norm *n, const char *what, const ds_tensor *x)
-{
-    if (x->ndim < 1)
-        return ds_fail(DS_EINVAL, "%s: the input has no dimensions", what);
     n->x = x;
     n->C = x->shape[x->ndim - 1];
     n->rows = n->C ? x->numel / n->C : 0;
-    return check_rows(what, "the input", x, x);
 }
 
 /* ---- rows */
@@ -459,22 +398,12 @@ static const float *column(const ds_tensor *t, float *buffer, int64_t n, float o
 int DS_CPU(norm)(ds_tensor *y, ds_tensor *sum, ds_tensor *mean, ds_tensor *rstd, const ds_tensor *x,
                  const ds_tensor *delta, const ds_tensor *w, const ds_tensor *b, double eps)
 {
-    static const char what[] = "norm";
     norm n = {.y = y, .sum = sum, .mean = mean, .rstd = rstd, .delta = delta, .eps = eps};
-    int threads = ds_threads(x->numel), rc = set_shape(&n, what, x);
+    int threads = ds_threads(x->numel);
     float *memory;
 
-    if (rc < 0 || (rc = check_rows(what, "the output", y, x)) < 0 ||
-        (rc = check_rows(what, "sum", sum, x)) < 0 ||
-        (rc = check_rows(what, "delta", delta, x)) < 0 || (rc = check_statistics(what, &n)) < 0 ||
-        (rc = check_vector(what, "w", w, n.C, x)) < 0 ||
-        (rc = check_vector(what, "b", b, n.C, x)) < 0)
-        return rc;
-    if (!delta != !sum || (sum && (sum->dtype != x->dtype || delta->dtype != y->dtype)))
-        return ds_fail(DS_EINVAL,
-                       "%s: sum and delta belong together; sum is of the input's dtype, "
-                       "delta of the output's",
-                       what);
+    DS_TRY(ds_check_norm(y, sum, mean, rstd, x, delta, w, b));
+    set_shape(&n, x);
     if (x->dtype == DS_F64) {
         forward_f64(&n, w, b);
         return 0;
@@ -517,21 +446,12 @@ int DS_CPU(norm_backward)(ds_tensor *dx, ds_tensor *dw, ds_tensor *db, const ds_
                           const ds_tensor *x, const ds_tensor *w, const ds_tensor *mean,
                           const ds_tensor *rstd, const ds_tensor *dsum, int accumulate)
 {
-    static const char what[] = "norm_backward";
     norm n = {.dx = dx, .dy = dy, .dsum = dsum, .mean = mean, .rstd = rstd};
-    int threads = ds_threads(x->numel), rc = set_shape(&n, what, x);
+    int threads = ds_threads(x->numel);
     float *memory;
 
-    if (rc < 0 || (rc = check_rows(what, "dx", dx, x)) < 0 ||
-        (rc = check_rows(what, "dy", dy, x)) < 0 || (rc = check_rows(what, "dsum", dsum, x)) < 0 ||
-        (rc = check_statistics(what, &n)) < 0 || (rc = check_vector(what, "w", w, n.C, x)) < 0 ||
-        (rc = check_vector(what, "dw", dw, n.C, x)) < 0 ||
-        (rc = check_vector(what, "db", db, n.C, x)) < 0)
-        return rc;
-    if (dx->dtype != x->dtype || (dsum && dsum->dtype != x->dtype))
-        return ds_fail(DS_EINVAL, "%s: dx is %s and dsum %s, must be %s as the input", what,
-                       ds_name_of(dx->dtype), dsum ? ds_name_of(dsum->dtype) : "none",
-                       ds_name_of(x->dtype));
+    DS_TRY(ds_check_norm_backward(dx, dw, db, dy, x, w, mean, rstd, dsum));
+    set_shape(&n, x);
     if (x->dtype == DS_F64) {
         backward_f64(&n, w, dw, db, accumulate);
         return 0;

@@ -33,48 +33,6 @@ typedef void rule(void *p, void *a, void *b, const void *g, int64_t n, const ds_
 #define NAME(rule) rule##_f64
 #include "kernels/cpu/optim_loops.h"
 
-/* [t]: n numbers of a dtype. */
-static int check_numbers(const char *what, const char *name, const ds_tensor *t, int dtype,
-                         int64_t n)
-{
-    if (t && (t->dtype != dtype || t->numel != n || !t->dense || t->device != DS_CPU))
-        return ds_fail(DS_EINVAL, "%s: %s is %lld numbers in %s, must be %lld in %s, dense%s", what,
-                       name, (long long)t->numel, ds_name_of(t->dtype), (long long)n,
-                       ds_name_of(dtype), t->device == DS_CPU ? "" : ", on the weights' device");
-    return 0;
-}
-
-/* state: the rest of what must lie beside p, may hold NULLs. */
-static int check(const char *what, const ds_tensor *p, const ds_tensor *const state[2],
-                 const ds_tensor *low, const ds_tensor *g)
-{
-    const ds_tensor *all[] = {p, state[0], state[1], low, g};
-
-    if (p->dtype != DS_F32 && p->dtype != DS_F64)
-        return ds_fail(DS_EINVAL, "%s: weights are %s, must be f32 or f64", what,
-                       ds_name_of(p->dtype));
-    for (int i = 0; i < 5; i++) {
-        if (!all[i])
-            continue;
-        if (all[i]->numel != p->numel)
-            return ds_fail(DS_EINVAL, "%s: %lld elements beside %lld weights", what,
-                           (long long)all[i]->numel, (long long)p->numel);
-        if (!all[i]->dense)
-            return ds_fail(DS_EINVAL, "%s: a buffer is not dense (call contiguous() first)", what);
-    }
-    for (int i = 0; i < 2; i++)
-        if (state[i] && state[i]->dtype != p->dtype)
-            return ds_fail(DS_EINVAL, "%s: state is %s beside %s weights", what,
-                           ds_name_of(state[i]->dtype), ds_name_of(p->dtype));
-    if (!ds_is_float(g->dtype) || (p->dtype == DS_F64) != (g->dtype == DS_F64))
-        return ds_fail(DS_EINVAL, "%s: gradients are %s beside %s weights", what,
-                       ds_name_of(g->dtype), ds_name_of(p->dtype));
-    if (low && (p->dtype != DS_F32 || (low->dtype != DS_BF16 && low->dtype != DS_F16)))
-        return ds_fail(DS_EINVAL, "%s: a %s copy of %s weights, must be bf16 or f16 of f32", what,
-                       ds_name_of(low->dtype), ds_name_of(p->dtype));
-    return 0;
-}
-
 /* Where element i lies. */
 static void *at(const ds_tensor *t, int64_t i)
 {
@@ -108,12 +66,7 @@ static int prepare(const char *what, const ds_tensor *p, const ds_tensor *a, con
                    const ds_tensor *low, const ds_tensor *g, const ds_tensor *factor,
                    const ds_tensor *rates, ds_hyper *h)
 {
-    const ds_tensor *const state[2] = {a, b};
-    int rc = check(what, p, state, low, g);
-
-    if (rc < 0 || (rc = check_numbers(what, "factor", factor, DS_F32, 1)) < 0 ||
-        (rc = check_numbers(what, "rates", rates, DS_F64, 3)) < 0)
-        return rc;
+    DS_TRY(ds_check_optimizer(what, p, a, b, low, g, factor, rates));
     return !ds_hyper_read(h, factor ? factor->data : NULL, rates ? rates->data : NULL);
 }
 
@@ -280,18 +233,9 @@ int DS_CPU(lamb)(ds_tensor *p, ds_tensor *m, ds_tensor *v, ds_tensor *low, const
 int DS_CPU(square_sum)(ds_tensor *y, const ds_tensor *x, int accumulate)
 {
     double sum;
-    int rc;
 
-    if (y->numel != 1 || (y->dtype != DS_F32 && !(y->dtype == DS_F64 && x->dtype == DS_F64)))
-        return ds_fail(DS_EINVAL, "square_sum: the result is %lld numbers in %s, must be 1 in f32",
-                       (long long)y->numel, ds_name_of(y->dtype));
-    if (!ds_is_float(x->dtype))
-        return ds_fail(DS_EINVAL, "square_sum: not for %s", ds_name_of(x->dtype));
-    if (!x->dense)
-        return ds_fail(DS_EINVAL, "square_sum: the input is not dense (call contiguous() first)");
-    rc = DS_CPU(sum_squares)(&sum, x);
-    if (rc < 0)
-        return rc;
+    DS_TRY(ds_check_square_sum(y, x));
+    DS_TRY(DS_CPU(sum_squares)(&sum, x));
     if (y->dtype == DS_F64)
         *(double *)y->data = sum + (accumulate ? *(double *)y->data : 0);
     else
@@ -303,12 +247,8 @@ int DS_CPU(clip_factor)(ds_tensor *factor, ds_tensor *norm, const ds_tensor *squ
                         double max_norm, double scale, int skip)
 {
     double length;
-    int rc;
 
-    if ((rc = check_numbers("clip_factor", "factor", factor, DS_F32, 1)) < 0 ||
-        (rc = check_numbers("clip_factor", "norm", norm, DS_F32, 1)) < 0 ||
-        (rc = check_numbers("clip_factor", "the sum of squares", squares, DS_F32, 1)) < 0)
-        return rc;
+    DS_TRY(ds_check_clip_factor(factor, norm, squares));
     length = ds_clip_norm(*(float *)squares->data, scale);
     *(float *)norm->data = (float)length;
     *(float *)factor->data = (float)ds_clip_factor(length, max_norm, scale, skip);

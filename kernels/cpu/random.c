@@ -165,47 +165,30 @@ static int run(const job *job, ds_tensor *y)
     return 0;
 }
 
-static int check(const char *name, const ds_tensor *y, double a, double b)
-{
-    if (!ds_is_float(y->dtype))
-        return ds_fail(DS_EINVAL, "%s: not for %s", name, ds_name_of(y->dtype));
-    if (a - a != 0 || b - b != 0)
-        return ds_fail(DS_EINVAL, "%s: parameters %g and %g must be finite", name, a, b);
-    return 0;
-}
-
 int DS_CPU(uniform)(ds_tensor *y, double low, double high, uint64_t seed, uint64_t offset)
 {
     job job = {.name = "uniform", .seed = seed, .offset = offset, .a = low, .b = high};
-    int rc = check("uniform", y, low, high);
 
+    DS_TRY(ds_check_random("uniform", y, low, high));
     job.make = y->dtype == DS_F64 ? uniform_f64 : uniform_f32;
-    return rc < 0 ? rc : run(&job, y);
+    return run(&job, y);
 }
 
 int DS_CPU(normal)(ds_tensor *y, double mean, double std, uint64_t seed, uint64_t offset)
 {
     job job = {.name = "normal", .seed = seed, .offset = offset, .a = mean, .b = std};
-    int rc = check("normal", y, mean, std);
 
+    DS_TRY(ds_check_random("normal", y, mean, std));
     job.make = y->dtype == DS_F64 ? normal_f64 : normal_f32;
-    return rc < 0 ? rc : run(&job, y);
+    return run(&job, y);
 }
 
 int DS_CPU(randint)(ds_tensor *y, int64_t low, int64_t high, uint64_t seed, uint64_t offset)
 {
     job job = {.name = "randint", .seed = seed, .offset = offset, .low = low, .make = integers};
-    number fits;
 
+    DS_TRY(ds_check_randint(y, low, high));
     job.range = (uint64_t)high - (uint64_t)low;
-    if (ds_is_float(y->dtype))
-        return ds_fail(DS_EINVAL, "randint: not for %s, only for integers", ds_name_of(y->dtype));
-    if (high <= low || job.range > 1ull << 32)
-        return ds_fail(DS_EINVAL, "randint: from %lld to below %lld is not a range of 1 to 2^32",
-                       (long long)low, (long long)high);
-    if (DS_CPU(number_start)(&fits, "randint", (double)low, y->dtype, 1) < 0 ||
-        DS_CPU(number_start)(&fits, "randint", (double)(high - 1), y->dtype, 1) < 0)
-        return DS_EINVAL;
     return run(&job, y);
 }
 
@@ -213,11 +196,7 @@ int DS_CPU(dropout)(ds_tensor *y, const ds_tensor *x, double p, uint64_t seed, u
 {
     job job = {.name = "dropout", .seed = seed, .offset = offset, .a = p, .x = x};
 
-    if (!ds_is_float(x->dtype) || y->dtype != x->dtype)
-        return ds_fail(DS_EINVAL, "dropout: not from %s to %s", ds_name_of(x->dtype),
-                       ds_name_of(y->dtype));
-    if (!(p >= 0 && p <= 1))
-        return ds_fail(DS_EINVAL, "dropout: p is %g, but it must be between 0 and 1", p);
+    DS_TRY(ds_check_dropout(y, x, p));
     job.make = x->dtype == DS_F64 ? dropout_double : dropout_float;
     return run(&job, y);
 }

@@ -136,33 +136,16 @@ JOIN_BLOCKS(join_i64, int64_t, uint64_t, AS_IT_IS)
 JOIN_BLOCKS(join_i32, int32_t, uint32_t, AS_IT_IS)
 JOIN_BLOCKS(join_u8, uint8_t, uint32_t, AS_IT_IS) /* and bool: all is min, any is max */
 
-static int check(const ds_tensor *y, int dtype, int n, int op, double scale)
-{
-    int narrow = dtype >= 0 && dtype <= DS_F16 && y->dtype <= DS_F16;
-
-    if (n < 1 || op < 0 || op >= DS_REDUCTIONS)
-        return ds_fail(DS_EINVAL, "reduce_ranks: %d parts by reduction %d", n, op);
-    if (!y->dense)
-        return ds_fail(DS_EINVAL, "reduce_ranks: the result is not dense");
-    if (dtype != y->dtype && !narrow)
-        return ds_fail(DS_EINVAL, "reduce_ranks: parts are %s and the result is %s",
-                       ds_name_of(dtype), ds_name_of(y->dtype));
-    if (!ds_is_float(dtype) && (op == DS_MEAN || scale != 1))
-        return ds_fail(DS_EINVAL, "reduce_ranks: %s has no mean and no scale", ds_name_of(dtype));
-    return 0;
-}
-
 int DS_CPU(reduce_ranks)(ds_tensor *y, const void *const *parts, int dtype, int n, int op,
                          double scale)
 {
     static void (*const loops[DS_DTYPES])(const job *, int64_t, int64_t) = {
         [DS_F32] = join_f32, [DS_BF16] = join_bf16, [DS_F16] = join_f16, [DS_F64] = join_f64,
         [DS_I64] = join_i64, [DS_I32] = join_i32,   [DS_U8] = join_u8,   [DS_BOOL] = join_u8};
-    int rc = check(y, dtype, n, op, scale), threads = ds_threads(y->numel);
+    int threads = ds_threads(y->numel);
     job j = {y->data, parts, dtype, y->dtype, n, op, 0, scale};
 
-    if (rc < 0)
-        return rc;
+    DS_TRY(ds_check_reduce_ranks(y, dtype, n, op, scale));
     if (op == DS_MEAN && (n & (n - 1)) == 0)
         j.scale /= n; /* a power of two: the same bits as dividing, and faster */
     else

@@ -225,15 +225,8 @@ static int lines(const char *name, line_fn *const fn[2], int count, const ds_ten
     char *rows;
     walk w;
 
-    if (dim < 0 || dim >= t[0]->ndim)
-        return ds_fail(DS_EINVAL, "%s: dimension %d is not in a tensor of %d", name, dim + 1,
-                       t[0]->ndim);
+    DS_TRY(ds_check_softmax(name, count, t, dim));
     for (int k = 0; k < count; k++) {
-        if (!ds_is_float(t[0]->dtype) || t[k]->dtype != t[0]->dtype)
-            return ds_fail(DS_EINVAL, "%s: not from %s to %s", name, ds_name_of(t[k]->dtype),
-                           ds_name_of(t[0]->dtype));
-        if (t[k]->ndim != t[0]->ndim || t[k]->shape[dim] != t[0]->shape[dim])
-            return ds_fail(DS_EINVAL, "%s: shapes of inputs and result differ", name);
         flat[k] = *t[k];
         flat[k].shape[dim] = 1;
         flat[k].numel = t[k]->shape[dim] ? t[k]->numel / t[k]->shape[dim] : 0;
@@ -303,8 +296,6 @@ int DS_CPU(log_softmax_backward)(ds_tensor *dx, const ds_tensor *dy, const ds_te
  * loss = lse - (1 - smoothing) x[target] - smoothing mean(x), with lse = log Σ exp x (Szegedy et
  * al. 2016, section 7); dx = (exp(x - lse) - (1 - smoothing) [i = target] - smoothing / V) dloss. */
 
-enum { PER_ROW, MEAN, SUM };
-
 static int64_t target_at(const ds_tensor *target, int64_t i)
 {
     int64_t t;
@@ -315,25 +306,12 @@ static int64_t target_at(const ds_tensor *target, int64_t i)
     return t;
 }
 
-/* Shapes, dtypes and targets; *count is the rows that count. */
+/* The targets themselves; *count is the rows that count. */
 static int check_targets(const char *name, const ds_tensor *logits, const ds_tensor *target,
-                         const ds_tensor *lse, const ds_tensor *loss, int64_t ignore, int reduction,
-                         int64_t *count)
+                         int64_t ignore, int64_t *count)
 {
     int64_t rows = logits->shape[0], classes = logits->shape[1];
-    char one[128], other[128];
 
-    if (logits->ndim != 2 || target->ndim != 1 || target->shape[0] != rows || lse->ndim != 1 ||
-        lse->shape[0] != rows || loss->numel != (reduction == PER_ROW ? rows : 1))
-        return ds_fail(DS_EINVAL, "%s: logits %s do not fit target %s or the outputs", name,
-                       DS_CPU(shape_text)(one, logits), DS_CPU(shape_text)(other, target));
-    if (!ds_is_float(logits->dtype) || !(lse->dtype == DS_F32 || lse->dtype == DS_F64) ||
-        !ds_is_float(loss->dtype))
-        return ds_fail(DS_EINVAL, "%s: not from %s to %s with lse in %s", name,
-                       ds_name_of(logits->dtype), ds_name_of(loss->dtype), ds_name_of(lse->dtype));
-    if (target->dtype != DS_I64 && target->dtype != DS_I32 && target->dtype != DS_U8)
-        return ds_fail(DS_EINVAL, "%s: the target is %s, but it must be i64, i32 or u8", name,
-                       ds_name_of(target->dtype));
     *count = 0;
     for (int64_t i = 0; i < rows; i++) {
         int64_t t = target_at(target, i);
@@ -387,14 +365,13 @@ static double row_loss(double *lse, const void *row, int wide, int64_t n, int64_
 int DS_CPU(cross_entropy)(ds_tensor *loss, ds_tensor *lse, const ds_tensor *logits,
                           const ds_tensor *target, int64_t ignore, double smoothing, int reduction)
 {
-    int threads = ds_threads(logits->numel * 4), dtype = logits->dtype, rc;
+    int threads = ds_threads(logits->numel * 4), dtype = logits->dtype;
     int64_t count = 0, n = logits->shape[1], rows = logits->shape[0], row = (n * 8 + 63) / 64 * 64;
     double *losses, sum = 0;
     char *buffers;
 
-    rc = check_targets("cross_entropy", logits, target, lse, loss, ignore, reduction, &count);
-    if (rc < 0)
-        return rc;
+    DS_TRY(ds_check_cross_entropy("cross_entropy", logits, target, lse, loss, reduction));
+    DS_TRY(check_targets("cross_entropy", logits, target, ignore, &count));
     losses = room((size_t)(rows * 8 + threads * row + 64), "cross_entropy");
     if (!losses)
         return DS_ENOMEM;
@@ -419,11 +396,11 @@ int DS_CPU(cross_entropy)(ds_tensor *loss, ds_tensor *lse, const ds_tensor *logi
     }
     for (int64_t i = 0; i < rows; i++) {
         sum += losses[i];
-        if (reduction == PER_ROW)
+        if (reduction == DS_LOSS_PER_ROW)
             put(loss, i, losses[i]);
     }
-    if (reduction != PER_ROW)
-        put(loss, 0, reduction == MEAN ? sum / (double)count : sum);
+    if (reduction != DS_LOSS_PER_ROW)
+        put(loss, 0, reduction == DS_LOSS_MEAN ? sum / (double)count : sum);
     free(losses);
     return 0;
 }
@@ -452,17 +429,12 @@ int DS_CPU(cross_entropy_backward)(ds_tensor *dlogits, const ds_tensor *dloss,
                                    const ds_tensor *lse, int64_t ignore, double smoothing,
                                    int reduction)
 {
-    int threads = ds_threads(logits->numel * 4), dtype = logits->dtype, rc;
+    int threads = ds_threads(logits->numel * 4), dtype = logits->dtype;
     int64_t count = 0, n = logits->shape[1], rows = logits->shape[0], row = (n * 8 + 63) / 64 * 64;
     char *buffers;
 
-    rc = check_targets("cross_entropy_backward", logits, target, lse, dloss, ignore, reduction,
-                       &count);
-    if (rc == 0 && (dlogits->dtype != dtype || dlogits->ndim != 2 || dlogits->shape[0] != rows ||
-                    dlogits->shape[1] != n))
-        rc = ds_fail(DS_EINVAL, "cross_entropy_backward: dlogits must be as logits");
-    if (rc < 0)
-        return rc;
+    DS_TRY(ds_check_cross_entropy_backward(dlogits, dloss, logits, target, lse, reduction));
+    DS_TRY(check_targets("cross_entropy_backward", logits, target, ignore, &count));
     buffers = room((size_t)(2 * threads * row), "cross_entropy_backward");
     if (!buffers)
         return DS_ENOMEM;
@@ -474,8 +446,8 @@ int DS_CPU(cross_entropy_backward)(ds_tensor *dlogits, const ds_tensor *dloss,
         ds_part(&begin, &end, rows, 1);
         for (int64_t i = begin; i < end; i++) {
             int64_t t = target_at(target, i), size = ds_bytes_of(dtype);
-            double g =
-                get(dloss, reduction == PER_ROW ? i : 0) / (double)(reduction == MEAN ? count : 1);
+            double g = get(dloss, reduction == DS_LOSS_PER_ROW ? i : 0) /
+                       (double)(reduction == DS_LOSS_MEAN ? count : 1);
             char *x = (char *)logits->data + i * logits->stride[0] * size;
             char *y = (char *)dlogits->data + i * dlogits->stride[0] * size;
             void *out = row_of(y, dtype, n, dlogits->stride[1], mine, 0);

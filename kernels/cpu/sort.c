@@ -23,9 +23,7 @@ static int lines_start(walk *w, const char *name, int count, const ds_tensor *co
     ds_tensor lines[WALK_MAX];
     const ds_tensor *list[WALK_MAX];
 
-    if (dim < 0 || dim >= t[0]->ndim)
-        return ds_fail(DS_EINVAL, "%s: dimension %d is not in a tensor of %d", name, dim + 1,
-                       t[0]->ndim);
+    DS_TRY(ds_check_dim(name, t[0], dim));
     for (int k = 0; k < count; k++) {
         if (t[k]->ndim != t[0]->ndim)
             return ds_fail(DS_EINVAL, "%s: the result has %d dimensions, but it must have %d", name,
@@ -65,17 +63,13 @@ static void keys_load(uint64_t *keys, const char *x, int dtype, int64_t n, int64
 
 static int extreme(const char *name, ds_tensor *y, const ds_tensor *x, int dim, uint64_t flip)
 {
-    int threads = ds_threads(x->numel), rc;
+    int threads = ds_threads(x->numel);
     walk w;
 
-    rc = lines_start(&w, name, 2, (const ds_tensor *[]){x, y}, dim);
-    if (rc == 0 && (y->dtype != DS_I64 || y->shape[dim] != 1))
-        rc = ds_fail(DS_EINVAL, "%s: the result must be i64 of size 1 in dimension %d", name,
-                     dim + 1);
-    if (rc == 0 && x->shape[dim] == 0)
-        rc = ds_fail(DS_EINVAL, "%s: no elements in dimension %d", name, dim + 1);
-    if (rc < 0 || w.numel == 0)
-        return rc;
+    DS_TRY(ds_check_argmax(name, y, x, dim));
+    DS_TRY(lines_start(&w, name, 2, (const ds_tensor *[]){x, y}, dim));
+    if (w.numel == 0)
+        return 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         uint64_t keys[CHUNK];
@@ -221,16 +215,13 @@ static void cumsum_line(const walk *w, const cursor *c, int64_t count, int64_t y
 
 int DS_CPU(cumsum)(ds_tensor *y, const ds_tensor *x, int dim, int reverse)
 {
-    int threads = ds_threads(x->numel * 2), rc;
+    int threads = ds_threads(x->numel * 2);
     walk w;
 
-    rc = lines_start(&w, "cumsum", 2, (const ds_tensor *[]){y, x}, dim);
-    if (rc == 0 && (y->shape[dim] != x->shape[dim] || y->numel != x->numel ||
-                    ds_is_float(y->dtype) != ds_is_float(x->dtype)))
-        rc = ds_fail(DS_EINVAL, "cumsum: the result's shape or dtype (%s) does not fit %s",
-                     ds_name_of(y->dtype), ds_name_of(x->dtype));
-    if (rc < 0 || x->numel == 0)
-        return rc;
+    DS_TRY(ds_check_cumsum(y, x, dim));
+    DS_TRY(lines_start(&w, "cumsum", 2, (const ds_tensor *[]){y, x}, dim));
+    if (x->numel == 0)
+        return 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         int64_t begin, end, n;
@@ -352,19 +343,14 @@ static int ordered(const char *name, ds_tensor *values, ds_tensor *indices, cons
                    int dim, uint64_t flip)
 {
     int64_t n, k, size = ds_bytes_of(x->dtype);
-    int threads = ds_threads(x->numel * 16), rc;
+    int threads = ds_threads(x->numel * 16);
     item *scratch;
     walk w;
 
-    rc = lines_start(&w, name, 3, (const ds_tensor *[]){values, indices, x}, dim);
-    if (rc < 0)
-        return rc;
+    DS_TRY(lines_start(&w, name, 3, (const ds_tensor *[]){values, indices, x}, dim));
+    DS_TRY(ds_check_ordered(name, values, indices, x, dim));
     n = x->shape[dim];
     k = values->shape[dim];
-    if (values->dtype != x->dtype || indices->dtype != DS_I64 || indices->shape[dim] != k || k > n)
-        return ds_fail(DS_EINVAL, "%s: cannot take %lld of %lld values into %s and %s", name,
-                       (long long)k, (long long)n, ds_name_of(values->dtype),
-                       ds_name_of(indices->dtype));
     if (w.numel == 0 || k == 0)
         return 0;
     scratch = malloc((size_t)(2 * n * threads) * sizeof *scratch);

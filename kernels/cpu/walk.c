@@ -1,8 +1,6 @@
 /* walk.c - loops over several strided tensors by dense rows; walk.h says how. */
 #include "kernels/cpu/walk.h"
 
-#include <math.h>
-#include <stdio.h>
 #include <stdlib.h>
 
 #define LONG_ROW                                                                                   \
@@ -13,17 +11,6 @@
  * would take turns, and the memory would wait: a vast tensor takes 1.33 ms then, 2.24 in pieces of
  * 512. */
 #define HALVES_CHUNK 128
-
-const char *DS_CPU(shape_text)(char text[128], const ds_tensor *t)
-{
-    int at = snprintf(text, 128, "[");
-
-    for (int i = 0; i < t->ndim && at < 100; i++)
-        at +=
-            snprintf(text + at, 128 - (size_t)at, "%s%lld", i ? " x " : "", (long long)t->shape[i]);
-    snprintf(text + at, 128 - (size_t)at, "]");
-    return text;
-}
 
 /* ---- making a walk */
 
@@ -105,12 +92,12 @@ int DS_CPU(walk_start)(walk *w, const char *name, int count, const ds_tensor *co
 
             if (lead < 0 || (size != y->shape[i] && size != 1))
                 return ds_fail(DS_EINVAL, "%s: %s does not broadcast to %s", name,
-                               DS_CPU(shape_text)(have, t[k]), DS_CPU(shape_text)(want, y));
+                               ds_shape_text(have, t[k]), ds_shape_text(want, y));
             w->op[k].stride[i] = size == 1 ? 0 : t[k]->stride[i - lead];
         }
         if (lead < 0)
             return ds_fail(DS_EINVAL, "%s: %s does not broadcast to %s", name,
-                           DS_CPU(shape_text)(have, t[k]), DS_CPU(shape_text)(want, y));
+                           ds_shape_text(have, t[k]), ds_shape_text(want, y));
     }
     simplify(w, order);
     for (int k = 0; k < count; k++) {
@@ -127,17 +114,7 @@ int DS_CPU(walk_start)(walk *w, const char *name, int count, const ds_tensor *co
 
 int DS_CPU(number_start)(number *s, const char *name, double value, int dtype, int exact)
 {
-    static const struct {
-        double low, end;
-    } range[DS_DTYPES] = {[DS_I64] = {-0x1p63, 0x1p63},
-                          [DS_I32] = {-0x1p31, 0x1p31},
-                          [DS_U8] = {0, 256},
-                          [DS_BOOL] = {0, 2}};
-
-    if (!ds_is_float(dtype) &&
-        !(value >= range[dtype].low && value < range[dtype].end && value == floor(value)))
-        return ds_fail(DS_EINVAL, "%s: %g is not a value of %s; use :float() first", name, value,
-                       ds_name_of(dtype));
+    DS_TRY(ds_check_number(name, value, dtype));
     memset(s, 0, sizeof *s);
     s->t.dtype = !exact && (dtype == DS_BF16 || dtype == DS_F16) ? DS_F32 : dtype;
     s->t.data = &s->value;

@@ -118,8 +118,4 @@ typedef struct number {
     double value; /* storage of any dtype */
 } number;
 int DS_CPU(number_start)(number *s, const char *name, double value, int dtype, int exact);
-
-/* "[2 x 3]", for messages. */
-const char *DS_CPU(shape_text)(char text[128], const ds_tensor *t);
-
 #endif

@@ -132,6 +132,16 @@ static inline int ds_cuda_refuse(const char *name, int dtype)
                    dtype == DS_F64 ? "; f64 is the CPU's" : "");
 }
 
+/* t[0] is the result; NULL: there is none. */
+static inline int on_cuda(const char *name, int count, const ds_tensor *const *t)
+{
+    for (int k = 0; k < count; k++)
+        if (t[k] && t[k]->device != DS_CUDA)
+            return ds_fail(DS_EINVAL, "%s: %s is not on cuda; use :to(\"cuda\")", name,
+                           k ? "an operand" : "the result");
+    return 0;
+}
+
 /* ---- launches */
 
 #ifdef DS_SIMT

@@ -366,9 +366,7 @@ extern "C" int ds_cuda_arange(ds_tensor *y, double start, double step)
     const ds_tensor *t[] = {y};
 
     DS_TRY(on_cuda("arange", 1, t));
-    if (y->ndim != 1)
-        return ds_fail(DS_EINVAL, "arange: the result has %d dimensions, but it must have 1",
-                       y->ndim);
+    DS_TRY(ds_check_arange(y));
     if (y->dtype == DS_F64)
         return ds_cuda_refuse("arange", y->dtype);
     if (y->numel == 0)
@@ -420,17 +418,10 @@ static int run_triangle(const walk &w, int64_t rows, int64_t columns, int diagon
 extern "C" int ds_cuda_triangle(ds_tensor *y, const ds_tensor *x, int diagonal, int upper)
 {
     const ds_tensor *t[] = {y, x};
-    char have[128], want[128];
     int64_t rows, columns;
     walk w;
 
-    if (y->ndim < 2 || y->ndim != x->ndim ||
-        memcmp(y->shape, x->shape, sizeof(int64_t) * (size_t)y->ndim))
-        return ds_fail(DS_EINVAL, "triangle: %s and %s are not equally shaped matrices",
-                       shape_text(have, x), shape_text(want, y));
-    if (y->dtype != x->dtype)
-        return ds_fail(DS_EINVAL, "triangle: the result is %s, but it must be %s",
-                       ds_name_of(y->dtype), ds_name_of(x->dtype));
+    DS_TRY(ds_check_triangle(y, x));
     DS_TRY(walk_start(&w, "triangle", 2, t, WALK_MATRIX));
     if (y->numel == 0)
         return 0;

@@ -13,8 +13,6 @@
 
 #define SHORT 1024 /* elements of a row that a warp reads */
 
-enum { PER_ROW, MEAN, SUM };
-
 /* A row's loss, and whether it counts. */
 struct part {
     float loss;
@@ -176,7 +174,7 @@ template <typename S> static __global__ void __launch_bounds__(1024) forward_ker
     if (target != j.ignore && !counts(j, target))
         fault(j.fault, j.name, target, j.classes);
     ((float *)j.lse)[row * j.lse_step] = lse;
-    if (j.reduction == PER_ROW)
+    if (j.reduction == DS_LOSS_PER_ROW)
         put(j.loss, row * j.loss_step, j.loss_dtype, loss);
     else
         j.parts[row] = {loss, counts(j, target)};
@@ -198,7 +196,7 @@ static __global__ void __launch_bounds__(1024) finish_kernel(job j)
     sum = block_reduce<add_op>(sum, shared);
     rows = block_reduce<add_op>(rows, shared);
     if (threadIdx.x == 0)
-        put(j.loss, 0, j.loss_dtype, j.reduction == MEAN ? sum / rows : sum);
+        put(j.loss, 0, j.loss_dtype, j.reduction == DS_LOSS_MEAN ? sum / rows : sum);
 }
 
 /* ---- backward */
@@ -301,8 +299,8 @@ template <typename S> static __global__ void __launch_bounds__(1024) backward_ke
         return;
     }
     r.lse = ((const float *)j.lse)[row * j.lse_step];
-    r.dloss = get(j.dloss, j.reduction == PER_ROW ? row * j.loss_step : 0, j.loss_dtype);
-    if (j.reduction == MEAN)
+    r.dloss = get(j.dloss, j.reduction == DS_LOSS_PER_ROW ? row * j.loss_step : 0, j.loss_dtype);
+    if (j.reduction == DS_LOSS_MEAN)
         r.dloss /= (float)*j.counted;
     r.every = r.dloss * j.smoothing / (float)j.classes;
     r.hit = (1 - j.smoothing) * r.dloss;
@@ -311,26 +309,14 @@ template <typename S> static __global__ void __launch_bounds__(1024) backward_ke
 
 /* ---- launching */
 
-/* Shapes and dtypes; the targets are looked at on the device. loss: dloss on the way back. */
+/* The targets are looked at on the device. loss: dloss on the way back. */
 static int job_start(job *j, const char *name, const ds_tensor *logits, const ds_tensor *target,
                      const ds_tensor *lse, const ds_tensor *loss, int64_t ignore, double smoothing,
                      int reduction)
 {
-    char one[128], other[128];
-
     *j = job();
-    if (logits->ndim != 2 || target->ndim != 1 || target->shape[0] != logits->shape[0] ||
-        lse->ndim != 1 || lse->shape[0] != logits->shape[0] || loss->ndim > 1 ||
-        loss->numel != (reduction == PER_ROW ? logits->shape[0] : 1))
-        return ds_fail(DS_EINVAL, "%s: logits %s do not fit target %s or the outputs", name,
-                       shape_of(one, logits), shape_of(other, target));
-    if (!ds_is_float(logits->dtype) || !ds_is_float(loss->dtype) || loss->dtype == DS_F64 ||
-        lse->dtype != DS_F32)
-        return ds_fail(DS_EINVAL, "%s: not from %s to %s with lse in %s on cuda", name,
-                       ds_name_of(logits->dtype), ds_name_of(loss->dtype), ds_name_of(lse->dtype));
-    if (target->dtype != DS_I64 && target->dtype != DS_I32 && target->dtype != DS_U8)
-        return ds_fail(DS_EINVAL, "%s: the target is %s, but it must be i64, i32 or u8", name,
-                       ds_name_of(target->dtype));
+    if (logits->dtype == DS_F64 || loss->dtype == DS_F64 || lse->dtype == DS_F64)
+        return ds_cuda_refuse(name, DS_F64);
     j->logits = logits->data;
     j->target = target->data;
     j->lse = lse->data;
@@ -370,16 +356,17 @@ extern "C" int ds_cuda_cross_entropy(ds_tensor *loss, ds_tensor *lse, const ds_t
 {
     job j;
 
+    DS_TRY(ds_check_cross_entropy("cross_entropy", logits, target, lse, loss, reduction));
     DS_TRY(job_start(&j, "cross_entropy", logits, target, lse, loss, ignore, smoothing, reduction));
     j.loss = loss->data;
-    if (reduction != PER_ROW) {
+    if (reduction != DS_LOSS_PER_ROW) {
         j.parts = (part *)ds_cuda_scratch(DS_CUDA_PARTIAL, (size_t)j.rows * sizeof(part));
         if (!j.parts)
             return DS_ENOMEM;
     }
     if (j.rows > 0)
         DS_TRY(DS_BY_FLOAT(j.name, logits->dtype, S, forward<S>(&j)));
-    if (reduction == PER_ROW)
+    if (reduction == DS_LOSS_PER_ROW)
         return 0;
     return launch(j.name, finish_kernel, dim3(1), j.rows > 256 ? 1024 : 64, 0, j);
 }
@@ -397,18 +384,16 @@ extern "C" int ds_cuda_cross_entropy_backward(ds_tensor *dlogits, const ds_tenso
 {
     job j;
 
+    DS_TRY(ds_check_cross_entropy_backward(dlogits, dloss, logits, target, lse, reduction));
     DS_TRY(job_start(&j, "cross_entropy_backward", logits, target, lse, dloss, ignore, smoothing,
                      reduction));
-    if (dlogits->dtype != logits->dtype || dlogits->ndim != 2 ||
-        dlogits->shape[0] != logits->shape[0] || dlogits->shape[1] != logits->shape[1])
-        return ds_fail(DS_EINVAL, "cross_entropy_backward: dlogits must be as logits");
     if (dlogits->numel == 0)
         return 0;
     j.dloss = dloss->data;
     j.dlogits = dlogits->data;
     j.d_row = dlogits->stride[0];
     j.d_step = j.classes == 1 ? 1 : dlogits->stride[1];
-    if (reduction == MEAN) {
+    if (reduction == DS_LOSS_MEAN) {
         j.counted = (int64_t *)ds_cuda_scratch(DS_CUDA_PARTIAL, sizeof *j.counted);
         if (!j.counted)
             return DS_ENOMEM;

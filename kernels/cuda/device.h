@@ -17,18 +17,12 @@
 extern "C" {
 #endif
 #include "kernels/backend.h"
+#include "kernels/checks.h"
 #include "kernels/error.h"
 #ifdef __cplusplus
 }
 #endif
 #include "kernels/dtype.h"
-
-#define DS_TRY(call)                                                                               \
-    do {                                                                                           \
-        int rc_ = (call);                                                                          \
-        if (rc_ < 0)                                                                               \
-            return rc_;                                                                            \
-    } while (0)
 
 #ifdef __cplusplus
 extern "C" {

@@ -7,34 +7,15 @@
  */
 #include "kernels/cuda/walk.cuh"
 
-/* ---- checks */
-
-/* As the CPU's: `kinds` has a letter an operand: x the common dtype, b bool. NULL: the number. */
-static int check_dtypes(const char *name, const char *kinds, int count, const ds_tensor *const *t)
-{
-    const ds_tensor *first = NULL;
-
-    for (int k = 0; k < count; k++)
-        if (kinds[k] == 'x' && t[k])
-            first = t[k]; /* the last of them is an input */
-    for (int k = 0; k < count; k++) {
-        int want = kinds[k] == 'x' ? first->dtype : DS_BOOL;
-
-        if (t[k] && t[k]->dtype != want)
-            return ds_fail(DS_EINVAL, "%s: %s is %s, but it must be %s", name,
-                           k ? "an operand" : "the result", ds_name_of(t[k]->dtype),
-                           ds_name_of(want));
-    }
-    return 0;
-}
+/* ---- beginning a walk; `kinds`: as ds_check_kinds() takes them */
 
 static int begin(walk *w, const char *name, const char *kinds, int count, const ds_tensor *const *t)
 {
-    DS_TRY(check_dtypes(name, kinds, count, t));
+    DS_TRY(ds_check_kinds(name, kinds, count, t));
     return walk_start(w, name, count, t, WALK_ANY);
 }
 
-/* The walk of x ∘ value, or value ∘ x; `kinds` as above, of two inputs. */
+/* x ∘ value, or value ∘ x; `kinds` of two inputs. */
 static int begin_number(walk *w, const char *name, const char *kinds, ds_tensor *y,
                         const ds_tensor *x, double value, int flip)
 {
@@ -400,27 +381,18 @@ struct clamp_slope_op {
     }
 };
 
-/* A bound as an integer that fits its dtype; ±2^63 is not a double below 2^63. */
-static int64_t whole_bound(double bound, int up, int dtype)
-{
-    double least = dtype == DS_I64 ? -0x1p63 : dtype == DS_I32 ? -0x1p31 : 0;
-    double most = dtype == DS_I64 ? 0x1.fffffffffffffp62 : dtype == DS_I32 ? 0x1p31 - 1 : 255;
-
-    return (int64_t)fmin(fmax(up ? ceil(bound) : floor(bound), least), most);
-}
-
 extern "C" int ds_cuda_clamp(ds_tensor *y, const ds_tensor *x, double low, double high)
 {
     const ds_tensor *t[] = {y, x};
     clamp_op<float> f = {(float)low, (float)high};
     walk w;
 
-    if (low != low || high != high || low > high)
-        return ds_fail(DS_EINVAL, "clamp: no value lies between %g and %g", low, high);
+    DS_TRY(ds_check_clamp(low, high));
     DS_TRY(begin(&w, "clamp", "xx", 2, t));
     if (ds_is_float(x->dtype))
         return DS_BY_FLOAT("clamp", x->dtype, S, walk_run<S, S, uint8_t, uint8_t>(w, f, f));
-    int64_t least = whole_bound(low, 1, x->dtype), most = whole_bound(high, 0, x->dtype);
+    int64_t least = (int64_t)ds_clamp_bound(low, 1, x->dtype);
+    int64_t most = (int64_t)ds_clamp_bound(high, 0, x->dtype);
     return BY_INTEGER("clamp", x->dtype, S,
                       walk_run<S, S, uint8_t, uint8_t>(w, clamp_op<S>{(S)least, (S)most},
                                                        clamp_op<S>{(S)least, (S)most}));
@@ -471,12 +443,7 @@ extern "C" int ds_cuda_where(ds_tensor *y, const ds_tensor *condition, const ds_
     const ds_tensor *t[] = {y, condition, a, b};
     walk w;
 
-    if (condition->dtype != DS_BOOL)
-        return ds_fail(DS_EINVAL, "where: the condition is %s, but it must be bool",
-                       ds_name_of(condition->dtype));
-    if (a->dtype != b->dtype || y->dtype != a->dtype)
-        return ds_fail(DS_EINVAL, "where: %s and %s cannot be mixed into %s", ds_name_of(a->dtype),
-                       ds_name_of(b->dtype), ds_name_of(y->dtype));
+    DS_TRY(ds_check_where("where", y, condition, a, b));
     DS_TRY(walk_start(&w, "where", 4, t, WALK_ANY));
     return run_where(w, ds_bytes_of(y->dtype));
 }
@@ -489,12 +456,7 @@ extern "C" int ds_cuda_masked_fill(ds_tensor *y, const ds_tensor *x, const ds_te
     walk w;
 
     DS_TRY(walk_bits(&bits, "masked_fill", value, x->dtype));
-    if (mask->dtype != DS_BOOL)
-        return ds_fail(DS_EINVAL, "masked_fill: the condition is %s, but it must be bool",
-                       ds_name_of(mask->dtype));
-    if (y->dtype != x->dtype)
-        return ds_fail(DS_EINVAL, "masked_fill: %s and %s cannot be mixed into %s",
-                       ds_name_of(x->dtype), ds_name_of(x->dtype), ds_name_of(y->dtype));
+    DS_TRY(ds_check_where("masked_fill", y, mask, x, x));
     DS_TRY(walk_start(&w, "masked_fill", 4, t, WALK_ANY));
     w.number = bits;
     return run_where(w, ds_bytes_of(y->dtype));

@@ -24,28 +24,6 @@ static __device__ inline int64_t index_at(const rows &index, int64_t i)
     return index.dtype == DS_I32 ? *(const int32_t *)at : *(const uint8_t *)at;
 }
 
-/* As on the CPU: rows […, C], w [V, C], index […]. */
-static int check(const char *name, const ds_tensor *rows, const ds_tensor *w,
-                 const ds_tensor *index)
-{
-    int bad =
-        w->ndim != 2 || rows->ndim != index->ndim + 1 || rows->shape[rows->ndim - 1] != w->shape[1];
-
-    DS_TRY(need_cuda(name, {rows, w, index}));
-    for (int i = 0; i < index->ndim && !bad; i++)
-        bad = rows->shape[i] != index->shape[i];
-    if (bad)
-        return ds_fail(DS_EINVAL,
-                       "%s: rows of %d dimensions and %lld elements do not fit %lld indices into a "
-                       "weight of %lld",
-                       name, rows->ndim, (long long)rows->numel, (long long)index->numel,
-                       (long long)w->numel);
-    if (index->dtype != DS_I64 && index->dtype != DS_I32 && index->dtype != DS_U8)
-        return ds_fail(DS_EINVAL, "%s: the index is %s, but it must be i64 or i32", name,
-                       ds_name_of(index->dtype));
-    return 0;
-}
-
 /* ---- embedding: pieces of P bytes, `pieces` a row; a row's threads are those of one threadIdx.y */
 
 template <typename P>
@@ -72,14 +50,13 @@ extern "C" int ds_cuda_embedding(ds_tensor *y, const ds_tensor *w, const ds_tens
 {
     static const char what[] = "embedding"; /* stays: the record of faults points to it */
     int64_t bytes = ds_bytes_of(w->dtype), count = index->numel, bound = w->shape[0];
+    const ds_tensor *t[] = {y, w, index};
     rows to, from, at;
 
-    DS_TRY(check(what, y, w, index));
+    DS_TRY(on_cuda(what, 3, t));
+    DS_TRY(ds_check_embedding(y, w, index));
     if (w->dtype == DS_F64)
         return ds_cuda_refuse(what, w->dtype);
-    if (y->dtype != w->dtype)
-        return ds_fail(DS_EINVAL, "embedding: the result is %s, but it must be %s",
-                       ds_name_of(y->dtype), ds_name_of(w->dtype));
     if (y->numel == 0)
         return 0;
     to = rows_of(y, index->ndim);
@@ -417,10 +394,12 @@ extern "C" int ds_cuda_embedding_backward(ds_tensor *dw, const ds_tensor *dy,
 {
     static const char what[] = "embedding_backward";
     int64_t tiles = (index->numel + TILE - 1) / TILE;
+    const ds_tensor *t[] = {dw, dy, index};
     summing s = {};
     sorting order = {};
 
-    DS_TRY(check(what, dy, dw, index));
+    DS_TRY(on_cuda(what, 3, t));
+    DS_TRY(ds_check_embedding_backward(dw, dy, index));
     if (dw->dtype > DS_F16)
         return ds_cuda_refuse(what, dw->dtype);
     if (dy->dtype > DS_F16)
@@ -529,15 +508,14 @@ extern "C" int ds_cuda_rotary(ds_tensor *y, const ds_tensor *x, int64_t offset, 
                               int interleaved, int inverse)
 {
     static const char what[] = "rotary";
+    const ds_tensor *t[] = {y, x};
     rotation r = {};
     int64_t entries;
 
+    DS_TRY(on_cuda(what, 2, t));
+    DS_TRY(ds_check_rotary(y, x));
     if (x->dtype == DS_F64)
         return ds_cuda_refuse(what, DS_F64);
-    if (x->ndim != 4 || y->ndim != 4 || memcmp(x->shape, y->shape, 4 * sizeof *x->shape) != 0 ||
-        x->shape[3] % 2 || !ds_is_float(x->dtype) || x->dtype != y->dtype)
-        return ds_fail(DS_EINVAL, "rotary: [B x T x H x D] of real numbers with D even is needed");
-    DS_TRY(need_cuda(what, {x, y}));
     if (x->numel == 0)
         return 0;
     r.x = (const char *)x->data;

@@ -89,14 +89,7 @@ static int place(const char *name, ds_tensor *y, const ds_tensor *x, int dim, in
 {
     job j;
 
-    if (dim < 0 || dim >= x->ndim)
-        return ds_fail(DS_EINVAL, "%s: dimension %d is not in a tensor of %d", name, dim + 1,
-                       x->ndim);
-    if (y->dtype != DS_I64 || y->ndim != x->ndim || y->shape[dim] != 1)
-        return ds_fail(DS_EINVAL, "%s: the result must be i64 of size 1 in dimension %d", name,
-                       dim + 1);
-    if (x->shape[dim] == 0)
-        return ds_fail(DS_EINVAL, "%s: no elements in dimension %d", name, dim + 1);
+    DS_TRY(ds_check_argmax(name, y, x, dim));
     DS_TRY(job_start(&j, name, y, x));
     if (y->numel == 0)
         return 0;

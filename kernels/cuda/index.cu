@@ -9,59 +9,6 @@
 #include "kernels/cuda/order.h"
 #include "kernels/cuda/walk.cuh"
 
-/* ---- checks, as the CPU's */
-
-static int check_index(const char *name, const ds_tensor *index)
-{
-    if (index->dtype != DS_I64 && index->dtype != DS_I32 && index->dtype != DS_U8)
-        return ds_fail(DS_EINVAL, "%s: the index is %s, but it must be i64 or i32", name,
-                       ds_name_of(index->dtype));
-    return index->device == DS_CUDA
-               ? 0
-               : ds_fail(DS_EINVAL, "%s: the index is not on cuda; use :to(\"cuda\")", name);
-}
-
-static int check(const char *name, const ds_tensor *y, const ds_tensor *x, const ds_tensor *like,
-                 int dim)
-{
-    const ds_tensor *t[] = {y, x};
-
-    if (y->dtype != x->dtype)
-        return ds_fail(DS_EINVAL, "%s: %s cannot be mixed with %s", name, ds_name_of(x->dtype),
-                       ds_name_of(y->dtype));
-    if (dim < 0 || dim >= x->ndim || like->ndim != x->ndim)
-        return ds_fail(DS_EINVAL, "%s: dimension %d is not in a tensor of %d", name, dim + 1,
-                       x->ndim);
-    return on_cuda(name, 2, t);
-}
-
-/* a is of b's shape (or, if `within`, no larger) but for dimension `except`. */
-static int fits(const char *name, const ds_tensor *a, const ds_tensor *b, int except, int within)
-{
-    char one[128], other[128];
-    int bad = a->ndim != b->ndim;
-
-    for (int i = 0; i < a->ndim && !bad; i++)
-        bad = i != except && (within ? a->shape[i] > b->shape[i] : a->shape[i] != b->shape[i]);
-    return bad ? ds_fail(DS_EINVAL, "%s: %s does not match %s", name, shape_text(one, a),
-                         shape_text(other, b))
-               : 0;
-}
-
-/* t cut down to the shape of `like`, without its extent along dim: size n there, stride 0. */
-static ds_tensor flat_along(const ds_tensor *t, const ds_tensor *like, int dim, int64_t n)
-{
-    ds_tensor flat = *t;
-
-    flat.numel = 1;
-    for (int i = 0; i < t->ndim; i++) {
-        flat.shape[i] = i == dim ? n : like->shape[i];
-        flat.stride[i] = i == dim ? 0 : t->stride[i];
-        flat.numel *= flat.shape[i];
-    }
-    return flat;
-}
-
 /* An index tensor, as kernels read it. */
 struct index_of {
     const char *name; /* of the operation */
@@ -166,24 +113,16 @@ static int select(const char *name, ds_tensor *y, const ds_tensor *x, const ds_t
 
 extern "C" int ds_cuda_gather(ds_tensor *y, const ds_tensor *x, const ds_tensor *index, int dim)
 {
-    DS_TRY(check("gather", y, x, index, dim));
-    DS_TRY(check_index("gather", index));
-    DS_TRY(fits("gather", y, index, -1, 0));
-    DS_TRY(fits("gather", index, x, dim, 1));
-    ds_tensor flat = flat_along(x, index, dim, index->shape[dim]);
+    DS_TRY(ds_check_gather(y, x, index, dim));
+    ds_tensor flat = ds_flat_along(x, index, dim, index->shape[dim]);
     return select("gather", y, x, &flat, index, dim);
 }
 
 extern "C" int ds_cuda_index_select(ds_tensor *y, const ds_tensor *x, const ds_tensor *index,
                                     int dim)
 {
-    DS_TRY(check("index_select", y, x, y, dim));
-    DS_TRY(check_index("index_select", index));
-    DS_TRY(fits("index_select", y, x, dim, 0));
-    if (index->ndim != 1 || index->numel != y->shape[dim])
-        return ds_fail(DS_EINVAL, "index_select: %lld indices cannot fill size %lld",
-                       (long long)index->numel, (long long)y->shape[dim]);
-    ds_tensor flat = flat_along(x, x, dim, index->numel), wide = *index;
+    DS_TRY(ds_check_index_select(y, x, index, dim));
+    ds_tensor flat = ds_flat_along(x, x, dim, index->numel), wide = *index;
     wide.ndim = y->ndim;
     for (int i = 0; i < y->ndim; i++) {
         wide.shape[i] = i == dim ? index->numel : 1;
@@ -472,15 +411,12 @@ static int too_many(const char *name, int64_t n)
 static int scatter(const char *name, ds_tensor *y, const ds_tensor *index, const ds_tensor *x,
                    int dim, int add)
 {
-    DS_TRY(check(name, y, x, index, dim));
-    DS_TRY(check_index(name, index));
-    DS_TRY(fits(name, index, x, -1, 1));
-    DS_TRY(fits(name, index, y, dim, 1));
+    DS_TRY(ds_check_scatter(name, y, index, x, dim));
     if (add && (y->dtype == DS_F64 || y->dtype == DS_BOOL))
         return ds_cuda_refuse(name, y->dtype);
     if (index->numel > INT32_MAX)
         return too_many(name, index->numel);
-    ds_tensor to = flat_along(y, index, dim, index->shape[dim]), from = *x, line = *index;
+    ds_tensor to = ds_flat_along(y, index, dim, index->shape[dim]), from = *x, line = *index;
     const ds_tensor *t[] = {index, &to, &from, &line};
     int64_t lines = 1;
     for (int i = index->ndim - 1; i >= 0; i--) {
@@ -514,18 +450,14 @@ extern "C" int ds_cuda_scatter_add(ds_tensor *y, const ds_tensor *index, const d
 
 extern "C" int ds_cuda_index_add(ds_tensor *y, const ds_tensor *index, const ds_tensor *x, int dim)
 {
-    DS_TRY(check("index_add", y, x, y, dim));
-    DS_TRY(check_index("index_add", index));
-    DS_TRY(fits("index_add", x, y, dim, 0));
-    if (index->ndim != 1 || index->numel != x->shape[dim])
-        return ds_fail(DS_EINVAL, "index_add: %lld indices do not match size %lld",
-                       (long long)index->numel, (long long)x->shape[dim]);
+    DS_TRY(ds_check_index_add(y, index, x, dim));
     if (y->dtype == DS_F64 || y->dtype == DS_BOOL)
         return ds_cuda_refuse("index_add", y->dtype);
-    ds_tensor to = flat_along(y, y, dim, 1), from = flat_along(x, x, dim, 1);
-    const ds_tensor *t[] = {&to, &from};
+    ds_tensor to = ds_flat_along(y, y, dim, 1), from = ds_flat_along(x, x, dim, 1);
+    const ds_tensor *t[] = {&to, &from}, *where = index;
     writing job = {};
     walk w;
+    DS_TRY(on_cuda("index_add", 1, &where));
     DS_TRY(walk_start(&w, "index_add", 2, t, WALK_ANY));
     if (x->numel == 0)
         return 0;
@@ -574,15 +506,10 @@ extern "C" int ds_cuda_one_hot(ds_tensor *y, const ds_tensor *index)
 {
     int last = y->ndim - 1;
 
-    DS_TRY(check_index("one_hot", index));
-    if (y->dtype != DS_I64 || last != index->ndim)
-        return ds_fail(DS_EINVAL, "one_hot: the result must be i64 with one dimension more");
-    ds_tensor line = *index, number = *y;
+    ds_tensor line, number = *y;
     const ds_tensor *t[] = {y, &line, &number};
-    line.ndim = y->ndim;
-    line.shape[last] = 1;
-    line.stride[last] = 0;
-    DS_TRY(fits("one_hot", y, &line, last, 0));
+
+    DS_TRY(ds_check_one_hot(&line, y, index));
     for (int i = 0; i <= last; i++)
         number.stride[i] = i == last; /* its offset is the class */
     walk w;

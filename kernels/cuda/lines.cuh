@@ -9,8 +9,6 @@
 
 #include "kernels/cuda/common.cuh"
 
-#include <stdio.h>
-
 #define LINES_MAX 3 /* operands */
 
 struct dims {
@@ -19,18 +17,6 @@ struct dims {
     double inverse[DS_MAX_DIM];            /* 1 / size */
     int64_t stride[LINES_MAX][DS_MAX_DIM]; /* of each operand, in elements */
 };
-
-/* "[2 x 3]", for messages. */
-static inline const char *shape_of(char (&text)[128], const ds_tensor *t)
-{
-    int at = snprintf(text, sizeof text, "[");
-
-    for (int i = 0; i < t->ndim && at < 100; i++)
-        at += snprintf(text + at, sizeof text - (size_t)at, "%s%lld", i ? " x " : "",
-                       (long long)t->shape[i]);
-    snprintf(text + at, sizeof text - (size_t)at, "]");
-    return text;
-}
 
 /* Dimension i of all tensors becomes one of d's. */
 static inline void dims_add(dims *d, int i, int count, const ds_tensor *const *t)
@@ -92,16 +78,14 @@ static inline int lines_start(dims *d, int64_t *lines, const char *name, int dim
 {
     char one[128], other[128];
 
-    if (dim < 0 || dim >= t[0]->ndim)
-        return ds_fail(DS_EINVAL, "%s: dimension %d is not in a tensor of %d", name, dim + 1,
-                       t[0]->ndim);
+    DS_TRY(ds_check_dim(name, t[0], dim));
     *d = dims();
     *lines = 1;
     for (int i = 0; i < t[0]->ndim; i++) {
         for (int k = 1; k < count; k++)
             if (t[k]->ndim != t[0]->ndim || (i != dim && t[k]->shape[i] != t[0]->shape[i]))
-                return ds_fail(DS_EINVAL, "%s: %s does not fit %s", name, shape_of(one, t[k]),
-                               shape_of(other, t[0]));
+                return ds_fail(DS_EINVAL, "%s: %s does not fit %s", name, ds_shape_text(one, t[k]),
+                               ds_shape_text(other, t[0]));
         if (i == dim)
             continue;
         *lines *= t[0]->shape[i];

@@ -89,25 +89,15 @@ static int count_tiles(int64_t **out, const char *name, const places &p, int64_t
     return ds_cuda_scan(name, counts, counts + tiles, tiles, 1);
 }
 
-static int begin(walk *w, const char *name, const ds_tensor *x, const ds_tensor *mask)
-{
-    const ds_tensor *t[] = {x, mask};
-
-    if (mask->dtype != DS_BOOL)
-        return ds_fail(DS_EINVAL, "%s: the mask is %s, but it must be bool", name,
-                       ds_name_of(mask->dtype));
-    return walk_start(w, name, 2, t, WALK_ROW_MAJOR);
-}
-
 static int masked(const char *name, const ds_tensor *x, const ds_tensor *mask,
                   const ds_tensor *list, int take)
 {
     int64_t n = x->numel, *counts;
-    const ds_tensor *t[] = {take ? list : x, take ? x : list};
+    const ds_tensor *t[] = {take ? list : x, take ? x : list}, *walked[] = {x, mask};
     walk w;
 
     DS_TRY(on_cuda(name, 2, t));
-    DS_TRY(begin(&w, name, x, mask));
+    DS_TRY(walk_start(&w, name, 2, walked, WALK_ROW_MAJOR));
     if (n == 0)
         return 0;
     places p = places_of(&w, 1);
@@ -118,10 +108,12 @@ static int masked(const char *name, const ds_tensor *x, const ds_tensor *mask,
 
 extern "C" int ds_cuda_mask_count(int64_t *count, const ds_tensor *mask)
 {
+    const ds_tensor *both[] = {mask, mask};
     int64_t n = mask->numel, *counts;
     walk w;
 
-    DS_TRY(begin(&w, "mask_count", mask, mask));
+    DS_TRY(ds_check_mask("mask_count", mask));
+    DS_TRY(walk_start(&w, "mask_count", 2, both, WALK_ROW_MAJOR));
     *count = 0;
     if (n == 0)
         return 0;
@@ -135,16 +127,12 @@ extern "C" int ds_cuda_mask_count(int64_t *count, const ds_tensor *mask)
 
 extern "C" int ds_cuda_masked_select(ds_tensor *y, const ds_tensor *x, const ds_tensor *mask)
 {
-    if (y->dtype != x->dtype || !y->dense)
-        return ds_fail(DS_EINVAL, "masked_select: the result must be dense and %s",
-                       ds_name_of(x->dtype));
+    DS_TRY(ds_check_masked_select(y, x, mask));
     return masked("masked_select", x, mask, y, 1);
 }
 
 extern "C" int ds_cuda_masked_scatter(ds_tensor *y, const ds_tensor *mask, const ds_tensor *x)
 {
-    if (y->dtype != x->dtype || !x->dense)
-        return ds_fail(DS_EINVAL, "masked_scatter: the source must be dense and %s",
-                       ds_name_of(y->dtype));
+    DS_TRY(ds_check_masked_scatter(y, mask, x));
     return masked("masked_scatter", y, mask, x, 0);
 }

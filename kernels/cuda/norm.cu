@@ -372,65 +372,19 @@ static __global__ void norm_columns(const float *partial, int64_t count, int64_t
     store_as(to, dtype, c, s);
 }
 
-/* ---- checking: as on the CPU */
-
-static int check_rows(const char *what, const char *name, const ds_tensor *t, const ds_tensor *x)
-{
-    int last = x->ndim - 1;
-
-    if (!t)
-        return 0;
-    if (t->dtype > DS_F16)
-        return ds_cuda_refuse(what, t->dtype);
-    if (t->ndim != x->ndim || t->numel != x->numel ||
-        memcmp(t->shape, x->shape, (size_t)x->ndim * sizeof *x->shape) != 0)
-        return ds_fail(DS_EINVAL,
-                       "%s: %s has %lld elements in %d dimensions, must have the input's shape "
-                       "(%lld in %d)",
-                       what, name, (long long)t->numel, t->ndim, (long long)x->numel, x->ndim);
-    if (t->stride[last] != 1 && t->shape[last] > 1)
-        return ds_fail(DS_EINVAL,
-                       "%s: the last dimension of %s is not dense (stride %lld; call contiguous() "
-                       "first)",
-                       what, name, (long long)t->stride[last]);
-    return 0;
-}
-
-/* n elements, dense; only_f32: of a statistic. */
-static int check_vector(const char *what, const char *name, const ds_tensor *t, int64_t n,
-                        int only_f32)
-{
-    if (!t)
-        return 0;
-    if (t->numel != n || !t->dense)
-        return ds_fail(DS_EINVAL, "%s: %s has %lld elements, must have %lld, dense", what, name,
-                       (long long)t->numel, (long long)n);
-    if (t->dtype > DS_F16)
-        return ds_cuda_refuse(what, t->dtype);
-    if (only_f32 && t->dtype != DS_F32)
-        return ds_fail(DS_EINVAL, "%s: %s is %s, must be f32", what, name, ds_name_of(t->dtype));
-    return 0;
-}
-
 /* Everything that both kernels have; y is dy, sum dx and delta dsum in backward. */
-static int prepare(norm_job *n, const char *what, const ds_tensor *x, const ds_tensor *y,
+static int prepare(norm_job *n, const char *name, const ds_tensor *x, const ds_tensor *y,
                    const ds_tensor *sum, const ds_tensor *delta, const ds_tensor *mean,
                    const ds_tensor *rstd, const ds_tensor *w, const ds_tensor *b)
 {
     int lead = x->ndim - 1;
 
-    if (x->ndim < 1)
-        return ds_fail(DS_EINVAL, "%s: the input has no dimensions", what);
-    if (!rstd)
-        return ds_fail(DS_EINVAL, "%s: rstd is missing", what);
-    DS_TRY(need_cuda(what, {x, y, sum, delta, mean, rstd, w, b}));
+    if (x->dtype == DS_F64)
+        return ds_cuda_refuse(name, DS_F64);
     n->columns = x->shape[lead];
     n->count = n->columns ? x->numel / n->columns : 0;
-    DS_TRY(check_vector(what, "mean", mean, n->count, 1));
-    DS_TRY(check_vector(what, "rstd", rstd, n->count, 1));
-    DS_TRY(check_vector(what, "w", w, n->columns, 0));
     if (n->count > INT_MAX)
-        return ds_fail(DS_EINVAL, "%s: %lld rows; on cuda there may be 2^31 - 1", what,
+        return ds_fail(DS_EINVAL, "%s: %lld rows; on cuda there may be 2^31 - 1", name,
                        (long long)n->count);
     n->x = rows_of(x, lead);
     n->y = rows_of(y, lead);
@@ -478,19 +432,12 @@ extern "C" int ds_cuda_norm(ds_tensor *y, ds_tensor *sum, ds_tensor *mean, ds_te
                             const ds_tensor *b, double eps)
 {
     static const char what[] = "norm";
+    const ds_tensor *t[] = {y, sum, mean, rstd, x, delta, w, b};
     norm_job n = {};
 
+    DS_TRY(on_cuda(what, 8, t));
+    DS_TRY(ds_check_norm(y, sum, mean, rstd, x, delta, w, b));
     DS_TRY(prepare(&n, what, x, y, sum, delta, mean, rstd, w, b));
-    DS_TRY(check_rows(what, "the input", x, x));
-    DS_TRY(check_rows(what, "the output", y, x));
-    DS_TRY(check_rows(what, "sum", sum, x));
-    DS_TRY(check_rows(what, "delta", delta, x));
-    DS_TRY(check_vector(what, "b", b, n.columns, 0));
-    if (!delta != !sum || (sum && (sum->dtype != x->dtype || delta->dtype != y->dtype)))
-        return ds_fail(DS_EINVAL,
-                       "%s: sum and delta belong together; sum is of the input's dtype, delta of "
-                       "the output's",
-                       what);
     if (x->numel == 0)
         return 0;
     n.eps = (float)eps;
@@ -528,21 +475,13 @@ extern "C" int ds_cuda_norm_backward(ds_tensor *dx, ds_tensor *dw, ds_tensor *db
                                      const ds_tensor *dsum, int accumulate)
 {
     static const char what[] = "norm_backward";
+    const ds_tensor *t[] = {dx, dw, db, dy, x, w, mean, rstd, dsum};
     norm_job n = {};
     int64_t blocks = 0;
 
+    DS_TRY(on_cuda(what, 9, t));
+    DS_TRY(ds_check_norm_backward(dx, dw, db, dy, x, w, mean, rstd, dsum));
     DS_TRY(prepare(&n, what, x, dy, dx, dsum, mean, rstd, w, NULL));
-    DS_TRY(need_cuda(what, {dw, db}));
-    DS_TRY(check_rows(what, "the input", x, x));
-    DS_TRY(check_rows(what, "dx", dx, x));
-    DS_TRY(check_rows(what, "dy", dy, x));
-    DS_TRY(check_rows(what, "dsum", dsum, x));
-    DS_TRY(check_vector(what, "dw", dw, n.columns, 0));
-    DS_TRY(check_vector(what, "db", db, n.columns, 0));
-    if (dx->dtype != x->dtype || (dsum && dsum->dtype != x->dtype))
-        return ds_fail(DS_EINVAL, "%s: dx is %s and dsum %s, must be %s as the input", what,
-                       ds_name_of(dx->dtype), dsum ? ds_name_of(dsum->dtype) : "none",
-                       ds_name_of(x->dtype));
     if (n.columns == 0)
         return 0;
     n.partial = dw || db ? (float *)dx->data : NULL; /* not yet where it will be */

@@ -229,51 +229,7 @@ static __global__ void __launch_bounds__(256) lamb_second(pass t)
         apply<1>(t, single(t, i), &k);
 }
 
-/* ---- checking: as on the CPU */
-
-/* [t]: n numbers of a dtype. */
-static int check_numbers(const char *what, const char *name, const ds_tensor *t, int dtype,
-                         int64_t n)
-{
-    if (t && (t->dtype != dtype || t->numel != n || !t->dense || t->device != DS_CUDA))
-        return ds_fail(DS_EINVAL, "%s: %s is %lld numbers in %s, must be %lld in %s, dense%s", what,
-                       name, (long long)t->numel, ds_name_of(t->dtype), (long long)n,
-                       ds_name_of(dtype), t->device == DS_CUDA ? "" : ", on the weights' device");
-    return 0;
-}
-
-static int check(const char *what, const ds_tensor *p, const ds_tensor *const state[2],
-                 const ds_tensor *low, const ds_tensor *g)
-{
-    const ds_tensor *all[] = {p, state[0], state[1], low, g};
-
-    if (p->dtype != DS_F32)
-        return p->dtype == DS_F64 ? ds_cuda_refuse(what, DS_F64)
-                                  : ds_fail(DS_EINVAL, "%s: weights are %s, must be f32", what,
-                                            ds_name_of(p->dtype));
-    for (int i = 0; i < 5; i++) {
-        if (!all[i])
-            continue;
-        if (all[i]->device != DS_CUDA)
-            return ds_fail(DS_EINVAL, "%s: a buffer is not on cuda (use :to \"cuda\")", what);
-        if (all[i]->numel != p->numel)
-            return ds_fail(DS_EINVAL, "%s: %lld elements beside %lld weights", what,
-                           (long long)all[i]->numel, (long long)p->numel);
-        if (!all[i]->dense)
-            return ds_fail(DS_EINVAL, "%s: a buffer is not dense (call contiguous() first)", what);
-    }
-    for (int i = 0; i < 2; i++)
-        if (state[i] && state[i]->dtype != DS_F32)
-            return ds_fail(DS_EINVAL, "%s: state is %s beside f32 weights", what,
-                           ds_name_of(state[i]->dtype));
-    if (g->dtype > DS_F16)
-        return ds_fail(DS_EINVAL, "%s: gradients are %s beside f32 weights", what,
-                       ds_name_of(g->dtype));
-    if (low && low->dtype != DS_BF16 && low->dtype != DS_F16)
-        return ds_fail(DS_EINVAL, "%s: a %s copy of f32 weights, must be bf16 or f16", what,
-                       ds_name_of(low->dtype));
-    return 0;
-}
+/* ---- preparing a pass */
 
 /* How many elements come before all buffers are aligned for packs of 4; -1: they never are. */
 static int64_t head_of(const pass *t, int g_bytes)
@@ -291,12 +247,13 @@ static int prepare(pass *t, const char *what, ds_tensor *p, ds_tensor *a, ds_ten
                    ds_tensor *low, const ds_tensor *g, const ds_tensor *factor,
                    const ds_tensor *rates)
 {
-    const ds_tensor *const state[2] = {a, b};
+    const ds_tensor *const buffers[] = {p, a, b, low, g};
     int64_t head;
 
-    DS_TRY(check(what, p, state, low, g));
-    DS_TRY(check_numbers(what, "factor", factor, DS_F32, 1));
-    DS_TRY(check_numbers(what, "rates", rates, DS_F64, 3));
+    DS_TRY(on_cuda(what, 5, buffers));
+    DS_TRY(ds_check_optimizer(what, p, a, b, low, g, factor, rates));
+    if (p->dtype == DS_F64)
+        return ds_cuda_refuse(what, DS_F64);
     t->p = (float *)p->data;
     t->a = a ? (float *)a->data : NULL;
     t->b = b ? (float *)b->data : NULL;
@@ -480,18 +437,14 @@ static int square_sum(float *y, const float *sums, const ds_tensor *x, dim3 grid
 
 extern "C" int ds_cuda_square_sum(ds_tensor *y, const ds_tensor *x, int accumulate)
 {
+    const ds_tensor *t[] = {y, x};
     dim3 grid = grid_for(x->numel, 2048, WAVES);
     float *sums;
 
-    if (y->numel != 1 || y->dtype != DS_F32 || y->device != DS_CUDA)
-        return ds_fail(DS_EINVAL,
-                       "square_sum: the result is %lld numbers in %s, must be 1 in f32 on cuda",
-                       (long long)y->numel, ds_name_of(y->dtype));
-    if (x->dtype > DS_F16)
-        return ds_cuda_refuse("square_sum", x->dtype);
-    if (!x->dense || x->device != DS_CUDA)
-        return ds_fail(DS_EINVAL, "square_sum: the input is not dense on cuda (call contiguous() "
-                                  "first)");
+    DS_TRY(on_cuda("square_sum", 2, t));
+    DS_TRY(ds_check_square_sum(y, x));
+    if (x->dtype == DS_F64)
+        return ds_cuda_refuse("square_sum", DS_F64);
     sums = (float *)ds_cuda_scratch(DS_CUDA_PARTIAL, grid.x * sizeof *sums);
     if (!sums)
         return DS_ENOMEM;
@@ -512,10 +465,10 @@ extern "C" int ds_cuda_clip_factor(ds_tensor *factor, ds_tensor *norm, const ds_
                                    double max_norm, double scale, int skip)
 {
     static const char what[] = "clip_factor";
+    const ds_tensor *t[] = {factor, norm, squares};
 
-    DS_TRY(check_numbers(what, "factor", factor, DS_F32, 1));
-    DS_TRY(check_numbers(what, "norm", norm, DS_F32, 1));
-    DS_TRY(check_numbers(what, "the sum of squares", squares, DS_F32, 1));
+    DS_TRY(on_cuda(what, 3, t));
+    DS_TRY(ds_check_clip_factor(factor, norm, squares));
     return launch(what, clip, 1, 1, 0, (float *)factor->data, (float *)norm->data,
                   (const float *)squares->data, max_norm, scale, skip);
 }

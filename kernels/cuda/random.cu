@@ -173,6 +173,8 @@ static int run(const char *name, ds_tensor *y, const ds_tensor *x, Make make, ui
     int dense = 1;
     walk w;
 
+    if (y->dtype == DS_F64)
+        return ds_cuda_refuse(name, DS_F64);
     DS_TRY(walk_start(&w, name, 2, t, WALK_ROW_MAJOR));
     if (w.numel == 0)
         return 0;
@@ -187,25 +189,16 @@ static int run(const char *name, ds_tensor *y, const ds_tensor *x, Make make, ui
                               w.numel));
 }
 
-static int check(const char *name, const ds_tensor *y, double a, double b)
-{
-    if (!ds_is_float(y->dtype))
-        return ds_fail(DS_EINVAL, "%s: not for %s", name, ds_name_of(y->dtype));
-    if (a - a != 0 || b - b != 0)
-        return ds_fail(DS_EINVAL, "%s: parameters %g and %g must be finite", name, a, b);
-    return y->dtype == DS_F64 ? ds_cuda_refuse(name, DS_F64) : 0;
-}
-
 extern "C" int ds_cuda_uniform(ds_tensor *y, double low, double high, uint64_t seed,
                                uint64_t offset)
 {
-    DS_TRY(check("uniform", y, low, high));
+    DS_TRY(ds_check_random("uniform", y, low, high));
     return run("uniform", y, NULL, uniform_make{(float)low, (float)(high - low)}, seed, offset);
 }
 
 extern "C" int ds_cuda_normal(ds_tensor *y, double mean, double std, uint64_t seed, uint64_t offset)
 {
-    DS_TRY(check("normal", y, mean, std));
+    DS_TRY(ds_check_random("normal", y, mean, std));
     return run("normal", y, NULL, normal_make{(float)mean, (float)std}, seed, offset);
 }
 
@@ -213,16 +206,10 @@ extern "C" int ds_cuda_randint(ds_tensor *y, int64_t low, int64_t high, uint64_t
                                uint64_t offset)
 {
     const ds_tensor *t[] = {y};
-    uint64_t range = (uint64_t)high - (uint64_t)low, bits;
+    uint64_t range = (uint64_t)high - (uint64_t)low;
     walk w;
 
-    if (ds_is_float(y->dtype))
-        return ds_fail(DS_EINVAL, "randint: not for %s, only for integers", ds_name_of(y->dtype));
-    if (high <= low || range > 1ull << 32)
-        return ds_fail(DS_EINVAL, "randint: from %lld to below %lld is not a range of 1 to 2^32",
-                       (long long)low, (long long)high);
-    DS_TRY(walk_number(&bits, "randint", (double)low, y->dtype));
-    DS_TRY(walk_number(&bits, "randint", (double)(high - 1), y->dtype));
+    DS_TRY(ds_check_randint(y, low, high));
     DS_TRY(walk_start(&w, "randint", 1, t, WALK_ROW_MAJOR));
     return w.numel == 0 ? 0 : run_strided(w, y->dtype, integer_make{low, range}, seed, offset);
 }
@@ -230,13 +217,7 @@ extern "C" int ds_cuda_randint(ds_tensor *y, int64_t low, int64_t high, uint64_t
 extern "C" int ds_cuda_dropout(ds_tensor *y, const ds_tensor *x, double p, uint64_t seed,
                                uint64_t offset)
 {
-    if (!ds_is_float(x->dtype) || y->dtype != x->dtype)
-        return ds_fail(DS_EINVAL, "dropout: not from %s to %s", ds_name_of(x->dtype),
-                       ds_name_of(y->dtype));
-    if (!(p >= 0 && p <= 1))
-        return ds_fail(DS_EINVAL, "dropout: p is %g, but it must be between 0 and 1", p);
-    if (x->dtype == DS_F64)
-        return ds_cuda_refuse("dropout", DS_F64);
+    DS_TRY(ds_check_dropout(y, x, p));
     return run("dropout", y, x, dropout_make{(float)(1 / (1 - p)), (uint32_t)ceil(p * 0x1p24)},
                seed, offset);
 }

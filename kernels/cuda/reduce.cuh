@@ -505,7 +505,7 @@ static inline int job_start(job *j, const char *name, const ds_tensor *y, const 
 
         if (y->ndim != x->ndim || (!kept && y->shape[i] != 1))
             return ds_fail(DS_EINVAL, "%s: %s cannot hold the result from %s", name,
-                           shape_of(one, y), shape_of(other, x));
+                           ds_shape_text(one, y), ds_shape_text(other, x));
         *(kept ? &j->outputs : &j->count) *= x->shape[i];
         dims_add(kept ? &j->kept : &j->rest, i, 2, both);
     }

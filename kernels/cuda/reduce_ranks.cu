@@ -154,29 +154,14 @@ template <typename S> static int join(job *j)
     return 0;
 }
 
-static int check(const ds_tensor *y, int dtype, int n, int op, double scale)
-{
-    int narrow = dtype >= 0 && dtype <= DS_F16 && y->dtype <= DS_F16;
-
-    if (n < 1 || n > PARTS || op < 0 || op >= DS_REDUCTIONS)
-        return ds_fail(DS_EINVAL, "reduce_ranks: %d parts by reduction %d (cuda takes 1 to %d)", n,
-                       op, PARTS);
-    if (!y->dense)
-        return ds_fail(DS_EINVAL, "reduce_ranks: the result is not dense");
-    if (dtype != y->dtype && !narrow)
-        return ds_fail(DS_EINVAL, "reduce_ranks: parts are %s and the result is %s",
-                       ds_name_of(dtype), ds_name_of(y->dtype));
-    if (!ds_is_float(dtype) && (op == DS_MEAN || scale != 1))
-        return ds_fail(DS_EINVAL, "reduce_ranks: %s has no mean and no scale", ds_name_of(dtype));
-    return 0;
-}
-
 extern "C" int ds_cuda_reduce_ranks(ds_tensor *y, const void *const *parts, int dtype, int n,
                                     int op, double scale)
 {
     job j = job();
 
-    DS_TRY(check(y, dtype, n, op, scale));
+    DS_TRY(ds_check_reduce_ranks(y, dtype, n, op, scale));
+    if (n > PARTS)
+        return ds_fail(DS_EINVAL, "reduce_ranks: %d parts; on cuda there may be %d", n, PARTS);
     if (y->numel == 0)
         return 0;
     /* A power of two: the same bits as dividing. */

@@ -1,4 +1,4 @@
-/* rows.cuh - a tensor as rows of its last dimension, and checks that kernels on rows share.
+/* rows.cuh - a tensor as rows of its last dimension, and how threads read and write them.
  *
  * Dimensions that lead to a row are merged where their strides allow; for most tensors one is left, and
  * finding a row is one multiplication.
@@ -178,15 +178,6 @@ static __device__ inline void store_many(void *to, int dtype, int64_t i, const f
         store_packs<bf16, N>(to, i, v);
     else
         store_packs<f16, N>(to, i, v);
-}
-
-/* All tensors of a list (NULLs are fine) lie on the GPU. */
-template <int N> static inline int need_cuda(const char *name, const ds_tensor *const (&all)[N])
-{
-    for (int i = 0; i < N; i++)
-        if (all[i] && all[i]->device != DS_CUDA)
-            return ds_fail(DS_EINVAL, "%s: a tensor is not on cuda (use :to \"cuda\")", name);
-    return 0;
 }
 
 #endif

@@ -261,10 +261,8 @@ extern "C" int ds_cuda_cumsum(ds_tensor *y, const ds_tensor *x, int dim, int rev
 
     if (x->dtype == DS_F64)
         return ds_cuda_refuse("cumsum", x->dtype);
+    DS_TRY(ds_check_cumsum(y, x, dim));
     DS_TRY(lines_start(&j.lines, &j.count, "cumsum", dim, 2, t));
-    if (y->shape[dim] != x->shape[dim] || ds_is_float(y->dtype) != ds_is_float(x->dtype))
-        return ds_fail(DS_EINVAL, "cumsum: the result's shape or dtype (%s) does not fit %s",
-                       ds_name_of(y->dtype), ds_name_of(x->dtype));
     if (x->numel == 0)
         return 0;
     j.x = x->data;

@@ -283,16 +283,10 @@ static int along(const char *name, int count, const ds_tensor *const *t, int dim
 {
     job j = job();
 
-    for (int k = 1; k < count; k++)
-        if (!ds_is_float(t[0]->dtype) || t[k]->dtype != t[0]->dtype)
-            return ds_fail(DS_EINVAL, "%s: not from %s to %s", name, ds_name_of(t[k]->dtype),
-                           ds_name_of(t[0]->dtype));
+    DS_TRY(ds_check_softmax(name, count, t, dim));
     DS_TRY(lines_start(&j.lines, &j.count, name, dim, count, t));
-    for (int k = 0; k < count; k++) {
-        if (t[k]->shape[dim] != t[0]->shape[dim])
-            return ds_fail(DS_EINVAL, "%s: shapes of inputs and result differ", name);
+    for (int k = 0; k < count; k++)
         j.step[k] = t[k]->shape[dim] == 1 ? 1 : t[k]->stride[dim];
-    }
     j.out = t[0]->data;
     j.a = t[1]->data;
     j.b = t[count - 1]->data;

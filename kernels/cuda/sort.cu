@@ -424,13 +424,12 @@ static int ordered(const char *name, ds_tensor *values, ds_tensor *indices, cons
     if (x->dtype == DS_F64)
         return ds_cuda_refuse(name, x->dtype);
     DS_TRY(lines_start(&j.lines, &j.count, name, dim, 3, t));
+    DS_TRY(ds_check_ordered(name, values, indices, x, dim));
     j.n = x->shape[dim];
     j.k = values->shape[dim];
-    if (values->dtype != x->dtype || indices->dtype != DS_I64 || indices->shape[dim] != j.k ||
-        j.k > j.n || j.n >= 1ll << 32)
-        return ds_fail(DS_EINVAL, "%s: cannot take %lld of %lld values into %s and %s", name,
-                       (long long)j.k, (long long)j.n, ds_name_of(values->dtype),
-                       ds_name_of(indices->dtype));
+    if (j.n >= 1ll << 32)
+        return ds_fail(DS_EINVAL, "%s: %lld values in a line; on cuda there may be 2^32 - 1", name,
+                       (long long)j.n);
     if (j.count == 0 || j.k == 0)
         return 0;
     j.values = values->data;

@@ -16,8 +16,6 @@
 
 #include "kernels/cuda/common.cuh"
 
-#include <stdio.h>
-
 #define WALK_MAX 4
 #define WALK_THREADS 256
 #ifdef DS_SIMT
@@ -43,34 +41,12 @@ struct walk {
 /* By the output's memory; by the shape; the same, with the last two dimensions as they are. */
 enum walk_order { WALK_ANY, WALK_ROW_MAJOR, WALK_MATRIX };
 
-/* "[2 x 3]", for messages. */
-static inline const char *shape_text(char text[128], const ds_tensor *t)
-{
-    int at = snprintf(text, 128, "[");
-
-    for (int i = 0; i < t->ndim && at < 100; i++)
-        at +=
-            snprintf(text + at, 128 - (size_t)at, "%s%lld", i ? " x " : "", (long long)t->shape[i]);
-    snprintf(text + at, 128 - (size_t)at, "]");
-    return text;
-}
-
 /* The message for a dtype that a kernel has not. */
 static inline int walk_refuse(const char *name, int dtype)
 {
     if (ds_is_float(dtype))
         return ds_cuda_refuse(name, dtype);
     return ds_fail(DS_EINVAL, "%s: not for %s; use :float() first", name, ds_name_of(dtype));
-}
-
-/* t[0] is the result; NULL: there is none. */
-static inline int on_cuda(const char *name, int count, const ds_tensor *const *t)
-{
-    for (int k = 0; k < count; k++)
-        if (t[k] && t[k]->device != DS_CUDA)
-            return ds_fail(DS_EINVAL, "%s: %s is not on cuda; use :to(\"cuda\")", name,
-                           k ? "an operand" : "the result");
-    return 0;
 }
 
 static inline void walk_swap(walk *w, int i, int j)
@@ -144,7 +120,7 @@ static inline int walk_start(walk *w, const char *name, int count, const ds_tens
         }
         if (bad)
             return ds_fail(DS_EINVAL, "%s: %s does not broadcast to %s", name,
-                           shape_text(have, t[k]), shape_text(want, y));
+                           ds_shape_text(have, t[k]), ds_shape_text(want, y));
     }
     walk_simplify(w, order);
     return 0;
@@ -208,10 +184,6 @@ static __host__ __device__ inline float to_odd(double x)
 /* A number of `dtype` in its wide type. DS_EINVAL where an integer dtype has no such value. */
 static inline int walk_number(uint64_t *bits, const char *name, double value, int dtype)
 {
-    static const struct {
-        double low, end;
-    } range[DS_DTYPES] = {{0, 0},   {0, 0}, {0, 0}, {0, 0}, {-0x1p63, 0x1p63}, {-0x1p31, 0x1p31},
-                          {0, 256}, {0, 2}};
     float single = (float)value;
     int64_t whole;
 
@@ -220,9 +192,7 @@ static inline int walk_number(uint64_t *bits, const char *name, double value, in
         memcpy(bits, &single, sizeof single);
         return 0;
     }
-    if (!(value >= range[dtype].low && value < range[dtype].end && value == floor(value)))
-        return ds_fail(DS_EINVAL, "%s: %g is not a value of %s; use :float() first", name, value,
-                       ds_name_of(dtype));
+    DS_TRY(ds_check_number(name, value, dtype));
     whole = (int64_t)value;
     memcpy(bits, &whole, sizeof whole); /* little-endian: the lower bytes are the narrower type */
     return 0;
