@@ -20,6 +20,60 @@ typedef struct ds_hyper {
     int decoupled, nesterov, first;
 } ds_hyper;
 
+/* The same from the kernels' arguments. decoupled: AdamW; Lamb has that, and bounds besides. */
+static inline ds_hyper ds_hyper_adam(double lr, double beta1, double beta2, double eps,
+                                     double weight_decay, double c1, double c2, double gscale,
+                                     int decoupled)
+{
+    ds_hyper h;
+
+    memset(&h, 0, sizeof h);
+    h.lr = lr;
+    h.beta1 = beta1;
+    h.beta2 = beta2;
+    h.eps = eps;
+    h.weight_decay = weight_decay;
+    h.c1 = c1;
+    h.c2 = c2;
+    h.gscale = gscale;
+    h.decoupled = decoupled;
+    return h;
+}
+
+static inline ds_hyper ds_hyper_lamb(double lr, double beta1, double beta2, double eps,
+                                     double weight_decay, double c1, double c2, double least,
+                                     double most, double gscale)
+{
+    ds_hyper h = ds_hyper_adam(lr, beta1, beta2, eps, weight_decay, c1, c2, gscale, 1);
+
+    h.least = least;
+    h.most = most;
+    return h;
+}
+
+static inline ds_hyper ds_hyper_lion(double lr, double beta1, double beta2, double weight_decay,
+                                     double gscale)
+{
+    return ds_hyper_adam(lr, beta1, beta2, 0, weight_decay, 1, 1, gscale, 1);
+}
+
+static inline ds_hyper ds_hyper_adagrad(double lr, double eps, double weight_decay, double gscale)
+{
+    return ds_hyper_adam(lr, 0, 0, eps, weight_decay, 1, 1, gscale, 0);
+}
+
+static inline ds_hyper ds_hyper_sgd(double lr, double momentum, double dampening,
+                                    double weight_decay, int nesterov, int first, double gscale)
+{
+    ds_hyper h = ds_hyper_adam(lr, 0, 0, 0, weight_decay, 1, 1, gscale, 0);
+
+    h.momentum = momentum;
+    h.dampening = dampening;
+    h.nesterov = nesterov;
+    h.first = first;
+    return h;
+}
+
 /* What tensors on the device say instead: factor [1] multiplies the gradients' scale, rates [3], f64, are
  * lr, c1 and c2; either may be NULL. 0: the factor is not finite, and the step is to be left out. */
 DS_FUNC int ds_hyper_read(ds_hyper *h, const float *factor, const double *rates)

@@ -106,15 +106,7 @@ int DS_CPU(adam)(ds_tensor *p, ds_tensor *m, ds_tensor *v, ds_tensor *low, const
                  double c2, double gscale, int decoupled, const ds_tensor *factor,
                  const ds_tensor *rates)
 {
-    ds_hyper h = {.lr = lr,
-                  .beta1 = beta1,
-                  .beta2 = beta2,
-                  .eps = eps,
-                  .weight_decay = weight_decay,
-                  .c1 = c1,
-                  .c2 = c2,
-                  .gscale = gscale,
-                  .decoupled = decoupled};
+    ds_hyper h = ds_hyper_adam(lr, beta1, beta2, eps, weight_decay, c1, c2, gscale, decoupled);
 
     return step("adam", adam_pass_f32, adam_pass_f64, p, m, v, low, g, factor, rates, &h);
 }
@@ -123,15 +115,7 @@ int DS_CPU(sgd)(ds_tensor *p, ds_tensor *momentum_buffer, ds_tensor *low, const 
                 double lr, double momentum, double dampening, double weight_decay, int nesterov,
                 int first, double gscale, const ds_tensor *factor, const ds_tensor *rates)
 {
-    ds_hyper h = {.lr = lr,
-                  .momentum = momentum,
-                  .dampening = dampening,
-                  .weight_decay = weight_decay,
-                  .c1 = 1,
-                  .c2 = 1,
-                  .gscale = gscale,
-                  .nesterov = nesterov,
-                  .first = first};
+    ds_hyper h = ds_hyper_sgd(lr, momentum, dampening, weight_decay, nesterov, first, gscale);
 
     if (!momentum_buffer && momentum != 0)
         return ds_fail(DS_EINVAL, "sgd: momentum %g needs a momentum buffer", momentum);
@@ -143,14 +127,7 @@ int DS_CPU(lion)(ds_tensor *p, ds_tensor *m, ds_tensor *low, const ds_tensor *g,
                  double beta1, double beta2, double weight_decay, double gscale,
                  const ds_tensor *factor, const ds_tensor *rates)
 {
-    ds_hyper h = {.lr = lr,
-                  .beta1 = beta1,
-                  .beta2 = beta2,
-                  .weight_decay = weight_decay,
-                  .c1 = 1,
-                  .c2 = 1,
-                  .gscale = gscale,
-                  .decoupled = 1};
+    ds_hyper h = ds_hyper_lion(lr, beta1, beta2, weight_decay, gscale);
 
     return step("lion", lion_pass_f32, lion_pass_f64, p, m, NULL, low, g, factor, rates, &h);
 }
@@ -159,8 +136,7 @@ int DS_CPU(adagrad)(ds_tensor *p, ds_tensor *sum, ds_tensor *low, const ds_tenso
                     double eps, double weight_decay, double gscale, const ds_tensor *factor,
                     const ds_tensor *rates)
 {
-    ds_hyper h = {
-        .lr = lr, .eps = eps, .weight_decay = weight_decay, .c1 = 1, .c2 = 1, .gscale = gscale};
+    ds_hyper h = ds_hyper_adagrad(lr, eps, weight_decay, gscale);
 
     return step("adagrad", adagrad_pass_f32, adagrad_pass_f64, p, sum, NULL, low, g, factor, rates,
                 &h);
@@ -195,17 +171,8 @@ int DS_CPU(lamb)(ds_tensor *p, ds_tensor *m, ds_tensor *v, ds_tensor *low, const
                  double c2, double min_coeff, double max_coeff, double gscale,
                  const ds_tensor *factor, const ds_tensor *rates)
 {
-    ds_hyper h = {.lr = lr,
-                  .beta1 = beta1,
-                  .beta2 = beta2,
-                  .eps = eps,
-                  .weight_decay = weight_decay,
-                  .c1 = c1,
-                  .c2 = c2,
-                  .gscale = gscale,
-                  .least = min_coeff,
-                  .most = max_coeff,
-                  .decoupled = 1};
+    ds_hyper h =
+        ds_hyper_lamb(lr, beta1, beta2, eps, weight_decay, c1, c2, min_coeff, max_coeff, gscale);
     int rc = prepare("lamb", p, m, v, low, g, factor, rates, &h);
     int threads = ds_threads(p->numel * 4);
     int64_t pieces = (p->numel + PIECE - 1) / PIECE;

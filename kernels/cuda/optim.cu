@@ -291,15 +291,7 @@ extern "C" int ds_cuda_adam(ds_tensor *p, ds_tensor *m, ds_tensor *v, ds_tensor 
     pass t = {};
 
     DS_TRY(prepare(&t, "adam", p, m, v, low, g, factor, rates));
-    t.h.lr = lr;
-    t.h.beta1 = beta1;
-    t.h.beta2 = beta2;
-    t.h.eps = eps;
-    t.h.weight_decay = weight_decay;
-    t.h.c1 = c1;
-    t.h.c2 = c2;
-    t.h.gscale = gscale;
-    t.h.decoupled = decoupled;
+    t.h = ds_hyper_adam(lr, beta1, beta2, eps, weight_decay, c1, c2, gscale, decoupled);
     return run<adam_rule>("adam", &t, g->dtype);
 }
 
@@ -313,14 +305,7 @@ extern "C" int ds_cuda_sgd(ds_tensor *p, ds_tensor *momentum_buffer, ds_tensor *
     if (!momentum_buffer && momentum != 0)
         return ds_fail(DS_EINVAL, "sgd: momentum %g needs a momentum buffer", momentum);
     DS_TRY(prepare(&t, "sgd", p, momentum_buffer, NULL, low, g, factor, rates));
-    t.h.lr = lr;
-    t.h.momentum = momentum;
-    t.h.dampening = dampening;
-    t.h.weight_decay = weight_decay;
-    t.h.c1 = t.h.c2 = 1;
-    t.h.gscale = gscale;
-    t.h.nesterov = nesterov;
-    t.h.first = first;
+    t.h = ds_hyper_sgd(lr, momentum, dampening, weight_decay, nesterov, first, gscale);
     return momentum_buffer ? run<sgd_rule>("sgd", &t, g->dtype)
                            : run<sgd_plain_rule>("sgd", &t, g->dtype);
 }
@@ -332,13 +317,7 @@ extern "C" int ds_cuda_lion(ds_tensor *p, ds_tensor *m, ds_tensor *low, const ds
     pass t = {};
 
     DS_TRY(prepare(&t, "lion", p, m, NULL, low, g, factor, rates));
-    t.h.lr = lr;
-    t.h.beta1 = beta1;
-    t.h.beta2 = beta2;
-    t.h.weight_decay = weight_decay;
-    t.h.c1 = t.h.c2 = 1;
-    t.h.gscale = gscale;
-    t.h.decoupled = 1;
+    t.h = ds_hyper_lion(lr, beta1, beta2, weight_decay, gscale);
     return run<lion_rule>("lion", &t, g->dtype);
 }
 
@@ -349,11 +328,7 @@ extern "C" int ds_cuda_adagrad(ds_tensor *p, ds_tensor *sum, ds_tensor *low, con
     pass t = {};
 
     DS_TRY(prepare(&t, "adagrad", p, sum, NULL, low, g, factor, rates));
-    t.h.lr = lr;
-    t.h.eps = eps;
-    t.h.weight_decay = weight_decay;
-    t.h.c1 = t.h.c2 = 1;
-    t.h.gscale = gscale;
+    t.h = ds_hyper_adagrad(lr, eps, weight_decay, gscale);
     return run<adagrad_rule>("adagrad", &t, g->dtype);
 }
 
@@ -369,17 +344,7 @@ extern "C" int ds_cuda_lamb(ds_tensor *p, ds_tensor *m, ds_tensor *v, ds_tensor 
     DS_TRY(prepare(&t, "lamb", p, m, v, low, g, factor, rates));
     if (t.n == 0)
         return 0;
-    t.h.lr = lr;
-    t.h.beta1 = beta1;
-    t.h.beta2 = beta2;
-    t.h.eps = eps;
-    t.h.weight_decay = weight_decay;
-    t.h.c1 = c1;
-    t.h.c2 = c2;
-    t.h.gscale = gscale;
-    t.h.least = min_coeff;
-    t.h.most = max_coeff;
-    t.h.decoupled = 1;
+    t.h = ds_hyper_lamb(lr, beta1, beta2, eps, weight_decay, c1, c2, min_coeff, max_coeff, gscale);
     grid = grid_of(&t);
     t.blocks = (int)grid.x;
     t.sums = (float *)ds_cuda_scratch(DS_CUDA_PARTIAL, (size_t)t.blocks * 2 * sizeof(float));
