@@ -6,12 +6,12 @@
  * a row of dw. Runs that cross tiles leave their parts in scratch memory, for a second kernel that adds
  * these in order: a token that is half of the text does not keep one block busy while others wait.
  */
+#include "kernels/cuda/order.h"
 #include "kernels/cuda/rows.cuh"
 
 #include <limits.h>
 
-#define TILE 64     /* sorted tokens whose rows a block adds up */
-#define SORTED 2048 /* tokens that a block sorts: 8 warps, 256 each */
+#define TILE 64 /* sorted tokens whose rows a block adds up */
 
 /* ---- indices */
 
@@ -74,174 +74,52 @@ extern "C" int ds_cuda_embedding(ds_tensor *y, const ds_tensor *w, const ds_tens
                   ds_cuda.fault, what);
 }
 
-/* ---- tokens sorted by index: 8 bits a pass. Bad indices become `bound`, and lie at the end. */
+/* ---- tokens sorted by index; bad indices become `bound`, and lie at the end */
 
-struct sorting {
-    uint32_t *key, *other_key; /* [count] */
-    int32_t *place, *other_place;
-    int32_t *start; /* [256, blocks] */
-    int64_t count, blocks;
-};
-
-static __global__ void take_keys(sorting s, rows index, int64_t bound, ds_cuda_fault *faults,
-                                 const char *name)
+static __global__ void take_keys(ds_cuda_order to, rows index, int64_t count, int64_t bound,
+                                 ds_cuda_fault *faults, const char *name)
 {
-    for (int64_t i = global_thread(); i < s.count; i += global_threads()) {
+    for (int64_t i = global_thread(); i < count; i += global_threads()) {
         int64_t at = index_at(index, i);
         bool fine = (uint64_t)at < (uint64_t)bound;
 
         if (!fine)
             fault(faults, name, at, bound);
-        s.key[i] = (uint32_t)(fine ? at : bound);
-        s.place[i] = (int32_t)i;
+        to.keys[i] = (uint64_t)(fine ? at : bound);
+        to.at[i] = (uint32_t)i;
     }
 }
 
-/* How many of a block's tokens have each digit. */
-static __global__ void __launch_bounds__(256) count_digits(sorting s, int shift)
-{
-    __shared__ int counts[256];
-    int64_t begin = (int64_t)blockIdx.x * SORTED;
-
-    counts[threadIdx.x] = 0;
-    __syncthreads();
-    for (int64_t i = begin + threadIdx.x; i < begin + SORTED && i < s.count; i += blockDim.x)
-        atomicAdd(&counts[s.key[i] >> shift & 255], 1);
-    __syncthreads();
-    s.start[threadIdx.x * s.blocks + blockIdx.x] = counts[threadIdx.x];
-}
-
-/* Each number becomes the sum of those before it. One block of 1024 threads. */
-static __global__ void __launch_bounds__(1024) add_before(int32_t *x, int64_t n)
-{
-    __shared__ int sums[1024];
-    int64_t each = (n + 1023) / 1024, begin = threadIdx.x * each;
-    int64_t end = begin + each < n ? begin + each : n;
-    int mine = 0;
-
-    for (int64_t i = begin; i < end; i++)
-        mine += x[i];
-    sums[threadIdx.x] = mine;
-    __syncthreads();
-    for (int k = 1; k < 1024; k *= 2) {
-        int before = (int)threadIdx.x >= k ? sums[threadIdx.x - k] : 0;
-
-        __syncthreads();
-        sums[threadIdx.x] += before;
-        __syncthreads();
-    }
-    mine = sums[threadIdx.x] - mine;
-    for (int64_t i = begin; i < end; i++) {
-        int here = x[i];
-
-        x[i] = mine;
-        mine += here;
-    }
-}
-
-/* Lanes of this warp with the same digit as this one, among those that have a token. */
-static __device__ inline unsigned same_digit(int digit, bool has)
-{
-    unsigned same = __ballot_sync(0xffffffff, has);
-
-    for (int bit = 0; bit < 8; bit++) {
-        unsigned set = __ballot_sync(0xffffffff, digit >> bit & 1);
-
-        same &= digit >> bit & 1 ? set : ~set;
-    }
-    return same;
-}
-
-/* Each warp has 256 tokens that follow each other; where they go: after all with lower digits, after
- * those of the blocks and warps before, in order. */
-static __global__ void __launch_bounds__(256) place_digits(sorting s, int shift)
-{
-    __shared__ int at[8][256];
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int64_t begin = (int64_t)blockIdx.x * SORTED + warp * 256;
-    int next = s.start[threadIdx.x * s.blocks + blockIdx.x];
-
-    for (int i = threadIdx.x; i < 8 * 256; i += blockDim.x)
-        at[i / 256][i % 256] = 0;
-    __syncthreads();
-    for (int pass = 0; pass < 2; pass++) { /* counts, then places */
-        for (int64_t i = begin + lane; i < begin + 256 + lane; i += 32) {
-            bool has = i < s.count;
-            uint32_t key = has ? s.key[i] : 0;
-            int digit = (int)(key >> shift & 255);
-            unsigned same = same_digit(digit, has), before = same & ((1u << lane) - 1);
-            int to = at[warp][digit] + __popc(before);
-
-            __syncwarp();
-            if (has && !before)
-                at[warp][digit] += __popc(same);
-            __syncwarp();
-            if (has && pass) {
-                s.other_key[to] = key;
-                s.other_place[to] = s.place[i];
-            }
-        }
-        __syncthreads();
-        for (int w = 0; w < 8 && !pass; w++) {
-            int count = at[w][threadIdx.x];
-
-            at[w][threadIdx.x] = next;
-            next += count;
-        }
-        __syncthreads();
-    }
-}
-
-/* Sorts; s->key and s->place are the result. */
-static int sort_tokens(sorting *s, const ds_tensor *index, int64_t bound)
+static int sort_tokens(ds_cuda_order *order, const ds_tensor *index, int64_t bound)
 {
     static const char what[] = "embedding_backward";
-    int64_t count = index->numel;
-    char *memory;
+    ds_cuda_order other;
+    int bits = 1;
 
-    *s = sorting{};
-    s->count = count;
-    s->blocks = (count + SORTED - 1) / SORTED;
-    memory = (char *)ds_cuda_scratch(DS_CUDA_A, (size_t)(4 * count + 256 * s->blocks) * 4);
-    if (!memory)
-        return DS_ENOMEM;
-    s->key = (uint32_t *)memory;
-    s->other_key = s->key + count;
-    s->place = (int32_t *)(s->other_key + count);
-    s->other_place = s->place + count;
-    s->start = s->other_place + count;
-    DS_TRY(launch(what, take_keys, grid_for(count, 256, 8), 256, 0, *s, rows_of(index, index->ndim),
-                  bound, ds_cuda.fault, what));
-    for (int shift = 0; shift < 32 && bound >> shift; shift += 8) {
-        sorting now = *s;
-        dim3 blocks = blocks_for(s->blocks, 1);
-
-        DS_TRY(launch(what, count_digits, blocks, 256, 0, now, shift));
-        DS_TRY(launch(what, add_before, 1, 1024, 0, now.start, 256 * now.blocks));
-        DS_TRY(launch(what, place_digits, blocks, 256, 0, now, shift));
-        s->key = now.other_key;
-        s->other_key = now.key;
-        s->place = now.other_place;
-        s->other_place = now.place;
-    }
-    return 0;
+    while (bound >> bits)
+        bits++;
+    DS_TRY(ds_cuda_order_room(order, &other, index->numel));
+    DS_TRY(launch(what, take_keys, grid_for(index->numel, 256, 8), 256, 0, *order,
+                  rows_of(index, index->ndim), index->numel, bound, ds_cuda.fault, what));
+    return ds_cuda_order_sort(what, order, &other, index->numel, bits);
 }
 
 /* ---- sums of rows by index */
 
 struct summing {
-    const uint32_t *key; /* sorted */
-    const int32_t *place;
+    const uint64_t *key; /* sorted */
+    const uint32_t *place;
     rows dw, dy;
     float
         *partial; /* [tiles, 2, columns]: of the run that comes from the tile before, and of the one
                        that begins here and goes on */
-    int64_t count, columns, bound;
+    int64_t count, columns;
+    uint64_t bound; /* of keys */
     int accumulate;
 };
 
 template <int N>
-static __device__ inline void write_sum(const summing &s, uint32_t key, int64_t c, float *sum)
+static __device__ inline void write_sum(const summing &s, uint64_t key, int64_t c, float *sum)
 {
     void *to = row_at(s.dw, key);
     float had[N];
@@ -259,8 +137,8 @@ static __device__ inline void write_sum(const summing &s, uint32_t key, int64_t 
 template <typename S, int N> static __global__ void __launch_bounds__(128) add_tiles(summing s)
 {
     const int ahead = 4;               /* rows that are read before the first is used */
-    __shared__ uint32_t key[TILE + 2]; /* with the ones before and after */
-    __shared__ int32_t place[TILE];
+    __shared__ uint64_t key[TILE + 2]; /* with the ones before and after */
+    __shared__ uint32_t place[TILE];
     int64_t begin = (int64_t)blockIdx.x * TILE;
     int64_t c = ((int64_t)blockIdx.y * blockDim.x + threadIdx.x) * N;
     int n = s.count - begin < TILE ? (int)(s.count - begin) : TILE, first = 0;
@@ -269,7 +147,7 @@ template <typename S, int N> static __global__ void __launch_bounds__(128) add_t
     for (int i = threadIdx.x; i < n + 2; i += blockDim.x) {
         int64_t at = begin + i - 1;
 
-        key[i] = at < 0 || at >= s.count ? UINT32_MAX : s.key[at];
+        key[i] = at < 0 || at >= s.count ? UINT64_MAX : s.key[at];
         if (i < n)
             place[i] = s.place[begin + i];
     }
@@ -306,7 +184,7 @@ template <typename S, int N> static __global__ void __launch_bounds__(128) add_t
 }
 
 /* Where in the sorted list `key` would begin: how many are less. */
-static __device__ inline int64_t lower_bound(const uint32_t *keys, int64_t n, uint32_t key)
+static __device__ inline int64_t lower_bound(const uint64_t *keys, int64_t n, uint64_t key)
 {
     int64_t low = 0;
 
@@ -326,7 +204,7 @@ template <int N> static __global__ void __launch_bounds__(128) add_across(summin
 {
     int64_t begin = (int64_t)blockIdx.x * TILE, end = begin + TILE, last;
     int64_t c = ((int64_t)blockIdx.y * blockDim.x + threadIdx.x) * N;
-    uint32_t key = end < s.count ? s.key[end] : UINT32_MAX;
+    uint64_t key = end < s.count ? s.key[end] : UINT64_MAX;
     const float *partial = s.partial + 2 * blockIdx.x * s.columns + c;
     float sum[N];
 
@@ -354,13 +232,13 @@ template <int N> static __global__ void __launch_bounds__(256) clear_rest(summin
     float zero[N] = {};
 
     if (threadIdx.x < 64) {
-        uint32_t key = (uint32_t)(first + threadIdx.x);
+        uint64_t key = (uint64_t)first + threadIdx.x;
         int64_t at = lower_bound(s.key, s.count, key);
 
         has[threadIdx.x] = at < s.count && s.key[at] == key;
     }
     __syncthreads();
-    for (int i = threadIdx.x / 32; i < 64 && first + i < s.bound; i += 8)
+    for (int i = threadIdx.x / 32; i < 64 && (uint64_t)first + i < s.bound; i += 8)
         for (int64_t c = threadIdx.x % 32 * N; c < s.columns && !has[i]; c += 32 * N)
             store_many<N>(row_at(s.dw, first + i), s.dw.dtype, N == 1 ? c * s.dw.column : c, zero);
 }
@@ -373,7 +251,7 @@ template <typename S, int N> static int add_rows(const summing *s)
     dim3 grid((unsigned)tiles, (unsigned)((packs + threads - 1) / threads));
 
     if (!s->accumulate)
-        DS_TRY(launch(what, clear_rest<N>, blocks_for(s->bound, 64), 256, 0, *s));
+        DS_TRY(launch(what, clear_rest<N>, blocks_for((int64_t)s->bound, 64), 256, 0, *s));
     if (tiles == 0)
         return 0;
     DS_TRY(launch(what, add_tiles<S, N>, grid, threads, 0, *s));
@@ -396,7 +274,7 @@ extern "C" int ds_cuda_embedding_backward(ds_tensor *dw, const ds_tensor *dy,
     int64_t tiles = (index->numel + TILE - 1) / TILE;
     const ds_tensor *t[] = {dw, dy, index};
     summing s = {};
-    sorting order = {};
+    ds_cuda_order order = {};
 
     DS_TRY(on_cuda(what, 3, t));
     DS_TRY(ds_check_embedding_backward(dw, dy, index));
@@ -404,20 +282,20 @@ extern "C" int ds_cuda_embedding_backward(ds_tensor *dw, const ds_tensor *dy,
         return ds_cuda_refuse(what, dw->dtype);
     if (dy->dtype > DS_F16)
         return ds_cuda_refuse(what, dy->dtype);
-    if (index->numel > INT_MAX || dw->shape[0] >= UINT32_MAX || dw->shape[1] > INT_MAX)
-        return ds_fail(DS_EINVAL, "%s: %lld indices into %lld rows; on cuda there may be 2^31 - 1",
-                       what, (long long)index->numel, (long long)dw->shape[0]);
+    if (index->numel > INT_MAX || dw->shape[1] > INT_MAX)
+        return ds_fail(DS_EINVAL, "%s: %lld indices of %lld columns; on cuda there may be 2^31 - 1",
+                       what, (long long)index->numel, (long long)dw->shape[1]);
     if (dw->numel == 0)
         return 0;
     if (index->numel)
         DS_TRY(sort_tokens(&order, index, dw->shape[0]));
-    s.key = order.key;
-    s.place = order.place;
+    s.key = order.keys;
+    s.place = order.at;
     s.dw = rows_of(dw, 1);
     s.dy = rows_of(dy, index->ndim);
     s.count = index->numel;
     s.columns = dw->shape[1];
-    s.bound = dw->shape[0];
+    s.bound = (uint64_t)dw->shape[0];
     s.accumulate = accumulate;
     s.partial =
         (float *)ds_cuda_scratch(DS_CUDA_PARTIAL, (size_t)(2 * tiles * s.columns) * sizeof(float));

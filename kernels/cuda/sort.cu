@@ -6,13 +6,10 @@
  * Lines of up to TILE elements are sorted in shared memory (tile_kernel) by Batcher's bitonic
  * network (Knuth, volume 3, 5.3.4), on items of a key and an index, so that no two are equal;
  * short lines share a block. The k first of longer lines, for small k, are those of its tiles' k
- * first, again and again. Long lines are sorted by their keys' bytes from the lowest on: tiles
- * count how often each byte occurs (count_kernel), the counts are added up (scan_kernel), and
- * every element goes to its place (scatter_kernel), which is known from the tile, the warp and the
- * lane that it comes from: no atomic operation decides it. Values are copied from x at the end, by
- * index.
+ * first, again and again. Long lines are sorted by their keys' bytes from the lowest on (radix.cuh).
+ * Values are copied from x at the end, by index.
  */
-#include "kernels/cuda/lines.cuh"
+#include "kernels/cuda/radix.cuh"
 
 #define TILE 4096
 #define TILE_THREADS 512
@@ -45,8 +42,6 @@ struct job {
     void *keys_out;
     const uint32_t *order_in;
     uint32_t *order_out;
-    uint32_t *counts; /* [rows, 256, tiles] */
-    uint32_t *totals; /* [rows, 256] */
 };
 
 /* ---- keys */
@@ -227,158 +222,40 @@ template <typename Item> static int by_tiles(job *j)
     return launch_tiles<Item>(j);
 }
 
-/* ---- long lines, byte by byte: a block has a tile of TILE elements, a warp SHARE of them */
+/* ---- long lines, byte by byte */
 
-#define THREADS 256
-#define WARPS (THREADS / 32)
-#define SHARE (TILE / WARPS)
-#define ROUNDS (SHARE / 32)
+template <typename Key> struct byte_line {
+    using source = job;
+    static constexpr int rounds = 16;
+    const job &j;
+    int64_t row, at[3];
 
-template <typename Key>
-static __device__ inline uint64_t key_in(const job &j, const int64_t (&at)[3], int64_t row,
-                                         int64_t i)
-{
-    return j.pass == 0 ? key_at(j, at[2] + i * j.step[2])
-                       : (uint64_t)((const Key *)j.keys_in)[row * j.n + i];
-}
-
-template <typename Key> static __global__ void __launch_bounds__(THREADS) count_kernel(job j)
-{
-    __shared__ uint32_t shared[256];
-    int64_t tile, row = divide(blockIdx.x, j.tiles, &tile), begin = tile * TILE, at[3];
-
-    offsets(at, j.lines, j.lines.n, j.first + row);
-    shared[threadIdx.x] = 0;
-    __syncthreads();
-    for (int64_t i = begin + threadIdx.x; i < begin + TILE && i < j.n; i += THREADS)
-        atomicAdd(&shared[key_in<Key>(j, at, row, i) >> (8 * j.pass) & 255], 1u);
-    __syncthreads();
-    j.counts[(row * 256 + threadIdx.x) * j.tiles + tile] = shared[threadIdx.x];
-}
-
-/* What the threads before this one have, added; *all: what all have. */
-static __device__ inline uint32_t block_before(uint32_t mine, uint32_t *all)
-{
-    __shared__ uint32_t shared[WARPS];
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    uint32_t sum = mine, before = 0;
-
-    for (int k = 1; k < 32; k *= 2) {
-        uint32_t below = __shfl_up_sync(0xffffffff, sum, k);
-
-        sum += lane >= k ? below : 0;
+    __device__ byte_line(const job &all, int64_t r) : j(all), row(r)
+    {
+        offsets(at, j.lines, j.lines.n, j.first + row);
     }
-    if (lane == 31)
-        shared[warp] = sum;
-    __syncthreads();
-    *all = 0;
-    for (int w = 0; w < WARPS; w++) {
-        before += w < warp ? shared[w] : 0;
-        *all += shared[w];
+    __device__ uint64_t key(int64_t i) const
+    {
+        return j.pass == 0 ? key_at(j, at[2] + i * j.step[2])
+                           : (uint64_t)((const Key *)j.keys_in)[row * j.n + i];
     }
-    __syncthreads();
-    return before + sum - mine;
-}
+    __device__ void move(int64_t i, uint32_t to) const
+    {
+        uint32_t index = j.pass == 0 ? (uint32_t)i : j.order_in[row * j.n + i];
 
-/* A block for each value of the byte in each row: how many there are in the tiles before. */
-static __global__ void __launch_bounds__(THREADS) scan_kernel(job j)
-{
-    uint32_t *counts = j.counts + (int64_t)blockIdx.x * j.tiles, carry = 0;
-
-    for (int64_t begin = 0; begin < j.tiles; begin += THREADS) {
-        int64_t i = begin + threadIdx.x;
-        uint32_t all, before = block_before(i < j.tiles ? counts[i] : 0, &all);
-
-        if (i < j.tiles)
-            counts[i] = carry + before;
-        carry += all;
-    }
-    if (threadIdx.x == 0)
-        j.totals[blockIdx.x] = carry;
-}
-
-/* The lanes that have the same byte as this one, and are valid. */
-static __device__ inline unsigned same_byte(unsigned byte, bool valid)
-{
-    unsigned lanes = __ballot_sync(0xffffffff, valid);
-
-    for (int b = 0; b < 8; b++) {
-        unsigned set = __ballot_sync(0xffffffff, byte >> b & 1);
-
-        lanes &= byte >> b & 1 ? set : ~set;
-    }
-    return lanes;
-}
-
-/* Ranks the elements of a warp's share: how many with the same byte come before in it. Each rank
- * stands above its byte. Counts the bytes of the share. */
-template <typename Key>
-static __device__ inline void rank_share(const job &j, const int64_t (&at)[3], int64_t row,
-                                         int64_t begin, uint32_t (&ranks)[ROUNDS], uint32_t *counts)
-{
-    int lane = threadIdx.x % 32;
-
-#pragma unroll
-    for (int r = 0; r < ROUNDS; r++) {
-        int64_t i = begin + r * 32 + lane;
-        bool valid = i < j.n;
-        unsigned byte = valid ? key_in<Key>(j, at, row, i) >> (8 * j.pass) & 255 : 0;
-        unsigned same = same_byte(byte, valid);
-        uint32_t before = counts[byte];
-
-        __syncwarp();
-        if (valid && (same >> lane) == 1) /* the last of them */
-            counts[byte] = before + __popc(same);
-        __syncwarp();
-        ranks[r] = (before + __popc(same & ((1u << lane) - 1))) << 8 | byte;
-    }
-}
-
-template <typename Key> static __global__ void __launch_bounds__(THREADS) scatter_kernel(job j)
-{
-    __shared__ uint32_t places[WARPS][256];
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int64_t tile, row = divide(blockIdx.x, j.tiles, &tile), at[3];
-    int64_t begin = tile * TILE + warp * SHARE;
-    uint32_t ranks[ROUNDS], all, place;
-
-    offsets(at, j.lines, j.lines.n, j.first + row);
-    for (int w = 0; w < WARPS; w++)
-        places[w][threadIdx.x] = 0;
-    __syncthreads();
-    rank_share<Key>(j, at, row, begin, ranks, places[warp]);
-    __syncthreads();
-    place = block_before(j.totals[row * 256 + threadIdx.x], &all) +
-            j.counts[(row * 256 + threadIdx.x) * j.tiles + tile];
-    for (int w = 0; w < WARPS; w++) {
-        uint32_t here = places[w][threadIdx.x];
-
-        places[w][threadIdx.x] = place;
-        place += here;
-    }
-    __syncthreads();
-#pragma unroll
-    for (int r = 0; r < ROUNDS; r++) {
-        int64_t i = begin + r * 32 + lane, to = places[warp][ranks[r] & 255] + (ranks[r] >> 8);
-        uint32_t index;
-
-        if (i >= j.n)
-            continue;
-        index = j.pass == 0 ? (uint32_t)i : j.order_in[row * j.n + i];
         if (j.pass < j.passes - 1) {
-            ((Key *)j.keys_out)[row * j.n + to] = (Key)key_in<Key>(j, at, row, i);
+            ((Key *)j.keys_out)[row * j.n + to] = (Key)key(i);
             j.order_out[row * j.n + to] = index;
         } else if (to < j.k) {
             give(j, at, to, index);
         }
     }
-}
+};
 
 /* `rows` lines from j->first on; both of keys and orders have room for two. */
-template <typename Key> static int sort_rows(job *j, int64_t rows, Key *keys, uint32_t *order)
+template <typename Key>
+static int sort_rows(job *j, radix r, int64_t rows, Key *keys, uint32_t *order)
 {
-    dim3 grid = blocks_for(rows * j->tiles, 1);
-
     for (j->pass = 0; j->pass < j->passes; j->pass++) {
         int64_t here = j->pass % 2 * rows * j->n, there = (j->pass + 1) % 2 * rows * j->n;
 
@@ -386,30 +263,31 @@ template <typename Key> static int sort_rows(job *j, int64_t rows, Key *keys, ui
         j->order_in = order + here;
         j->keys_out = keys + there;
         j->order_out = order + there;
-        DS_TRY(launch(j->name, count_kernel<Key>, grid, THREADS, 0, *j));
-        DS_TRY(launch(j->name, scan_kernel, blocks_for(rows * 256, 1), THREADS, 0, *j));
-        DS_TRY(launch(j->name, scatter_kernel<Key>, grid, THREADS, 0, *j));
+        r.shift = 8 * j->pass;
+        DS_TRY(radix_pass<byte_line<Key>>(j->name, *j, r, rows));
     }
     return 0;
 }
 
 template <typename Key> static int by_bytes(job *j)
 {
+    constexpr int64_t tile = radix_tile<byte_line<Key>>;
     int64_t row = j->n * 2 * (int64_t)(sizeof(Key) + 4), rows = BATCH / row;
+    radix r = {j->n, (j->n + tile - 1) / tile, 0, NULL, NULL};
     Key *keys;
     uint32_t *order;
 
     rows = rows < 1 ? 1 : rows < j->count ? rows : j->count;
     j->passes = (int)j->size;
-    j->tiles = (j->n + TILE - 1) / TILE;
     keys = (Key *)ds_cuda_scratch(DS_CUDA_A, (size_t)(rows * j->n * 2) * sizeof(Key));
     order = (uint32_t *)ds_cuda_scratch(DS_CUDA_B, (size_t)(rows * j->n * 2) * 4);
-    j->totals = (uint32_t *)ds_cuda_scratch(DS_CUDA_C, (size_t)(rows * 256 * (j->tiles + 1)) * 4);
-    if (!keys || !order || !j->totals)
+    r.totals = (uint32_t *)ds_cuda_scratch(DS_CUDA_C, (size_t)(rows * DIGITS * (r.tiles + 1)) * 4);
+    if (!keys || !order || !r.totals)
         return DS_ENOMEM;
-    j->counts = j->totals + rows * 256;
+    r.counts = r.totals + rows * DIGITS;
     for (j->first = 0; j->first < j->count; j->first += rows)
-        DS_TRY(sort_rows(j, j->count - j->first < rows ? j->count - j->first : rows, keys, order));
+        DS_TRY(
+            sort_rows(j, r, j->count - j->first < rows ? j->count - j->first : rows, keys, order));
     return 0;
 }
 
