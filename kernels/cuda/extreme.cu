@@ -13,7 +13,7 @@ static __device__ inline int64_t least(int64_t)
 /* NaN wins. A: float or int64_t */
 template <typename A> struct extreme_of {
     typedef A state;
-    static constexpr bool in_order = false;
+    static constexpr bool in_order = sizeof(A) == 8;
     static __device__ A none()
     {
         return least(A());

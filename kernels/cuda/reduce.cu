@@ -4,7 +4,7 @@
 /* A: float, or uint64_t, which wraps around. */
 template <typename A> struct sum_of {
     typedef A state;
-    static constexpr bool in_order = false;
+    static constexpr bool in_order = sizeof(A) == 8;
     static __device__ A none()
     {
         return 0;
@@ -37,6 +37,7 @@ struct squares_of : sum_of<float> {
 /* A: double or uint64_t */
 template <typename A> struct product_of {
     typedef A state;
+    static constexpr bool in_order = true;
     static __device__ A none()
     {
         return 1;
@@ -92,6 +93,7 @@ extern "C" int ds_cuda_prod(ds_tensor *y, const ds_tensor *x)
 /* bool is 0 or 1: all is the product. */
 struct any_of {
     typedef uint64_t state;
+    static constexpr bool in_order = true;
     static __device__ uint64_t none()
     {
         return 0;

@@ -5,8 +5,9 @@
  * neighbouring elements of one result: 1 to 32 lanes or a block, as the rows are long. Where it is
  * kept ("columns"), neighbouring threads have neighbouring results, and the rows of a block's
  * threads are joined at the end. Either way memory is read once, 16 bytes at a time where it lies
- * so, with four such loads of a thread under way. Few results of many elements are cut into
- * pieces, enough to fill the device, which go to scratch; finish_kernel joins them in order.
+ * so (integers only by rows), with four such loads of a thread under way. Few results of many
+ * elements are cut into pieces, enough to fill the device, which go to scratch; finish_kernel joins
+ * them in order.
  * Nothing depends on who comes first: same shapes on the same device, same bits.
  *
  * Sums are in f32: thousands of threads times four accumulators each, so that none adds more than
@@ -20,8 +21,8 @@
 #define THREADS 256
 #define RESIDENT 4 /* blocks that a processor has registers for */
 
-/* ---- storage. Besides float, bf16 and f16: `real` and `whole`, whose dtype is known at run time
- * only, for what is too rare to be compiled for each. They become float and int64_t. */
+/* ---- storage. Besides the types in memory: `real` and `whole`, whose dtype is known at run time only,
+ * for what is too rare to have kernels for each. Real numbers become float, integers int64_t. */
 
 struct real {
     char none;
@@ -30,32 +31,46 @@ struct whole {
     char none;
 };
 
-template <typename S> static __device__ inline float load(const S *x, int64_t i, int)
+template <typename S> static __device__ inline float widened(S x)
 {
-    return to_float(x[i]);
+    return to_float(x);
 }
-static __device__ inline float load(const real *x, int64_t i, int dtype)
+static __device__ inline int64_t widened(int64_t x)
 {
-    if (dtype == DS_F32)
-        return ((const float *)x)[i];
-    return dtype == DS_BF16 ? to_float(((const bf16 *)x)[i]) : to_float(((const f16 *)x)[i]);
+    return x;
 }
-static __device__ inline int64_t load(const whole *x, int64_t i, int dtype)
+static __device__ inline int64_t widened(int32_t x)
 {
-    if (dtype == DS_I64)
-        return ((const int64_t *)x)[i];
-    return dtype == DS_I32 ? ((const int32_t *)x)[i] : ((const uint8_t *)x)[i];
+    return x;
+}
+static __device__ inline int64_t widened(uint8_t x)
+{
+    return x;
 }
 
-/* Whether 16 bytes of it can be loaded at once. */
-template <typename S> constexpr bool in_packs = true;
-template <> constexpr bool in_packs<real> = false;
-template <> constexpr bool in_packs<whole> = false;
+/* f(x), with x a pointer to the type in memory. */
+template <typename S, typename F> static __device__ inline auto in_memory(const S *x, int, F f)
+{
+    return f(x);
+}
+template <typename F> static __device__ inline auto in_memory(const real *x, int dtype, F f)
+{
+    if (dtype == DS_F32)
+        return f((const float *)x);
+    return dtype == DS_BF16 ? f((const bf16 *)x) : f((const f16 *)x);
+}
+template <typename F> static __device__ inline auto in_memory(const whole *x, int dtype, F f)
+{
+    if (dtype == DS_I64)
+        return f((const int64_t *)x);
+    return dtype == DS_I32 ? f((const int32_t *)x) : f((const uint8_t *)x);
+}
 
 /* ---- an operation is a struct with the type `state`, none(), of(x, index, flip) that makes a
  * state of an element, step() that adds an element with a higher index than those in a state, and
- * join() that makes one of two. `flip`: the order is turned round, for min and argmin. Where packs
- * are loaded, also in_order: whether they are taken by step(), not by of() and join() in pairs. */
+ * join() that makes one of two. `flip`: the order is turned round, for min and argmin. in_order: whether
+ * packs are taken by step(), and not by of() and join() in pairs, which is more exact, and less to wait
+ * for; integers of 64 bits would take too many registers. */
 
 static __device__ inline float flipped(float x, int flip)
 {
@@ -174,14 +189,14 @@ static __device__ inline typename Op::state fold(typename Op::state a, const pac
     if constexpr (Op::in_order) {
 #pragma unroll
         for (int i = 0; i < N; i++)
-            a = Op::step(a, to_float(x.of[i]), r + i, flip);
+            a = Op::step(a, widened(x.of[i]), r + i, flip);
         return a;
     } else {
         typename Op::state s[N];
 
 #pragma unroll
         for (int i = 0; i < N; i++)
-            s[i] = Op::of(to_float(x.of[i]), r + i, flip);
+            s[i] = Op::of(widened(x.of[i]), r + i, flip);
 #pragma unroll
         for (int half = N / 2; half; half /= 2)
 #pragma unroll
@@ -191,57 +206,55 @@ static __device__ inline typename Op::state fold(typename Op::state a, const pac
     }
 }
 
-/* n elements that lie together, the first being number r, by `team` threads. */
+/* n elements that lie together, the first being number r, by `team` threads. U packs
+ * of a thread are under way; one of what becomes 64 bits wide, which leaves no registers for more. */
 template <typename Op, typename S>
 static __device__ inline void fold_run(typename Op::state (&a)[4], const S *x, int64_t n, int64_t r,
                                        int lane, int team, int flip)
 {
     constexpr int N = per_16<S>;
+    constexpr int U = sizeof(typename Op::state) == 8 || sizeof(widened(S())) == 8 ? 1 : 4;
     int head = (int)head_of(x, n), packs = (int)((n - head) / N), tail = (int)((n - head) % N);
     const pack<S, N> *p = (const pack<S, N> *)(x + head);
 
     for (int k = lane; k < head; k += team)
-        a[0] = Op::step(a[0], to_float(x[k]), r + k, flip);
-    for (int i = lane; i < packs; i += 4 * team) {
-        pack<S, N> v[4];
+        a[0] = Op::step(a[0], widened(x[k]), r + k, flip);
+    for (int i = lane; i < packs; i += U * team) {
+        pack<S, N> v[U];
 
 #pragma unroll
-        for (int u = 0; u < 4; u++)
+        for (int u = 0; u < U; u++)
             if (i + u * team < packs)
                 v[u] = p[i + u * team];
 #pragma unroll
-        for (int u = 0; u < 4; u++)
+        for (int u = 0; u < U; u++)
             if (i + u * team < packs)
                 a[u] = fold<Op>(a[u], v[u], r + head + (int64_t)(i + u * team) * N, flip);
     }
     for (int k = lane; k < tail; k += team)
-        a[2] = Op::step(a[2], to_float(x[n - tail + k]), r + n - tail + k, flip);
+        a[2] = Op::step(a[2], widened(x[n - tail + k]), r + n - tail + k, flip);
 }
 
-/* The elements [begin, end) of one result, by `team` threads. */
+/* The elements [begin, end) of one result, of which x is the first, by `team` threads. */
 template <typename Op, typename S>
-static __device__ inline typename Op::state fold_range(const job &j, int64_t output, int64_t begin,
+static __device__ inline typename Op::state fold_range(const S *x, const job &j, int64_t begin,
                                                        int64_t end, int lane, int team)
 {
     typename Op::state a[4] = {Op::none(), Op::none(), Op::none(), Op::none()};
-    int64_t base = offset(j.kept, j.kept.n, output);
     int last = j.rest.n - 1;
 
-    if (!in_packs<S> || !j.runs) {
+    if (!j.runs) {
         for (int64_t r = begin + lane; r < end; r += team)
-            a[0] = Op::step(a[0], load((const S *)j.x, base + offset(j.rest, last + 1, r), j.from),
-                            r, j.flip);
+            a[0] = Op::step(a[0], widened(x[offset(j.rest, last + 1, r)]), r, j.flip);
         return a[0];
     }
-    if constexpr (in_packs<S>)
-        while (begin < end) {
-            int64_t in, n, size = j.rest.size[last], line = divide(j.rest, last, begin, &in);
+    while (begin < end) {
+        int64_t in, n, size = j.rest.size[last], line = divide(j.rest, last, begin, &in);
 
-            n = size - in < end - begin ? size - in : end - begin;
-            fold_run<Op>(a, (const S *)j.x + base + offset(j.rest, last, line) + in, n, begin, lane,
-                         team, j.flip);
-            begin += n;
-        }
+        n = size - in < end - begin ? size - in : end - begin;
+        fold_run<Op>(a, x + offset(j.rest, last, line) + in, n, begin, lane, team, j.flip);
+        begin += n;
+    }
     return Op::join(Op::join(a[0], a[1]), Op::join(a[2], a[3]));
 }
 
@@ -272,15 +285,18 @@ static __global__ void __launch_bounds__(THREADS, RESIDENT) rows_kernel(job j)
     int64_t step = global_threads() / team, first = (global_thread() & ~31) / team;
 
     for (; first < j.outputs * j.pieces; first += step) {
-        int64_t output = first + (team < 32 ? threadIdx.x % 32 / team : 0), piece = 0, begin;
+        int64_t output = first + (team < 32 ? threadIdx.x % 32 / team : 0), piece = 0, begin, end;
         typename Op::state a = Op::none();
 
         if (j.pieces > 1)
             output = divide((unsigned)output, j.pieces, &piece);
         begin = piece * j.each;
+        end = j.count - begin < j.each ? j.count : begin + j.each;
         if (output < j.outputs)
-            a = fold_range<Op, S>(j, output, begin,
-                                  j.count - begin < j.each ? j.count : begin + j.each, lane, team);
+            a = in_memory((const S *)j.x, j.from, [&](const auto *x) {
+                return fold_range<Op>(x + offset(j.kept, j.kept.n, output), j, begin, end, lane,
+                                      team);
+            });
         a = join_team<Op>(a, team);
         if (output < j.outputs && lane == 0)
             give(j, output, piece, a);
@@ -312,41 +328,32 @@ static __device__ inline void join_down(typename Op::state (&a)[N], int width)
         a[i] = shared[i * THREADS + me];
 }
 
-/* Rows r, r + high, … below `end` of N columns, the first of which is element `at` of x. */
+/* Rows r, r + high, … below `end` of N columns, the first of which begins at x. */
 template <typename Op, typename S, int N>
-static __device__ inline void fold_columns(typename Op::state (&a)[N], const job &j, int64_t at,
+static __device__ inline void fold_columns(typename Op::state (&a)[N], const S *x, const job &j,
                                            int64_t r, int64_t end, int high)
 {
-    if constexpr (in_packs<S>) {
-        constexpr int U = N == 1 ? 8 : 4; /* small loads: more of them under way */
-        int64_t step = j.rest.n == 1 ? j.rest.stride[0][0] : 0;
-        const S *x = (const S *)j.x + at;
+    constexpr int U = N == 1 ? 8 : 4; /* small loads: more of them under way */
+    int64_t step = j.rest.n == 1 ? j.rest.stride[0][0] : 0;
 
-        for (; j.rest.n == 1 && r + (U - 1) * high < end; r += U * high) {
-            pack<S, N> v[U];
+    for (; j.rest.n == 1 && r + (U - 1) * high < end; r += U * high) {
+        pack<S, N> v[U];
 
+#pragma unroll
+        for (int u = 0; u < U; u++)
+            v[u] = *(const pack<S, N> *)(x + (r + u * high) * step);
+#pragma unroll
+        for (int i = 0; i < N; i++)
 #pragma unroll
             for (int u = 0; u < U; u++)
-                v[u] = *(const pack<S, N> *)(x + (r + u * high) * step);
-#pragma unroll
-            for (int i = 0; i < N; i++)
-#pragma unroll
-                for (int u = 0; u < U; u++)
-                    a[i] = Op::step(a[i], to_float(v[u].of[i]), r + u * high, j.flip);
-        }
+                a[i] = Op::step(a[i], widened(v[u].of[i]), r + u * high, j.flip);
     }
     for (; r < end; r += high) {
-        int64_t row = at + offset(j.rest, j.rest.n, r);
-
-        if constexpr (N == 1) {
-            a[0] = Op::step(a[0], load((const S *)j.x, row, j.from), r, j.flip);
-        } else {
-            pack<S, N> v = *(const pack<S, N> *)((const S *)j.x + row);
+        pack<S, N> v = *(const pack<S, N> *)(x + offset(j.rest, j.rest.n, r));
 
 #pragma unroll
-            for (int i = 0; i < N; i++)
-                a[i] = Op::step(a[i], to_float(v.of[i]), r, j.flip);
-        }
+        for (int i = 0; i < N; i++)
+            a[i] = Op::step(a[i], widened(v.of[i]), r, j.flip);
     }
 }
 
@@ -364,8 +371,10 @@ static __global__ void __launch_bounds__(THREADS, RESIDENT) columns_kernel(job j
     for (int i = 0; i < N; i++)
         a[i] = Op::none();
     if (column < inner)
-        fold_columns<Op, S, N>(a, j, offset(j.kept, last, line) + column * j.kept.stride[0][last],
-                               begin + y, end < j.count ? end : j.count, THREADS / width);
+        in_memory((const S *)j.x, j.from, [&](const auto *from) {
+            from += offset(j.kept, last, line) + column * j.kept.stride[0][last];
+            fold_columns<Op>(a, from, j, begin + y, end < j.count ? end : j.count, THREADS / width);
+        });
     join_down<Op, N>(a, width);
 #pragma unroll
     for (int i = 0; i < N; i++)

@@ -72,7 +72,7 @@ describe("reductions on cuda", function()
     }
     for i, view in ipairs(views) do
       for _, dim in ipairs { 1, 2, 3, { 1, 2 }, { 1, 3 }, { 2, 3 }, { 1, 2, 3 } } do
-        for _, dtype in ipairs { "f32", "bf16" } do
+        for _, dtype in ipairs { "f32", "bf16", "i32" } do
           both("view " .. i, function(t) return view(t):sum(dim), view(t):amax(dim) end,
             { x:to(dtype) }, forward)
         end
