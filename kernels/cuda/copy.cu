@@ -151,16 +151,7 @@ static int move(const walk &w, int64_t size)
 {
     same_op f;
 
-    switch (size) {
-    case 1:
-        return walk_run<uint8_t, uint8_t, uint8_t, uint8_t>(w, f, f);
-    case 2:
-        return walk_run<uint16_t, uint16_t, uint8_t, uint8_t>(w, f, f);
-    case 4:
-        return walk_run<uint32_t, uint32_t, uint8_t, uint8_t>(w, f, f);
-    default:
-        return walk_run<uint64_t, uint64_t, uint8_t, uint8_t>(w, f, f);
-    }
+    return DS_BY_BYTES(size, W, walk_run<W, W, uint8_t, uint8_t>(w, f, f));
 }
 
 /* ---- tiles: y's rows are x's columns */
@@ -292,16 +283,7 @@ template <typename W> static int run_tiles(walk w, int dim)
 
 static int transpose(const walk &w, int dim)
 {
-    switch (w.op[0].size) {
-    case 1:
-        return run_tiles<uint8_t>(w, dim);
-    case 2:
-        return run_tiles<uint16_t>(w, dim);
-    case 4:
-        return run_tiles<uint32_t>(w, dim);
-    default:
-        return run_tiles<uint64_t>(w, dim);
-    }
+    return DS_BY_BYTES(w.op[0].size, W, run_tiles<W>(w, dim));
 }
 
 /* ---- kernels */
@@ -427,14 +409,6 @@ extern "C" int ds_cuda_triangle(ds_tensor *y, const ds_tensor *x, int diagonal, 
         return 0;
     rows = y->shape[y->ndim - 2];
     columns = y->shape[y->ndim - 1];
-    switch (ds_bytes_of(y->dtype)) {
-    case 1:
-        return run_triangle<uint8_t>(w, rows, columns, diagonal, upper);
-    case 2:
-        return run_triangle<uint16_t>(w, rows, columns, diagonal, upper);
-    case 4:
-        return run_triangle<uint32_t>(w, rows, columns, diagonal, upper);
-    default:
-        return run_triangle<uint64_t>(w, rows, columns, diagonal, upper);
-    }
+    return DS_BY_BYTES(ds_bytes_of(y->dtype), W,
+                       run_triangle<W>(w, rows, columns, diagonal, upper));
 }

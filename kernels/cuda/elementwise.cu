@@ -425,16 +425,7 @@ static int run_where(const walk &w, int64_t size)
 {
     where_op f;
 
-    switch (size) {
-    case 1:
-        return walk_run<uint8_t, uint8_t, uint8_t, uint8_t>(w, f, f);
-    case 2:
-        return walk_run<uint16_t, uint8_t, uint16_t, uint16_t>(w, f, f);
-    case 4:
-        return walk_run<uint32_t, uint8_t, uint32_t, uint32_t>(w, f, f);
-    default:
-        return walk_run<uint64_t, uint8_t, uint64_t, uint64_t>(w, f, f);
-    }
+    return DS_BY_BYTES(size, W, walk_run<W, uint8_t, W, W>(w, f, f));
 }
 
 extern "C" int ds_cuda_where(ds_tensor *y, const ds_tensor *condition, const ds_tensor *a,

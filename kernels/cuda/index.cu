@@ -99,16 +99,7 @@ static int select(const char *name, ds_tensor *y, const ds_tensor *x, const ds_t
     DS_TRY(walk_start(&w, name, 3, t, WALK_ANY));
     if (w.numel == 0)
         return 0;
-    switch (ds_bytes_of(y->dtype)) {
-    case 1:
-        return run_gather<uint8_t>(w, from, step);
-    case 2:
-        return run_gather<uint16_t>(w, from, step);
-    case 4:
-        return run_gather<uint32_t>(w, from, step);
-    default:
-        return run_gather<uint64_t>(w, from, step);
-    }
+    return DS_BY_BYTES(ds_bytes_of(y->dtype), W, run_gather<W>(w, from, step));
 }
 
 extern "C" int ds_cuda_gather(ds_tensor *y, const ds_tensor *x, const ds_tensor *index, int dim)
@@ -358,16 +349,7 @@ static int run_set(const writing &w, const ds_cuda_order *order, int64_t size)
     const char *name = w.index.name;
     dim3 grid = grid_for(w.n, 256, 16);
 
-    switch (size) {
-    case 1:
-        return launch(name, set_kernel<uint8_t>, grid, 256, 0, items, w);
-    case 2:
-        return launch(name, set_kernel<uint16_t>, grid, 256, 0, items, w);
-    case 4:
-        return launch(name, set_kernel<uint32_t>, grid, 256, 0, items, w);
-    default:
-        return launch(name, set_kernel<uint64_t>, grid, 256, 0, items, w);
-    }
+    return DS_BY_BYTES(size, W, launch(name, set_kernel<W>, grid, 256, 0, items, w));
 }
 
 static int run_add(const writing &w, const ds_cuda_order *order, int dtype)

@@ -153,6 +153,51 @@ static inline int power_of_two(int64_t least, int most)
     return p;
 }
 
+/* ---- sums over a block, of numbers of any type */
+
+/* The sum of what all threads have, a power of 2 of them; every one gets it. shared: as many numbers. */
+template <typename A> static __device__ inline A block_sum(A mine, A *shared)
+{
+    shared[threadIdx.x] = mine;
+    __syncthreads();
+    for (unsigned half = blockDim.x / 2; half; half /= 2) {
+        if (threadIdx.x < half)
+            shared[threadIdx.x] += shared[threadIdx.x + half];
+        __syncthreads();
+    }
+    mine = shared[0];
+    __syncthreads();
+    return mine;
+}
+
+/* The sum of what the threads before this one have, of whole warps; *all: of all. */
+template <typename A> static __device__ inline A block_before(A mine, A *all)
+{
+    __shared__ A shared[32];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    A sum = mine, before = 0;
+
+    for (int k = 1; k < 32; k *= 2) {
+        A below = __shfl_up_sync(0xffffffff, sum, k);
+
+        if (lane >= k)
+            sum += below;
+    }
+    if (lane == 31)
+        shared[warp] = sum;
+    __syncthreads();
+    *all = 0;
+    for (int w = 0; w < (int)blockDim.x / 32; w++) {
+        if (w == warp)
+            before = *all;
+        *all += shared[w];
+    }
+    __syncthreads();
+    A first = __shfl_up_sync(0xffffffff, sum, 1);
+
+    return lane == 0 ? before : before + first;
+}
+
 /* Elements before the first that lies on 16 bytes, at most n. */
 template <typename S> static __device__ inline int64_t head_of(const S *x, int64_t n)
 {

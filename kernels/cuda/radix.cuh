@@ -32,30 +32,6 @@ struct radix {
 
 /* ---- running counts */
 
-/* The sum of x over the threads before this one, of whole warps, RADIX_WARPS at most; *total: over all. */
-template <typename T> static __device__ inline T block_before(T x, T *total)
-{
-    __shared__ T shared[RADIX_WARPS];
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    T sum = x, before = 0;
-
-    for (int k = 1; k < 32; k *= 2) {
-        T left = __shfl_up_sync(0xffffffff, sum, k);
-
-        sum += lane >= k ? left : 0;
-    }
-    if (lane == 31)
-        shared[warp] = sum;
-    __syncthreads();
-    *total = 0;
-    for (int i = 0; i < (int)blockDim.x / 32; i++) {
-        before += i < warp ? shared[i] : 0;
-        *total += shared[i];
-    }
-    __syncthreads();
-    return before + sum - x;
-}
-
 /* A block for each row of n counts, which become the sums of those before; total[row]: of all. */
 template <typename T>
 static __global__ void __launch_bounds__(RADIX_THREADS) scan_rows(T *counts, T *total, int64_t n)

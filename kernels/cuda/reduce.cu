@@ -144,15 +144,9 @@ static __global__ void __launch_bounds__(THREADS)
 
     for (int64_t i = threadIdx.x; i < n; i += THREADS)
         mine += (double)part[i];
-    shared[threadIdx.x] = mine;
-    __syncthreads();
-    for (unsigned half = THREADS / 2; half; half /= 2) {
-        if (threadIdx.x < half)
-            shared[threadIdx.x] += shared[threadIdx.x + half];
-        __syncthreads();
-    }
+    mine = block_sum(mine, shared);
     if (threadIdx.x == 0)
-        *sum = shared[0];
+        *sum = mine;
 }
 
 template <typename S> static int squares(job *j, const ds_tensor *x)

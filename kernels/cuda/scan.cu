@@ -78,49 +78,6 @@ static __device__ inline place place_of(const job &j, int64_t line, int64_t piec
 
 /* ---- a block a line */
 
-/* The sum of what all threads have; every one gets it. */
-template <typename A> static __device__ inline A block_sum(A mine, A *shared)
-{
-    shared[threadIdx.x] = mine;
-    __syncthreads();
-    for (unsigned half = THREADS / 2; half; half /= 2) {
-        if (threadIdx.x < half)
-            shared[threadIdx.x] += shared[threadIdx.x + half];
-        __syncthreads();
-    }
-    mine = shared[0];
-    __syncthreads();
-    return mine;
-}
-
-/* The sum of what the threads before this one have; *all: of all. */
-template <typename A> static __device__ inline A block_before(A mine, A *all)
-{
-    __shared__ A shared[THREADS / 32];
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    A sum = mine, before = 0;
-
-    for (int k = 1; k < 32; k *= 2) {
-        A below = __shfl_up_sync(0xffffffff, sum, k);
-
-        if (lane >= k)
-            sum += below;
-    }
-    if (lane == 31)
-        shared[warp] = sum;
-    __syncthreads();
-    *all = 0;
-    for (int w = 0; w < THREADS / 32; w++) {
-        if (w == warp)
-            before = *all;
-        *all += shared[w];
-    }
-    __syncthreads();
-    A first = __shfl_up_sync(0xffffffff, sum, 1);
-
-    return lane == 0 ? before : before + first;
-}
-
 /* Where element i of a chunk lies: rows of EACH are one apart, so that threads use different
  * banks. */
 static __device__ inline int padded(int i)

@@ -41,6 +41,29 @@ struct walk {
 /* By the output's memory; by the shape; the same, with the last two dimensions as they are. */
 enum walk_order { WALK_ANY, WALK_ROW_MAJOR, WALK_MATRIX };
 
+/* By the size of an element, as DS_BY_FLOAT by dtype, with W an unsigned integer of as many bytes: for what moves bits. */
+#define DS_BY_BYTES(size, W, ...)                                                                  \
+    [&]() -> int {                                                                                 \
+        switch (size) {                                                                            \
+        case 1: {                                                                                  \
+            using W = uint8_t;                                                                     \
+            return __VA_ARGS__;                                                                    \
+        }                                                                                          \
+        case 2: {                                                                                  \
+            using W = uint16_t;                                                                    \
+            return __VA_ARGS__;                                                                    \
+        }                                                                                          \
+        case 4: {                                                                                  \
+            using W = uint32_t;                                                                    \
+            return __VA_ARGS__;                                                                    \
+        }                                                                                          \
+        default: {                                                                                 \
+            using W = uint64_t;                                                                    \
+            return __VA_ARGS__;                                                                    \
+        }                                                                                          \
+        }                                                                                          \
+    }()
+
 /* The message for a dtype that a kernel has not. */
 static inline int walk_refuse(const char *name, int dtype)
 {

@@ -21,7 +21,6 @@ local scope = require "ds.scope"
 
 local C, check, raise = border.C, border.check, border.raise
 local shape_string = border.shape_string
-local memory = C.ds_memory_of(0)
 
 local methods = {}
 local Tensor = { __index = methods }
@@ -816,8 +815,6 @@ function M.memory(device)
     takes = tonumber(m.takes), calls = tonumber(m.calls), rss = tonumber(C.ds_memory_rss()),
     page_faults = tonumber(C.ds_page_faults()) }
 end
-
-function M.set_tag(tag) memory.tag = tag end
 
 M.names = names
 return M

@@ -9,6 +9,7 @@ local comm = require "ds.comm"
 
 local C, check = border.C, border.check
 local case, same, fails = harness.case, harness.same, harness.fails
+local uneven = harness.uneven
 local rank, size = ds.rank(), ds.world_size()
 
 local floats = { f32 = true, bf16 = true, f16 = true, f64 = true }
@@ -126,16 +127,6 @@ case("NaN wins", function()
 end)
 
 -- ---- parts
-
---- Borders of a buffer of n: empty, short and long parts.
-local function uneven(n)
-  local borders = ffi.new("int64_t[?]", size + 1)
-  for r = 1, size do
-    local last = tonumber(borders[r - 1])
-    borders[r] = r == size and n or r % 2 == 1 and last or math.min(n, last + math.floor(n * 0.6))
-  end
-  return borders
-end
 
 local function equal_parts(n)
   local borders = ffi.new("int64_t[?]", size + 1)

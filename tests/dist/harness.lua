@@ -1,6 +1,7 @@
 --- Cases that every rank of a job runs. One that fails on any rank ends the job; the last line of
 -- rank 0 counts those that passed, for tests/dist/run.
 
+local ffi = require "ffi"
 local ds = require "ds"
 
 local M = { passed = 0, fails = require("tests.lua.helper").says }
@@ -35,6 +36,17 @@ function M.same(x, y, what)
       end
     end
   end
+end
+
+--- Borders of a buffer of n for all ranks: empty, short and long parts.
+function M.uneven(n)
+  local size = ds.world_size()
+  local borders = ffi.new("int64_t[?]", size + 1)
+  for r = 1, size do
+    local last = tonumber(borders[r - 1])
+    borders[r] = r == size and n or r % 2 == 1 and last or math.min(n, last + math.floor(n * 0.6))
+  end
+  return borders
 end
 
 return M

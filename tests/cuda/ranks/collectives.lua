@@ -9,7 +9,7 @@ local comm = require "ds.comm"
 local tensor = require "ds.tensor"
 
 local C, check = border.C, border.check
-local case, fails = harness.case, harness.fails
+local case, fails, uneven = harness.case, harness.fails, harness.uneven
 local rank, size = ds.rank(), ds.world_size()
 local exact = os.getenv "DS_NCCL_EXACT" == "1"
 
@@ -84,15 +84,6 @@ case("NaN wins", function()
 end)
 
 -- ---- parts
-
-local function uneven(n)
-  local borders = ffi.new("int64_t[?]", size + 1)
-  for r = 1, size do
-    local last = tonumber(borders[r - 1])
-    borders[r] = r == size and n or r % 2 == 1 and last or math.min(n, last + math.floor(n * 0.6))
-  end
-  return borders
-end
 
 --- With something before and after the parts.
 local function even(n)
