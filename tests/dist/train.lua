@@ -8,7 +8,8 @@
 -- together, stop_at=N: the last rank sends itself SIGTERM before that step, clip=1, bucket=N
 -- elements, small=N: parameters with fewer are not split at stage 3, prefetch=N and reuse=N
 -- elements, init=1: built by ds.zero.init, offload=DIR: the optimizer's state on a disk, in blocks
--- of 2048 elements.
+-- of 2048 elements. On a GPU (--device cuda): weights=host: in page-locked memory of the host,
+-- weights=plain: in other memory; state=host: the optimizer's. recompute=1: activations.
 --
 -- Rank 0 prints "step LOSS NORM" for each step, then "samples COUNTS" (how often each was handed to
 -- any rank in training), "eval LOSS", and "weights HASH HASH …", one a rank.
@@ -98,7 +99,10 @@ local engine, _, loader = ds.initialize {
       stage3_param_persistence_threshold = opt.small, stage3_prefetch_bucket_size = opt.prefetch,
       stage3_max_reuse_distance = opt.reuse,
       sub_group_size = opt.offload and 2048 or nil,
-      offload_optimizer = opt.offload and { device = "nvme", nvme_path = opt.offload } or nil },
+      offload_param = opt.weights and { device = "cpu", pin_memory = opt.weights == "host" } or nil,
+      offload_optimizer = opt.offload and { device = "nvme", nvme_path = opt.offload }
+        or opt.state and { device = "cpu" } or nil },
+    activation_checkpointing = { enabled = opt.recompute == 1 },
     optimizer = { type = opt.optimizer, params = { lr = rates[opt.optimizer] or 1e-2 } },
     scheduler = { type = "WarmupDecayLR", params = { total_num_steps = 60, warmup_num_steps = 4,
       warmup_max_lr = rates[opt.optimizer] or 1e-2 } },
@@ -141,7 +145,7 @@ say("eval %.9g", engine:evaluate(data, { batch_size = 3 }))
 local hash, C, words = ffi.new("char[17]"), require("ds.ffi").C, {}
 for i, e in ipairs(model:named_parameters()) do
   ds.zero.gathered(e.parameter, function()
-    local t = e.parameter:detach():contiguous()
+    local t = e.parameter:detach():contiguous():to "cpu"
     C.ds_hash(hash, t._c.data, t:numel() * t:element_size())
   end)
   words[i] = ffi.string(hash)

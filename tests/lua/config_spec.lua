@@ -338,7 +338,7 @@ describe("DeepSpeed's keys", function()
         "fp16.fp16_master_weights_and_grads true: not supported: small updates would be lost",
       ['"wall_clock_breakdown": true'] = "wall_clock_breakdown true: not in this version yet",
       ['"zero_optimization": {"offload_param": {"device": "nvme"}}'] =
-        'zero_optimization.offload_param.device "nvme": not in this version yet (it comes with',
+        'zero_optimization.offload_param.device "nvme": not in this version yet (use "cpu"; ',
       ['"aio": {"use_gds": true}'] = "aio.use_gds true: not in this version yet (it comes with",
       ['"zero_optimization": {"zenflow": {}}'] = "zero_optimization.zenflow: not in this version",
       ['"amp": {"enabled": true}'] = "amp: not supported: use bf16",
