@@ -154,7 +154,9 @@ M.optimizers_later = {
 -- ZeRO --------------------------------------------------------------------------------------------
 
 local function offload(name, help, fields)
-  table.insert(fields, idle("pin_memory", "boolean", true, "page-locked memory"))
+  if not fields.pin then
+    table.insert(fields, idle("pin_memory", "boolean", true, "page-locked memory"))
+  end
   return { name, "object", nil, help, fields = fields, optional = true }
 end
 
@@ -194,13 +196,19 @@ local zero_fields = {
   idle("load_from_fp32_weights", "boolean", true, "resume from the fp32 weights; always so here"),
   idle("elastic_checkpoint", "boolean", false, "resume on another number of ranks; always " ..
     "possible here"),
-  offload("offload_param", "keeps the weights off the GPU", {
-    { "device", "string", "none", "where to keep the weights", enum = { "none", "cpu", "nvme" },
-      later = { cpu = GPUS, nvme = GPUS } },
+  offload("offload_param", "at stage 3, keeps the weights off the GPU; on one rank, too", {
+    { "device", "string", "none", "where to keep them: \"cpu\" is the host's memory, from which " ..
+      "a rank's share comes to the GPU when it is gathered, and to which the update sends it; " ..
+      "ahead of its use as far as stage3_prefetch_bucket_size allows (not given: 5e7, or two " ..
+      "exchanges). Without a GPU it is there anyway", enum = { "none", "cpu", "nvme" },
+      later = { nvme = 'use "cpu"; offload_optimizer can be on a disk' } },
+    { "pin_memory", "boolean", true, "page-locked memory, from which weights come while kernels " ..
+      "run; false: other memory, which the CPU copies for each transfer" },
     idle("nvme_path", "string", nil, "folder on the disk"),
-    idle("buffer_count", "integer", 5, "buffers", positive),
-    idle("buffer_size", "integer", 1e8, "elements of a buffer", positive),
-    idle("max_in_cpu", "integer", 1e9, "elements kept in memory", count),
+    idle("buffer_count", "integer", 5, "buffers for a disk", positive),
+    idle("buffer_size", "integer", 1e8, "elements of such a buffer", positive),
+    idle("max_in_cpu", "integer", 1e9, "elements that are not on the disk", count),
+    pin = true,
   }),
   offload("offload_optimizer", "keeps the optimizer's state, and fp32 master weights, elsewhere " ..
     "than beside the weights; at any stage", {
@@ -268,8 +276,8 @@ local zero_fields = {
   idle("leaf_module", "object", nil, "modules that are fetched whole (stage 3)"),
   idle("cpu_offload", "boolean", false, "old name of offload_optimizer's device \"cpu\"; on a " ..
     "GPU it is refused"),
-  { "cpu_offload_param", "boolean", false, "old name of offload_param", status = "later",
-    why = GPUS, alias = { "cpu_offload_params" } },
+  { "cpu_offload_param", "boolean", false, "old name of offload_param's device \"cpu\"",
+    alias = { "cpu_offload_params" } },
   idle("cpu_offload_use_pin_memory", "boolean", false, "old name of pin_memory"),
 }
 

@@ -24,6 +24,7 @@ local optim = require "ds.optim"
 local schedule = require "ds.schedule"
 local zero = require "ds.zero"
 local offload = require "ds.offload"
+local offload_param = require "ds.offload_param"
 local replicas = require "ds.replicas"
 local together = require "ds.together"
 local config = require "ds.config"
@@ -124,14 +125,15 @@ local function partition(self)
     sub_group_size = c.sub_group_size, small = c.stage3_param_persistence_threshold,
     most_small = c.stage3_model_persistence_threshold, prefetch = c.stage3_prefetch_bucket_size,
     max_live = c.stage3_max_live_parameters, max_reuse = c.stage3_max_reuse_distance,
-    store = self.offload, overlap = c.overlap_comm,
+    store = self.offload, home = offload_param.new(self.config, self.device),
+    overlap = c.overlap_comm,
   })
   self.params = self.zero.params
   for _, p in ipairs(self.params) do p._engine = self end
   -- where the parameters were before: the optimizer's vectors would take parts of it, and the rest
   -- could not be given back
   tensor.empty_cache(self.device)
-  self.optimizer:bind(self.zero.segments, self.offload)
+  self.optimizer:bind(self.zero.segments, self.zero.updates or self.offload)
 end
 
 --- Casts and moves what does not train, and shards it where weights are.

@@ -270,7 +270,8 @@ function M.save_16bit_model(engine, dir, filename, options)
   together.meet(("save_16bit_model(%s)"):format(tostring(filename)))
   local gathered = gathering(engine)
   local zero = engine.config.zero_optimization
-  if gathered and zero.stage == 3 and not zero.stage3_gather_16bit_weights_on_model_save then
+  if gathered and comm.world_size() > 1 and zero.stage == 3
+    and not zero.stage3_gather_16bit_weights_on_model_save then
     log.warning("save_16bit_model: nothing is saved: at stage 3 it needs "
       .. '"stage3_gather_16bit_weights_on_model_save": true; or dsrun convert CHECKPOINT OUT')
     return false

@@ -4,6 +4,7 @@
 -- While the CPU updates a block, the gradient of the next one comes and the weights of the one
 -- before go. Weights that are fp32 themselves have no master: they come, too. The host waits for a
 -- block's gradient, and for a slot's weights of three blocks ago; kernels wait for all weights.
+-- Weights that lie in host memory (offload_param.lua) do not travel: they are updated there.
 
 local ffi = require "ffi"
 local border = require "ds.ffi"
@@ -56,8 +57,15 @@ function Border:fetch(i, block)
   local slot, s = slot_of(self, i), block.segment
   local from, n = block.from, block.to - block.from
   check(C.ds_event_wait(slot.up)) -- what went from here
-  slot.g, slot.weights = room(slot, 1, n, s.g.dtype), room(slot, 2, n, (s.low or s.p).dtype)
+  slot.g = room(slot, 1, n, s.g.dtype)
   check(C.ds_download_later(slot.down, slot.g._c, slice_flat(s.g, from, { n })._c))
+  local home = s.low or s.p
+  slot.here = home.device == "cpu"
+  if slot.here then
+    slot.weights = slice_flat(home, from, { n })
+    return
+  end
+  slot.weights = room(slot, 2, n, home.dtype)
   if not s.low then
     check(C.ds_download_later(slot.down_p, slot.weights._c, slice_flat(s.p, from, { n })._c))
   end
@@ -76,6 +84,7 @@ end
 --- Sends the weights of a block.
 function Border:send(i, block)
   local slot, s = slot_of(self, i), block.segment
+  if slot.here then return end
   local there = slice_flat(s.low or s.p, block.from, { block.to - block.from })
   check(C.ds_upload_later(slot.up, there._c, slot.weights._c))
 end

@@ -282,25 +282,26 @@ function M.new(name, params, settings)
   }, Optimizer)
 end
 
-local function new_state(rule, group, p)
+local function new_state(rule, group, p, device)
   local state = {}
   for _, key in ipairs(rule.state) do
     local initial = rule.initial and rule.initial[key]
     state[key] = tensor.full(p.shape, initial and group[initial] or 0,
-      { dtype = p.dtype, device = p.device }):keep()
+      { dtype = p.dtype, device = device or p.device }):keep()
   end
   return state
 end
 
 --- Takes the segments that the engine made: all that step() updates from now on.
 -- @tparam table segments { p, g, low, group = index }, …: dense p (fp32) and g; low is the copy in
--- low precision or nil; in the parameter's shape where the group's rule needs whole tensors
+-- low precision or nil; in the parameter's shape where the group's rule needs whole tensors;
+-- `device`: where the update is made, if p may lie elsewhere
 -- @tparam[opt] table store where vectors of theirs lie that are not in memory (ds/offload.lua)
 function Optimizer:bind(segments, store)
   self.segments, self.store = segments, store
   for _, s in ipairs(segments) do
     local group = self.param_groups[s.group]
-    s.state = s.state or new_state(group.rule, group, s.p)
+    s.state = s.state or new_state(group.rule, group, s.p, s.device)
   end
 end
 

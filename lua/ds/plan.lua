@@ -320,13 +320,16 @@ local function read_configs()
       optimizers = options and options.optimizers })
     local z, keeps = settings.zero_optimization, settings.activation_checkpointing
     local offload = type(z.offload_optimizer) == "table" and z.offload_optimizer or {}
+    local param = type(z.offload_param) == "table" and z.offload_param or {}
     local gpu = (settings.device or job.device) == "cuda"
     local in_host = gpu and offload.device == "cpu"
     settings.asked = { stage = z.stage, offload = offload.device == "nvme" or in_host, gpu = gpu,
-      in_host = in_host, buffer_count = offload.buffer_count or 4 }
+      in_host = in_host, buffer_count = offload.buffer_count or 4,
+      weights_away = gpu and (param.device == "cpu" or z.cpu_offload_param) }
     keeps.cpu_checkpointing = gpu and keeps.cpu_checkpointing
     if gpu then require("ds.checkpointing_host").devices.meta = true end
     settings.device, z.stage, z.offload_optimizer, z.offload_param = "meta", 0, nil, nil
+    z.cpu_offload_param = false
     return settings
   end
 end

@@ -18,6 +18,8 @@ local M = {}
 local ALIGN = 16        -- elements: DS_ZERO_ALIGN of runner/zero.h
 local CONTROL = 64 + 13 * 8 -- bytes to each other rank: where all meet, and the control word
 local OFFLOAD_BLOCK = 2 ^ 20 -- elements of an offloaded vector that are in memory at a time
+local UPDATE_BLOCK = 2 ^ 22 -- elements of weights in host memory that an update has on the device
+local PREFETCH = 5e7 -- elements that stage 3 gathers ahead on a GPU
 
 local function bytes_of(dtype) return tonumber(C.ds_dtype_size(tensor.codes[dtype])) end
 
@@ -57,15 +59,18 @@ end
 function M.of(engine, ranks)
   local config, groups = engine.config, engine.optimizer.param_groups
   local z = config.zero_optimization
-  local most = z.contiguous_gradients == false and 1 or min(z.reduce_bucket_size, zero.BUCKET)
+  local asked = config.asked
+  local most = z.contiguous_gradients == false and 1
+    or min(z.reduce_bucket_size, asked.gpu and zero.CUDA_BUCKET or zero.BUCKET)
   local total, tensors = 0, 0
   local layout = { groups = {}, ranks = ranks, gas = engine.gas, dtype = engine.dtype,
     weight = bytes_of(engine.dtype), grad = bytes_of(engine.zero.grad_dtype),
     wire = engine.zero.wire >= 0 and tonumber(C.ds_dtype_size(engine.zero.wire))
       or bytes_of(engine.zero.grad_dtype),
     scatter = z.reduce_scatter ~= false, most_gathered = z.allgather_bucket_size,
-    round_robin = z.round_robin_gradients, buffer_count = config.asked.buffer_count,
-    gpu = config.asked.gpu, in_host = config.asked.in_host }
+    round_robin = z.round_robin_gradients, buffer_count = asked.buffer_count,
+    gpu = asked.gpu, in_host = asked.in_host, away = asked.weights_away,
+    prefetch = z.stage3_prefetch_bucket_size, most_live = z.stage3_max_live_parameters }
   for g, group in ipairs(groups) do
     local sizes, largest = {}, 0
     for i, p in ipairs(group.params) do
@@ -78,7 +83,7 @@ function M.of(engine, ranks)
   end
   layout.numel, layout.tensors = total, tensors
   layout.optimizer = engine.optimizer.name
-  layout.buckets = buckets_of(groups, ranks == 1 and max(1, total) or most)
+  layout.buckets = buckets_of(groups, ranks == 1 and not layout.away and max(1, total) or most)
   return layout
 end
 
@@ -194,19 +199,30 @@ local function optimizer_bytes(layout, stage)
   return bytes, staged, masters
 end
 
+--- Takes the weights that stage 3 shards off the device: what is left there is what is gathered, or
+-- on its way (by the default: the two exchanges to come), and blocks of an update.
+local function take_away(layout, out, small, split)
+  local two = two_largest(layout, is_sharded)
+  local ahead = min(layout.prefetch or max(PREFETCH, two), split.whole)
+  out.weights, out.away = small * layout.weight, split.own * layout.weight
+  local gathered = min(two + ahead, max(two, layout.most_live or math.huge), split.whole)
+  out.buffers = out.buffers + max(gathered, min(split.own, 2 * UPDATE_BLOCK)) * layout.weight
+end
+
 --- Bytes that a rank keeps and needs in between.
 -- @tparam table layout of M.of
 -- @tparam number stage 0 to 3
 -- @tparam[opt] boolean offload the optimizer's vectors lie on a disk, or in a GPU's host
 -- @treturn table weights, gradients, optimizer, buffers (what is whole for a moment, or on its way
---   from the disk), disk, host; and start: what ds.initialize needs beside the weights as the
+--   from the disk), disk, host, away (weights that are in a GPU's host); and start: what ds.initialize needs beside the weights as the
 --   script made them, before it can drop those. For an engine on a GPU all but disk and host is
 --   there
 function M.memory(layout, stage, offload)
+  local away = stage == 3 and layout.away
   if layout.ranks == 1 then stage = 0 end
   local all, sharded = totals(layout)
   local out = { weights = all * layout.weight, gradients = all * layout.grad, buffers = 0,
-    disk = 0, host = 0 }
+    disk = 0, host = 0, away = 0 }
   local moving = 0
   if stage >= 1 then
     local share, split = 0, 0
@@ -221,8 +237,12 @@ function M.memory(layout, stage, offload)
     if stage == 3 then
       out.weights = (all - sharded + split) * layout.weight
       local two, one = two_largest(layout, is_sharded)
-      out.buffers, moving = out.buffers + two * layout.weight, one * layout.weight
+      out.buffers, moving = out.buffers + (away and 0 or two * layout.weight), one * layout.weight
+      if away then take_away(layout, out, all - sharded, { whole = sharded, own = split }) end
     end
+  elseif away then
+    take_away(layout, out, all - sharded, { whole = sharded, own = sharded })
+    moving = select(2, two_largest(layout, is_sharded)) * layout.weight
   end
   local bytes, staged, masters = optimizer_bytes(layout, stage)
   out.optimizer = bytes

@@ -73,12 +73,13 @@ end
 --- What all engines take at a stage, added up.
 local function sum_of_engines(plan, stage, offload)
   local sum = { stage = stage, offload = offload, weights = 0, gradients = 0, optimizer = 0,
-    buffers = 0, disk = 0, host = 0, sent = 0, collectives = 0, start = 0 }
+    buffers = 0, disk = 0, host = 0, away = 0, sent = 0, collectives = 0, start = 0 }
   local alone, until_now = 0, 0
   for _, e in ipairs(plan.engines) do
     local m, wire = layout.memory(e.layout, stage, offload), layout.wire(e.layout, stage)
     sum.start = math.max(sum.start, e.before - alone + until_now + m.start)
-    for _, key in ipairs { "weights", "gradients", "optimizer", "buffers", "disk", "host" } do
+    for _, key in ipairs { "weights", "gradients", "optimizer", "buffers", "disk", "host",
+      "away" } do
       sum[key] = sum[key] + m[key]
     end
     until_now = until_now + m.weights + m.gradients + m.optimizer
@@ -304,9 +305,15 @@ function M.show(job, plan)
   out:write "\n"
   print_memory(out, p)
   local other = p.stages[1].other
-  out:write(("total: with activations%s; %s\n\n"):format(
+  out:write(("total: with activations%s; %s\n"):format(
     other >= 2 ^ 20 and (" and %s of other tensors"):format(bytes_string(other)) or "",
     "* is what the config asks for"))
+  local away = p.stages[#p.stages].away
+  if away > 0 then
+    out:write(("stage 3: %s of weights are in host memory (offload_param)\n"):format(
+      bytes_string(away)))
+  end
+  out:write "\n"
   print_wire(out, p)
 end
 

@@ -28,7 +28,7 @@ local zero_grads = require "ds.zero_grads"
 
 local C, check, raise, run = border.C, border.check, border.raise, tensor.run
 local slice = tensor.view.slice_flat
-local min, max, floor = math.min, math.max, math.floor
+local min, max, floor, ceil = math.min, math.max, math.floor, math.ceil
 
 local M = {}
 
@@ -41,7 +41,8 @@ zero_grads.extend(Zero)
 -- GPUs takes more.
 local BUCKET = 2 ^ 20
 local CUDA_BUCKET = 2 ^ 23
-M.BUCKET = BUCKET
+M.BUCKET, M.CUDA_BUCKET = BUCKET, CUDA_BUCKET
+local ALIGN = 16 -- elements: DS_ZERO_ALIGN of runner/zero.h
 
 -- ---- the map
 
@@ -130,14 +131,16 @@ end
 --- One buffer a group, with room for `size(b)` elements of each of its buckets.
 -- @treturn table the buffers by group
 -- @treturn table by bucket, its slice; nil where it has none
-local function buffers(self, dtype, size)
+-- @tparam[opt] table home where they lie, if not on the device (offload_param.lua)
+local function buffers(self, dtype, size, home)
   local length, at, by_group, by_bucket = {}, {}, {}, {}
   for _, b in ipairs(self.buckets) do
     at[b] = length[b.group] or 0
     length[b.group] = at[b] + size(b)
   end
   for g, n in pairs(length) do
-    by_group[g] = tensor.zeros(n, { dtype = dtype, device = self.device }):keep()
+    by_group[g] = home and home:vector(n, dtype)
+      or tensor.zeros(n, { dtype = dtype, device = self.device }):keep()
   end
   for b, from in pairs(at) do
     local n = size(b)
@@ -155,7 +158,7 @@ local function own_part(b, t)
 end
 
 --- Whether a bucket's weights are sharded.
-local function is_sharded(self, b) return self.stage == 3 and not b.small end
+local function is_sharded(self, b) return (self.stage == 3 or self.home) and not b.small end
 
 local function lay_weights(self)
   local shards, wholes
@@ -164,7 +167,7 @@ local function lay_weights(self)
   end)
   self.shards, shards = buffers(self, self.dtype, function(b)
     return is_sharded(self, b) and own_size(b) or 0
-  end)
+  end, self.home)
   for _, b in ipairs(self.buckets) do
     b.weights = wholes[b]
     b.own_weights = shards[b] or b.weights and own_part(b, b.weights)
@@ -204,7 +207,7 @@ local function add_segment(self, b, from, n, shape, name)
   local weights = (self.stage == 0 and slice(b.weights, from - b.start, shape)
     or slice(b.own_weights, from - b.from, shape)):keep()
   local s = { group = b.group, bucket = b, from = from, to = from + n, shape = shape, name = name,
-    p = weights }
+    p = weights, device = self.device }
   if self.dtype ~= "f32" then
     s.low = weights
     s.p = not self.store and tensor.zeros(shape, { dtype = "f32", device = self.device }):keep()
@@ -265,17 +268,42 @@ local function move_bucket(self, b, whole)
   end
 end
 
+--- What of a bucket is gathered at a time, as buckets of their own: all of it; on one rank, whose
+-- bucket may be the whole model, so many parameters as a bucket has elsewhere.
+local function units_of(self, b)
+  if self.ranks > 1 or not b.own_weights then return { b } end
+  local units, most, u = {}, self.most_gathered, nil
+  for _, p in ipairs(b.params) do
+    local at, last = p._flat.offset, p._flat.offset + ceil(p._flat.numel / ALIGN) * ALIGN
+    if not u or last - u.start > most then
+      u = { params = {}, start = at }
+      units[#units + 1] = u
+    end
+    table.insert(u.params, p)
+    u.numel, u.from, u.to = last - u.start, u.start, last
+  end
+  for _, unit in ipairs(units) do
+    unit.borders = ffi.new("int64_t[2]", 0, unit.numel)
+    unit.own_weights = slice(b.own_weights, unit.start - b.from, { unit.numel }):keep()
+  end
+  return units
+end
+
+local function shard_bucket(self, b)
+  local unit = { numel = b.numel, borders = b.borders, from = b.from - b.start, offsets = {},
+    dtype = self.dtype, shard = b.own_weights }
+  for i, p in ipairs(b.params) do unit.offsets[i] = p._flat.offset - b.start end
+  local whole = tensor.zeros(b.numel, { dtype = self.dtype, device = self.device })
+  scope.no_grad(move_bucket, self, b, whole)
+  self.sharded:adopt(self.sharded:add(b.params, unit), whole)
+end
+
 local function move_in(self)
   for _, b in ipairs(self.buckets) do
     if not is_sharded(self, b) then
       if b.weights then move_bucket(self, b, b.weights) end
     else
-      local unit = { numel = b.numel, borders = b.borders, from = b.from - b.start, offsets = {},
-        dtype = self.dtype, shard = b.own_weights }
-      for i, p in ipairs(b.params) do unit.offsets[i] = p._flat.offset - b.start end
-      local whole = tensor.zeros(b.numel, { dtype = self.dtype, device = self.device })
-      scope.no_grad(move_bucket, self, b, whole)
-      self.sharded:adopt(self.sharded:add(b.params, unit), whole)
+      for _, u in ipairs(units_of(self, b)) do scope.no_grad(shard_bucket, self, u) end
     end
   end
 end
@@ -296,8 +324,9 @@ end
 --   gradients travel in, if another than their own), reduce_scatter, contiguous, round_robin
 --   (booleans); in elements reduce_bucket_size, allgather_bucket_size, sub_group_size, small (a
 --   parameter with fewer is never split), most_small (all of those together), prefetch, max_live,
---   max_reuse; store (where the segments' own vectors lie, if not in memory: ds/offload.lua);
---   overlap: false: on GPUs, too, kernels wait for each exchange
+--   max_reuse; store (where the segments' own vectors lie, if not in memory: ds/offload.lua); home
+--   (where sharded weights lie, if not on the device: ds/offload_param.lua; then also one rank
+--   has some of them whole at a time); overlap: false: on GPUs, too, kernels wait for each exchange
 function M.new(groups, options)
   local ranks = comm.world_size()
   local self = setmetatable({
@@ -308,14 +337,16 @@ function M.new(groups, options)
     wire = options.wire and tensor.codes[options.wire] or -1,
     reduce_scatter = options.reduce_scatter ~= false, hold = function(_, _, f) return f() end,
     allgather_bucket_size = max(16, floor(options.allgather_bucket_size / 16) * 16),
-    rank = comm.rank(), ranks = ranks, store = options.store,
+    rank = comm.rank(), ranks = ranks, store = options.store, home = options.home,
+    small = options.small, most_gathered = min(options.reduce_bucket_size, CUDA_BUCKET),
   }, Zero)
   self.overlap = ranks > 1 and self.device == "cuda" and options.overlap ~= false
   self.early = self.overlap and self.stage < 2 and (self.reduce_scatter or self.stage == 0)
-  if self.stage == 3 or any_unit(groups) then
+  if self.stage == 3 or self.home or any_unit(groups) then
     local zero_params = require "ds.zero_params"
-    self.sharded = zero_params.new { device = self.device, overlap = self.overlap,
-      prefetch = options.prefetch,
+    self.sharded = zero_params.new { device = self.device,
+      overlap = self.overlap or self.home and options.overlap ~= false,
+      home = self.home, prefetch = options.prefetch,
       max_live = options.max_live, max_reuse = options.max_reuse }
     self.hold = zero_params.hold
   end
@@ -326,6 +357,7 @@ function M.new(groups, options)
   lay_gradients(self)
   scope.no_grad(move_in, self)
   if self.stage >= 2 or self.early then self:watch_gradients() end
+  if self.home then self.updates = self.home:updates(self, self.store) end
   return self
 end
 
@@ -353,6 +385,7 @@ end
 -- have: `piece` is a slice of them, `from` its first element in p, `at` in the segment. It may be
 -- on a disk: offload.each.
 function Zero:each_piece(p, f)
+  if self.home then self.home:settle() end
   local at = p._flat
   local first, last = at.offset, at.offset + at.numel
   for _, s in ipairs(self.segments) do
@@ -445,6 +478,7 @@ end
 
 --- The updated weights of all ranks to all, as far as they are kept whole.
 function Zero:gather()
+  if self.sharded then self.sharded:close_all() end
   if self.ranks == 1 or self.stage == 0 then return end
   local works = {} -- they follow each other, and kernels wait for all of them
   for _, b in ipairs(self.buckets) do
@@ -455,7 +489,6 @@ function Zero:gather()
     end
   end
   for _, work in ipairs(works) do check(C.ds_wait(work), "step") end
-  if self.sharded then self.sharded:close_all() end
 end
 
 --- Runs f(…) while these parameters are whole; at stages below 3 they always are. Every rank calls
@@ -463,9 +496,11 @@ end
 -- @tparam table params
 function Zero:gathered(params, f, ...) return self.hold(params, nil, f, ...) end
 
---- A parameter that does not train, at stage 3: each rank keeps a share of it.
+--- A parameter that does not train, at stage 3: each rank keeps a share of it. What lies in host
+-- memory is worth a transfer.
 function Zero:shard_frozen(p)
-  if self.stage == 3 and p:numel() >= self.ranks then self.sharded:shard(p) end
+  local least = self.home and max(self.small, self.ranks) or self.ranks
+  if (self.stage == 3 or self.home) and p:numel() >= least then self.sharded:shard(p) end
 end
 
 --- Values that a script gave a parameter, to its master copy.
@@ -473,9 +508,10 @@ function Zero:take_values(p)
   if self.dtype ~= "f32" then scope.no_grad(copy_master, self, p, p:detach()) end
 end
 
---- Leaves the parameters whole, and nothing else.
+--- Leaves the parameters whole, and nothing else; in host memory, if that is where weights were.
 function Zero:let_go()
   local why = "by engine:destroy()"
+  if self.home then self.home:settle() end
   self:drop_gradients()
   for _, s in ipairs(self.segments) do
     scope.release(s.g, why)
@@ -495,6 +531,11 @@ function Zero:let_go()
     if p.grad then scope.release(p.grad, why) end
   end
   if self.sharded then self.sharded:unshard_all() end
+  for _, p in ipairs(self.home and self.params or {}) do
+    p.requires_grad = false
+    tensor.repoint(p, p:to "cpu")
+    p.requires_grad = true
+  end
   for _, t in pairs(self.shards) do scope.release(t, why) end
 end
 

@@ -12,6 +12,11 @@
 -- (max_reuse_distance); both as far as max_live_parameters allows. A step that leaves the sequence
 -- goes on without either, and is the record for the next. On GPUs what is fetched ahead comes while
 -- kernels run; those that are called after it is opened wait for it.
+--
+-- A rank's share may lie in host memory (offload_param.lua). A fetch has two parts then: the share
+-- is lifted to the device, and when it is there the ranks exchange. The exchange follows kernels,
+-- and they would have to wait for the share first. So of what is fetched ahead, the exchange begins
+-- when the order has moved on by one: in the meantime it was lifted beside the kernels.
 
 local ffi = require "ffi"
 local border = require "ds.ffi"
@@ -33,14 +38,16 @@ local PREFETCH = 5e7 -- elements fetched ahead on GPUs, if the config does not s
 
 --- The sharded parameters of an engine, or of models that no engine has yet.
 -- @tparam table options device; prefetch, max_live, max_reuse: elements; overlap: what is fetched
---   ahead is not waited for
+--   ahead is not waited for; home: where shares lie, if not on the device (offload_param.lua)
 function M.new(options)
   return setmetatable({
     units = {}, open = {}, clock = 0, live = 0, inside = 0, device = options.device,
     prefetch = options.prefetch or options.overlap and PREFETCH or 0, overlap = options.overlap,
-    max_live = options.max_live or math.huge,
+    ample = options.home and options.overlap and not options.prefetch, largest = 0,
+    max_live = options.max_live or math.huge, home = options.home,
     max_reuse = options.max_reuse or 0, record = {}, at = 1, world = comm.world(),
-    stats = { gathers = 0, prefetched = 0, reused = 0, most_live = 0 },
+    ranks = comm.world_size(),
+    stats = { gathers = 0, prefetched = 0, under_way = 0, reused = 0, most_live = 0 },
   }, Params)
 end
 
@@ -56,6 +63,10 @@ function Params:add(params, unit)
   unit.size = tonumber(C.ds_dtype_size(tensor.codes[unit.dtype]))
   self.units[unit.index] = unit
   for _, p in ipairs(params) do p._unit = unit end
+  if self.ample then -- one is lifted while another one is exchanged
+    self.prefetch = math.max(self.prefetch, self.largest + math.max(self.largest, unit.numel))
+  end
+  self.largest = math.max(self.largest, unit.numel)
   return unit
 end
 
@@ -79,8 +90,32 @@ local function own_part(unit)
   return slice(unit.whole, unit.from, unit.shard.shape)
 end
 
+--- Begins to bring this rank's part of it to the device.
+local function lift(self, unit)
+  if not unit.shard then return end
+  if not self.home then return run("copy", self.device, own_part(unit)._c, unit.shard._c) end
+  unit.event = self.home:upload(own_part(unit), unit.shard)
+end
+
+--- Kernels that are called from now on find this rank's part.
+local function land(self, unit)
+  if unit.event then self.home:arrive(unit.event) end
+  unit.event, unit.lifted = nil, nil
+end
+
+--- Brings the parts of all ranks together, after that.
+local function exchange(self, unit, ahead)
+  land(self, unit)
+  C.ds_comm_about(self.world, unit.index)
+  local work = ahead and self.overlap and ffi.new "ds_work" or nil
+  if work then self.stats.under_way = self.stats.under_way + 1 end
+  check(C.ds_gather_parts(unit.whole._c, unit.borders, self.world, work), "gather parameters")
+  unit.work = work
+end
+
 --- Its values are there, for kernels that are called from now on.
-local function arrive(unit)
+local function arrive(self, unit)
+  if unit.lifted then exchange(self, unit) end
   local work = unit.work
   unit.work = nil
   if work then check(C.ds_wait(work), "gather parameters") end
@@ -89,17 +124,19 @@ end
 --- Makes a closed unit resident.
 -- @tparam[opt] boolean ahead it is not needed yet: arrive() comes before its use
 local function fetch(self, unit, ahead)
-  local whole = new_whole(self, unit)
-  if unit.shard then run("copy", self.device, own_part(unit)._c, unit.shard._c) end
-  C.ds_comm_about(self.world, unit.index)
-  local work = ahead and self.overlap and ffi.new "ds_work" or nil
-  check(C.ds_gather_parts(whole._c, unit.borders, self.world, work), "gather parameters")
-  unit.work = work
+  new_whole(self, unit)
+  lift(self, unit)
   self.stats.gathers = self.stats.gathers + 1
+  if ahead and self.home and self.overlap then
+    unit.lifted = self.at -- from here on in the order
+  else
+    exchange(self, unit, ahead)
+  end
 end
 
 local function drop(self, unit)
-  arrive(unit)
+  if unit.lifted then land(self, unit) end -- nobody wants it: there is no exchange
+  arrive(self, unit)
   scope.release(unit.whole)
   unit.whole = nil
   self.live = self.live - unit.numel
@@ -211,6 +248,8 @@ local function fetch_ahead(self)
       if self.live + unit.numel > self.max_live then return end
       fetch(self, unit, true)
       self.stats.prefetched = self.stats.prefetched + 1
+    elseif unit.lifted and unit.lifted < self.at and self.ranks > 1 then
+      exchange(self, unit, true)
     end
     k = k + 1
   end
@@ -229,7 +268,7 @@ local function open_units(self, units, more)
     if not unit.is_open then
       if self.recording then follow(self, unit) end
       if unit.whole then
-        arrive(unit)
+        arrive(self, unit)
         self.stats.reused = self.stats.reused + 1
       else
         fetch(self, unit)
@@ -275,18 +314,44 @@ function tensor.gather(what, ...)
   end
 end
 
+--- The record is over: it is the order to follow from now on.
+local function end_record(self)
+  local same = self.trace and #self.record == #self.trace.order and self.at > #self.record
+  if not same then self.trace = make_trace(self, self.record) end
+  self.record, self.at, self.following = {}, 1, true
+end
+
+--- Another order than that of steps, to come back from with the same call.
+local function change_order(self)
+  local other = self.other or { record = {}, at = 1 }
+  self.other = { record = self.record, at = self.at, trace = self.trace,
+    following = self.following }
+  self.record, self.at, self.trace = other.record, other.at, other.trace
+  self.following = other.following
+end
+
 --- Before and after a model runs.
--- @tparam boolean training whether it is part of a step, whose order is recorded
+-- @tparam boolean training whether it is part of a step, whose order is recorded; evaluation has an
+-- order of its own where shares lie in host memory
 function Params:enter(training)
   self.inside = self.inside + 1
-  self.recording = training
+  if self.inside == 1 and not training and self.home then
+    self.evaluating = true
+    change_order(self)
+  end
+  self.recording = training or self.evaluating
 end
 
 function Params:leave()
   self.inside = self.inside - 1
-  if self.inside == 0 then
-    close_older(self, math.huge) -- what comes next may use none of it
-    self.recording = false
+  if self.inside > 0 then return end
+  close_older(self, math.huge) -- what comes next may use none of it
+  self.recording = false
+  if self.evaluating then
+    self.evaluating = false
+    drop_closed(self)
+    end_record(self)
+    change_order(self)
   end
 end
 
@@ -301,9 +366,7 @@ end
 function Params:end_step()
   self.following = false
   self:close_all()
-  local same = self.trace and #self.record == #self.trace.order and self.at > #self.record
-  if not same then self.trace = make_trace(self, self.record) end
-  self.record, self.at, self.following = {}, 1, true
+  end_record(self)
 end
 
 --- Takes a unit whose parameters point into `whole`: this rank's part goes to the shard.
@@ -316,6 +379,11 @@ function Params:adopt(unit, whole)
   drop(self, unit)
 end
 
+--- Memory for a rank's share of something.
+function Params:share(n, dtype)
+  return self.home and self.home:vector(n, dtype) or tensor.new({ n }, dtype, self.device):keep()
+end
+
 --- A unit of one parameter, cut evenly.
 -- @tparam[opt] number root whose values are taken; nil: they are the same on all ranks
 function Params:shard(p, root)
@@ -326,8 +394,7 @@ function Params:shard(p, root)
     local from, to = tonumber(borders[rank]), tonumber(borders[rank + 1])
     if root then check(C.ds_broadcast(p._c, root, self.world, nil), "parameters") end
     local unit = self:add({ p }, { numel = n, borders = borders, from = from, offsets = { 0 },
-      dtype = p.dtype, shard = to > from and
-        tensor.new({ to - from }, p.dtype, self.device):keep() or nil })
+      dtype = p.dtype, shard = to > from and self:share(to - from, p.dtype) or nil })
     self:adopt(unit, tensor.view.alias(p))
   end)
 end
@@ -386,13 +453,26 @@ function M.hold(params, root, f, ...)
   return done(xpcall(f, border.note, ...))
 end
 
+--- A parameter's values, whole, in memory of their own: in host memory where shares are.
+local function whole_values(self, unit, p)
+  if self.home and self.ranks == 1 then -- where they lie is good for that
+    self.home:settle()
+    for i, other in ipairs(unit.params) do
+      if other == p then return slice(unit.shard, unit.offsets[i], p.shape):keep() end
+    end
+  end
+  return M.hold({ p }, nil, function()
+    return scope.no_grad(function()
+      return self.home and p:detach():to "cpu" or p:detach():clone()
+    end):keep()
+  end)
+end
+
 --- Gives a sharded parameter memory of its own, whole; it is sharded no more. Every rank calls it.
 function M.unshard(p)
-  local grad = p.requires_grad
-  local whole = M.hold({ p }, nil, function()
-    return scope.no_grad(function() return p:detach():clone() end):keep()
-  end)
-  p._unit.manager:release(p)
+  local grad, unit = p.requires_grad, p._unit
+  local whole = whole_values(unit.manager, unit, p)
+  unit.manager:release(p)
   p.requires_grad = false
   tensor.repoint(p, whole)
   p.requires_grad = grad

@@ -355,7 +355,7 @@ describe("weights in host memory", function()
       local plan = require("ds.json").decode(out)
       local row = plan.stages[7]
       assert.is_true(row.configured and row.stage == 3)
-      assert.equal(24 * 4096 * (case[2] and 2 or 4) / case[1], row.host)
+      assert.equal(24 * 4096 * (case[2] and 2 or 4) / case[1], row.away)
       assert.is_near(1, row.plain.total / counted, 0.1)
     end
   end)
