@@ -200,13 +200,14 @@ local function optimizer_bytes(layout, stage)
 end
 
 --- Takes the weights that stage 3 shards off the device: what is left there is what is gathered, or
--- on its way (by the default: the two exchanges to come), and blocks of an update.
-local function take_away(layout, out, small, split)
+-- on its way (by the default: the two exchanges to come); or blocks of an update, if that is there.
+local function take_away(layout, out, small, split, offload)
   local two = two_largest(layout, is_sharded)
   local ahead = min(layout.prefetch or max(PREFETCH, two), split.whole)
   out.weights, out.away = small * layout.weight, split.own * layout.weight
   local gathered = min(two + ahead, max(two, layout.most_live or math.huge), split.whole)
-  out.buffers = out.buffers + max(gathered, min(split.own, 2 * UPDATE_BLOCK)) * layout.weight
+  local updated = offload and 0 or min(split.own, 2 * UPDATE_BLOCK)
+  out.buffers = out.buffers + max(gathered, updated) * layout.weight
 end
 
 --- Bytes that a rank keeps and needs in between.
@@ -214,9 +215,9 @@ end
 -- @tparam number stage 0 to 3
 -- @tparam[opt] boolean offload the optimizer's vectors lie on a disk, or in a GPU's host
 -- @treturn table weights, gradients, optimizer, buffers (what is whole for a moment, or on its way
---   from the disk), disk, host, away (weights that are in a GPU's host); and start: what ds.initialize needs beside the weights as the
---   script made them, before it can drop those. For an engine on a GPU all but disk and host is
---   there
+--   from the disk), disk, host, away (weights that are in a GPU's host); and start: what
+--   ds.initialize needs beside the weights as the script made them, before it can drop those. For
+--   an engine on a GPU all but disk, host and away is there
 function M.memory(layout, stage, offload)
   local away = stage == 3 and layout.away
   if layout.ranks == 1 then stage = 0 end
@@ -238,10 +239,12 @@ function M.memory(layout, stage, offload)
       out.weights = (all - sharded + split) * layout.weight
       local two, one = two_largest(layout, is_sharded)
       out.buffers, moving = out.buffers + (away and 0 or two * layout.weight), one * layout.weight
-      if away then take_away(layout, out, all - sharded, { whole = sharded, own = split }) end
+      if away then
+        take_away(layout, out, all - sharded, { whole = sharded, own = split }, offload)
+      end
     end
   elseif away then
-    take_away(layout, out, all - sharded, { whole = sharded, own = sharded })
+    take_away(layout, out, all - sharded, { whole = sharded, own = sharded }, offload)
     moving = select(2, two_largest(layout, is_sharded)) * layout.weight
   end
   local bytes, staged, masters = optimizer_bytes(layout, stage)
