@@ -50,9 +50,17 @@ function M.new(config, device)
     events = {}, free = {}, busy = false }, Home)
 end
 
+--- A vector of page-locked memory. Raises with a way out where the system locks no more.
+local function locked(n, dtype)
+  local ok, t = pcall(tensor.pinned, { n }, dtype)
+  if ok then return t end
+  raise("offload_param: there are no %s of page-locked memory (%s); \"pin_memory\": false takes "
+    .. "other memory", tensor.bytes_string(n * tonumber(C.ds_dtype_size(tensor.codes[dtype]))), t)
+end
+
 --- A vector of host memory, zero at first.
 function Home:vector(n, dtype)
-  local t = self.pinned and tensor.pinned({ n }, dtype) or tensor.new({ n }, dtype, "cpu")
+  local t = self.pinned and locked(n, dtype) or tensor.new({ n }, dtype, "cpu")
   run("fill", "cpu", t:keep()._c, 0)
   self.bytes = self.bytes + n * t:element_size()
   return t

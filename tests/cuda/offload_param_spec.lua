@@ -309,6 +309,19 @@ describe("weights in host memory", function()
     has(err, "cuda_graph: parameters are sharded; training goes on without it")
   end)
 
+  it("that cannot be page-locked are said to be so, with a way out", function()
+    local tensor = require "ds.tensor"
+    local pinned = tensor.pinned
+    tensor.pinned = function() error("there is none", 0) end
+    local ok, message = pcall(make, away)
+    tensor.pinned = pinned
+    assert.is_false(ok)
+    has(message, "offload_param: there are no 5.0 KiB of page-locked memory (there is none); "
+      .. '"pin_memory": false takes other memory')
+    assert.equal("cpu", make({ offload_param = { device = "cpu", pin_memory = false } })
+      .zero.shards[1].device)
+  end)
+
   it("are for stage 3, and on a CPU where they are anyway", function()
     says('initialize: zero_optimization.offload_param.device "cpu": only stage 3 keeps weights '
       .. 'elsewhere than where kernels use them; say "stage": 3', make,
