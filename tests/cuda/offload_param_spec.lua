@@ -8,6 +8,7 @@ local ds = require "ds"
 local nn, F = ds.nn, ds.F
 local host = require "ds.host"
 local offload_param = require "ds.offload_param"
+local checkpointing_host = require "ds.checkpointing_host"
 local simulated = require("tests.cuda.helper").simulated
 local common = require "tests.lua.helper"
 
@@ -88,6 +89,9 @@ local function whole(engine, name)
 end
 
 describe("weights in host memory", function()
+  local least = checkpointing_host.LEAST
+  setup(function() checkpointing_host.LEAST = 1 end)
+  teardown(function() checkpointing_host.LEAST = least end)
   if not ds.optim.registry.AwaySign then
     ds.optimizer("AwaySign", { state = { "m" }, defaults = { lr = 1e-2 },
       step = function(p, g, s, h)
@@ -108,6 +112,11 @@ describe("weights in host memory", function()
       pin_memory = false } } },
     ["by the old name"] = { {}, { cpu_offload_param = true } },
     ["activations made again"] = { { activation_checkpointing = { enabled = true } }, away },
+    ["activations' inputs there, too"] = { { activation_checkpointing = { enabled = true,
+      cpu_checkpointing = true } }, away },
+    ["state on a disk"] = { half, { offload_param = { device = "cpu" },
+      offload_optimizer = { device = "nvme", nvme_path = place.folder } },
+      { offload_optimizer = { device = "cpu" } } },
     ["without overlap"] = { {}, { offload_param = away.offload_param, overlap_comm = false } },
     ["Lamb in bf16"] = { { bf16 = half.bf16, optimizer = { type = "Lamb" } }, away },
     Lamb = { { optimizer = { type = "Lamb" } }, away },
