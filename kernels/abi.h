@@ -24,7 +24,8 @@ static inline uint64_t ds_backend_abi(void)
 #undef C
 #undef T
     };
-    uint64_t h = 14695981039346656037u ^ sizeof(ds_backend) ^ sizeof(ds_tensor) << 16; /* FNV-1a */
+    uint64_t h = 14695981039346656037u ^ sizeof(ds_backend) ^ sizeof(ds_tensor) << 16 ^
+                 (uint64_t)sizeof(ds_device_counters) << 32; /* FNV-1a */
 
     for (size_t i = 0; i < sizeof text / sizeof *text; i++)
         for (const char *p = text[i]; *p; p++)

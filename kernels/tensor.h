@@ -39,6 +39,8 @@ typedef struct ds_device_counters {
     int64_t uploads, downloads; /* transfers from and to the host */
     int64_t scratch;            /* bytes that kernels keep for themselves now */
     int64_t captures, replays;  /* graphs of launches that were recorded, and done again */
+    int64_t registered;         /* bytes that other ranks' GPUs may read and write now */
+    int64_t exchanges;          /* collectives in such memory */
 } ds_device_counters;
 /* ds.h: end ffi */
 

@@ -8,7 +8,8 @@
  * sixteenths), so that finding one that fits is a look at two bitmaps, and the smallest class that
  * fits is taken. A freed piece merges with its free neighbours at once, which keeps the peak near
  * what is live. Segments belong to a set, and pieces go from hand to hand within one: what a recorded
- * graph uses is a set of its own, which nothing else may have while the graph lives. The bookkeeping
+ * graph uses is a set of its own, which nothing else may have while the graph lives; and what ranks
+ * exchange is one whose segments are registered with NCCL (comm_nccl_share.c). The bookkeeping
  * lies in host memory beside the pieces: the same code serves devices whose memory the host cannot
  * write.
  */
@@ -50,8 +51,8 @@ struct lists {
 
 struct pool {
     pthread_mutex_t lock;
-    struct lists lists[2 * DS_MEMORY_SETS]; /* of each set's large and small segments */
-    int set;                                /* from which memory is taken now */
+    struct lists lists[2 * (DS_MEMORY_SHARED + 1)]; /* of each set's large and small segments */
+    int set;                                        /* from which memory is taken now */
     int64_t by_tag[TAGS];
     ds_memory memory;
 };
@@ -172,24 +173,41 @@ found:
 
 /* ---- segments */
 
+static int memory_take(void **out, int pool, int set, size_t bytes)
+{
+    if (pool == DS_PINNED)
+        return backend_of(pool)->pinned_take(out, bytes);
+    if (pool == DS_CUDA && set == DS_MEMORY_SHARED)
+        return ds_shared_take(out, bytes);
+    return backend_of(pool)->memory_take(out, bytes);
+}
+
+static void memory_give(void *data, int pool, int set, size_t bytes)
+{
+    if (pool == DS_PINNED)
+        backend_of(pool)->pinned_give(data);
+    else if (pool == DS_CUDA && set == DS_MEMORY_SHARED)
+        ds_shared_give(data);
+    else
+        backend_of(pool)->memory_give(data, bytes);
+}
+
 /* A new segment as one piece, on no list. */
 static int segment_take(ds_storage **out, int pool, int64_t bytes)
 {
     struct pool *p = &pools[pool];
-    const ds_backend *backend = backend_of(pool);
     int64_t least = bytes < SMALL ? SMALL_SEGMENT : SEGMENT_MIN;
     int64_t total = bytes < least ? least : bytes;
     ds_storage *s = NULL;
     int rc;
 
-    if (!backend)
+    if (!backend_of(pool))
         return DS_ENOSYS;
     total = (total + SEGMENT_STEP - 1) / SEGMENT_STEP * SEGMENT_STEP;
     s = calloc(1, sizeof *s);
     if (!s)
         return ds_fail(DS_ENOMEM, "out of host memory");
-    rc = pool == DS_PINNED ? backend->pinned_take(&s->data, (size_t)total)
-                           : backend->memory_take(&s->data, (size_t)total);
+    rc = memory_take(&s->data, pool, p->set, (size_t)total);
     if (rc < 0) {
         free(s);
         return rc;
@@ -207,7 +225,6 @@ static int segment_take(ds_storage **out, int pool, int64_t bytes)
 static void flush_locked(int pool, int set)
 {
     struct pool *p = &pools[pool];
-    const ds_backend *backend = backend_of(pool);
     ds_storage *s, *next;
 
     for (int k = 0; k < 2 * FIRST_BITS * SECOND; k++)
@@ -216,10 +233,7 @@ static void flush_locked(int pool, int set)
             if (s->before || s->after)
                 continue;
             list_drop(p, s);
-            if (pool == DS_PINNED)
-                backend->pinned_give(s->data);
-            else
-                backend->memory_give(s->data, (size_t)s->bytes);
+            memory_give(s->data, pool, set, (size_t)s->bytes);
             free(s);
         }
 }
@@ -274,8 +288,10 @@ static int piece_take(ds_storage **out, int pool, int64_t bytes)
         if (flush)
             flush_locked(pool, 0);
         rc = segment_take(&s, pool, bytes);
-        if (rc == DS_ENOMEM && !flush) {
+        if (rc == DS_ENOMEM && (!flush || pool == DS_CUDA)) {
             flush_locked(pool, 0);
+            if (p->set == 0 || p->set == DS_MEMORY_SHARED) /* no graph is being recorded */
+                flush_locked(pool, DS_MEMORY_SHARED);
             rc = segment_take(&s, pool, bytes);
         }
         if (rc < 0)
@@ -407,8 +423,10 @@ static void flush_set(int pool, int set)
 void ds_memory_flush(int device)
 {
     flush_set(device, 0);
-    if (device == DS_CUDA)
+    if (device == DS_CUDA) {
+        flush_set(DS_CUDA, DS_MEMORY_SHARED);
         flush_set(DS_PINNED, 0);
+    }
 }
 
 int ds_memory_set(int device, int set)
@@ -418,7 +436,7 @@ int ds_memory_set(int device, int set)
 
     pthread_mutex_lock(&p->lock);
     before = p->set;
-    if (set >= 0 && set < DS_MEMORY_SETS)
+    if (set >= 0 && set <= DS_MEMORY_SHARED)
         p->set = set;
     pthread_mutex_unlock(&p->lock);
     return before;
@@ -426,7 +444,7 @@ int ds_memory_set(int device, int set)
 
 void ds_memory_flush_set(int device, int set)
 {
-    if (set >= 0 && set < DS_MEMORY_SETS)
+    if (set >= 0 && set <= DS_MEMORY_SHARED)
         flush_set(device, set);
 }
 

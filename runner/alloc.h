@@ -33,6 +33,10 @@ int ds_storage_take(ds_storage **out, int pool, int64_t bytes);
 void ds_storage_retain(ds_storage *s);
 void ds_storage_release(ds_storage *s);
 
+/* Of segments of the GPU's set DS_MEMORY_SHARED (devices.c): the transport between GPUs has them. */
+int ds_shared_take(void **out, size_t bytes);
+void ds_shared_give(void *data);
+
 /* The backend of a device, or NULL with ds_error() saying why there is none. */
 const ds_backend *ds_backend_of(int device);
 

@@ -61,7 +61,10 @@ uint64_t ds_comm_hash(const int64_t *words, int n)
 static struct {
     _Atomic int64_t calls, bytes, number;
     _Atomic int running, peer;
-} all_groups = {.running = DS_COLLECTIVES, .peer = -1};
+    _Atomic int
+        device_in; /* the collective that the host's device is in, while the host waits for it */
+    _Atomic int64_t device_number;
+} all_groups = {.running = DS_COLLECTIVES, .peer = -1, .device_in = DS_AWAKE};
 
 /* What the watchdog reads: this rank is inside a collective, or (DS_COLLECTIVES) inside none. */
 static void inside(ds_comm *c, int kind, int64_t number)
@@ -159,7 +162,12 @@ int ds_comm_world(ds_comm **out)
 
 void ds_comm_finish(void)
 {
+    ds_comm *shared;
+
     pthread_mutex_lock(&world_lock);
+    shared = ds_comm_forget_shared();
+    if (shared)
+        close_group(shared);
     if (world)
         close_group(world);
     world = NULL;
@@ -312,13 +320,22 @@ int ds_comm_is_world(const ds_comm *c)
     return c == world;
 }
 
+void ds_comm_device_in(int kind, int64_t number)
+{
+    all_groups.device_number = number;
+    all_groups.device_in = kind;
+}
+
 void ds_comm_where(ds_comm_place *out)
 {
-    *out = (ds_comm_place){.kind = all_groups.running,
-                           .number = all_groups.number,
+    int device_in = all_groups.device_in;
+    int64_t number = device_in == DS_AWAKE ? 0 : (int64_t)all_groups.device_number;
+
+    *out = (ds_comm_place){.kind = device_in == DS_AWAKE ? (int)all_groups.running : device_in,
+                           .number = number ? number : (int64_t)all_groups.number,
                            .calls = all_groups.calls,
                            .bytes = all_groups.bytes,
-                           .peer = all_groups.peer};
+                           .peer = device_in == DS_AWAKE ? (int)all_groups.peer : DS_UNSEEN};
 }
 
 /* ---- collectives */
@@ -435,7 +452,7 @@ static void log_if_done(const ds_work *work)
         ds_comm_log_end(work->entry, ds_seconds() - work->begun);
 }
 
-static const ds_transport *transport_for(ds_comm *c, int device)
+const ds_transport *ds_comm_transport(ds_comm *c, int device)
 {
     if (c->transport[device] == &no_cuda) {
         const ds_transport *found = c->size == 1 ? &ds_transport_self : ds_cuda_transport();
@@ -459,7 +476,7 @@ int ds_comm_start(ds_comm *c, const ds_call *call, ds_work *work)
     *work = (ds_work){.comm = c, .kind = call->kind, .device = device, .done = 1, .code = rc};
     if (rc < 0)
         return rc;
-    transport = transport_for(c, device);
+    transport = ds_comm_transport(c, device);
     if (!transport)
         return work->code = DS_ENOSYS; /* ds_error() says why */
     if (!transport->start[call->kind])

@@ -63,6 +63,13 @@ typedef struct ds_transport {
      * a transport whose collectives are always done when start returns) */
     int (*progress)(ds_work *work, int block);
 
+    /* Memory of its device that goes from rank to rank without copies in between. share: collective;
+     * 1: from now on there is some, and all tensors of this group's collectives lie in it; 0: some rank
+     * has none; negative: a failure. (optional, all three) */
+    int (*share)(ds_comm *c);
+    int (*memory_take)(void **out, size_t bytes);
+    void (*memory_give)(void *data);
+
     /* Wakes whoever waits here and tells the peers; any thread may call it. (optional) */
     void (*abort)(ds_comm *c, const char *why);
     /* This process failed and is about to end with this code: the others shall not wait for it, nor
@@ -75,6 +82,7 @@ struct ds_comm {
     void *state[DS_META];                   /* the transport's own, as communicator and buffers */
     int rank, size;
     int local_rank, local_size;
+    int shared;    /* its tensors on CUDA lie in the set DS_MEMORY_SHARED */
     int64_t about; /* what the next collective is about; 0: nothing in particular */
 
     /* What a watchdog thread may read at any time. */
@@ -108,14 +116,29 @@ typedef struct ds_comm_place {
     int64_t number; /* of the last collective begun, in its group */
     int64_t calls;  /* collectives of all groups */
     int64_t bytes;  /* sent by this rank, in all groups; goes up while a collective runs */
-    int peer;       /* the rank, of all, that it last waited for there; -1: for none */
+    int peer; /* the rank, of all, that it last waited for there; -1: for none, or DS_UNSEEN */
 } ds_comm_place;
 void ds_comm_where(ds_comm_place *out);
+
+/* A peer: it waits for what its device does with others, and how far that is nobody sees. */
+enum { DS_UNSEEN = -2 };
+
+/* While the host waits for its device: the collective that the device is in (number 0: some message),
+ * which is where this process is then. DS_COLLECTIVES: the device is in none; DS_AWAKE: the host does not
+ * wait for it. Any thread may say so. */
+enum { DS_AWAKE = -1 };
+void ds_comm_device_in(int kind, int64_t number);
 
 /* What a transport says while it waits for that rank; and that it is busy, for longer than a rank may
  * wait while nothing moves. */
 void ds_comm_waits_for(int rank);
 void ds_comm_prepares(ds_comm *c);
+
+/* What carries its tensors of a device; NULL: nothing does, ds_error() says why. */
+const ds_transport *ds_comm_transport(ds_comm *c, int device);
+
+/* ds_comm_shared()'s group, which is the caller's to close now; NULL: there is none. */
+ds_comm *ds_comm_forget_shared(void);
 
 /* Whether it is the group of all ranks. */
 int ds_comm_is_world(const ds_comm *c);

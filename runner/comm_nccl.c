@@ -39,9 +39,9 @@ static ds_tensor bytes_of(void *data, int64_t n)
                        .dense = 1};
 }
 
-static int share(ds_comm *c, greeting *mine, greeting *all)
+int ds_nccl_tell(ds_comm *c, void *mine, void *all, int64_t bytes)
 {
-    ds_tensor in = bytes_of(mine, sizeof *mine), out = bytes_of(all, c->size * in.numel);
+    ds_tensor in = bytes_of(mine, bytes), out = bytes_of(all, c->size * bytes);
     const ds_call call = {.kind = DS_ALL_GATHER, .out = &out, .in = &in};
     ds_work work = {.comm = c};
 
@@ -72,12 +72,14 @@ ds_nccl_group *ds_nccl_group_of(ds_comm *c)
     return c->state[DS_CUDA];
 }
 
-/* Makes the group's communicator; every rank of it is here. */
-static int connect(ds_comm *c, ds_nccl_group *g, int kind)
+int ds_nccl_group_connect(ds_comm *c, ds_nccl_group *g, int kind)
 {
-    greeting mine = {.version = 0}, *all = calloc((size_t)c->size, sizeof *all);
+    greeting mine = {.version = 0}, *all;
     int rc;
 
+    if (g->link.ready)
+        return 0;
+    all = calloc((size_t)c->size, sizeof *all);
     if (!all)
         return ds_fail(DS_ENOMEM, "out of memory: a group of %d ranks", c->size);
     rc = ds_nccl_open();
@@ -86,7 +88,7 @@ static int connect(ds_comm *c, ds_nccl_group *g, int kind)
     mine.version = rc == 0 ? ds_nccl.version : 0;
     if (rc < 0)
         snprintf(mine.why, sizeof mine.why, "%s", ds_error());
-    rc = share(c, &mine, all);
+    rc = ds_nccl_tell(c, &mine, all, sizeof mine);
     if (rc == 0)
         rc = judge(c, all);
     ds_comm_prepares(c); /* for longer than ranks that wait for each other may do nothing */
@@ -211,6 +213,10 @@ static int start(ds_comm *c, ds_nccl_group *g, const ds_call *call, ds_work *wor
     ds_nccl_plan plan;
     int rc;
 
+    if (c->shared && !(ds_nccl_is_shared(call->in) && ds_nccl_is_shared(call->out)))
+        return ds_fail(DS_EINVAL, "%s: a tensor is not in memory that is shared between GPUs",
+                       what);
+
     if (work->entry) { /* what kernels still have to do is no part of the collective's time */
         DS_TRY(ds_cuda_wait(what));
         work->begun = ds_seconds();
@@ -219,12 +225,16 @@ static int start(ds_comm *c, ds_nccl_group *g, const ds_call *call, ds_work *wor
     rc = ds_nccl_prepare(&plan, f, c, call);
     if (rc == 0)
         rc = ds_nccl_follow_kernels(&g->link, what);
+    if (rc == 0)
+        rc = ds_nccl_begins(&g->link, call->kind);
     if (rc < 0) {
         ds_nccl_land(f);
         return rc;
     }
     DS_TRY(ds_nccl_run(&plan));
+    DS_TRY(ds_nccl_ends(&g->link, call->kind, work->number));
     DS_TRY(ds_cuda_check(cudaEventRecord(f->done, g->link.stream), what));
+    ds_cuda.counters.exchanges += c->shared;
     ds_comm_moved(c, ds_nccl_sends(&plan));
     work->state = f;
     return 0;
@@ -236,8 +246,8 @@ static int nccl_start(ds_comm *c, const ds_call *call, ds_work *work)
     ds_nccl_group *g = ds_nccl_group_of(c);
     int rc = g ? 0 : DS_ENOMEM;
 
-    if (rc == 0 && !g->link.ready)
-        rc = connect(c, g, call->kind);
+    if (rc == 0)
+        rc = ds_nccl_group_connect(c, g, call->kind);
     if (rc == 0 && ((in && in->numel) || (out && out->numel)))
         rc = start(c, g, call, work);
     work->done = !work->state;
@@ -258,6 +268,9 @@ const ds_transport ds_transport_nccl = {
               [DS_SEND] = ds_nccl_send,
               [DS_RECV] = ds_nccl_recv},
     .progress = nccl_progress,
+    .share = ds_nccl_share,
+    .memory_take = ds_nccl_memory_take,
+    .memory_give = ds_nccl_memory_give,
     .abort = ds_nccl_abort,
     .quit = ds_nccl_quit,
 };

@@ -32,6 +32,10 @@
     F(Broadcast)                                                                                   \
     F(Send)                                                                                        \
     F(Recv)                                                                                        \
+    F(MemAlloc)                                                                                    \
+    F(MemFree)                                                                                     \
+    F(CommRegister)                                                                                \
+    F(CommDeregister)                                                                              \
     F(GroupStart)                                                                                  \
     F(GroupEnd)
 
@@ -80,6 +84,31 @@ typedef struct ds_nccl_group {
     struct ds_nccl_lane *lane[2]; /* [size]: to and from each rank; made by the first message */
 } ds_nccl_group;
 ds_nccl_group *ds_nccl_group_of(ds_comm *c); /* NULL: out of memory */
+/* Makes the communicator of its collectives, if there is none; every rank of it is here. */
+int ds_nccl_group_connect(ds_comm *c, ds_nccl_group *g, int kind);
+/* Every rank's `bytes` to all, over the CPU's transport. */
+int ds_nccl_tell(ds_comm *c, void *mine, void *all, int64_t bytes);
+
+/* ---- registered memory (comm_nccl_share.c) */
+
+/* As slots of a transport. */
+int ds_nccl_share(ds_comm *c);
+int ds_nccl_memory_take(void **out, size_t bytes);
+void ds_nccl_memory_give(void *data);
+/* Under the lock, before communicators end. */
+void ds_nccl_forget_all(void);
+/* Whether all of a tensor lies there; NULL and no elements lie anywhere. */
+int ds_nccl_is_shared(const ds_tensor *t);
+/* [n] on the GPU, from that memory where the group's collectives need it. */
+int ds_nccl_empty(ds_tensor *out, const ds_comm *c, int dtype, int64_t n);
+
+/* ---- where the GPU is (comm_nccl_place.c) */
+
+/* Around what is put into a link's stream. number: of the collective in its group, 0: a message. */
+int ds_nccl_begins(ds_nccl_link *l, int kind);
+int ds_nccl_ends(ds_nccl_link *l, int kind, int64_t number);
+/* Under the lock, every now and then: tells who may ask. */
+void ds_nccl_look_for_device(void);
 
 /* ---- a collective or message that is under way */
 

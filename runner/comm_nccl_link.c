@@ -170,6 +170,7 @@ static void *watch(void *world)
         end.tv_nsec %= 1000000000L;
         pthread_cond_timedwait(&all.changed, &all.lock, &end);
         code = look();
+        ds_nccl_look_for_device();
     }
     if (code != ncclSuccess) {
         snprintf(why, sizeof why, "NCCL: %s", ds_nccl.GetErrorString(code));
@@ -249,10 +250,25 @@ static int patience_ends(double begun, int kind)
         ds_collective_name(kind), CONNECT_SECONDS);
 }
 
-/* Even with all ranks there NCCL takes seconds for some first calls. */
-int ds_nccl_settle(ds_nccl_link *l, ds_comm *c, int kind, ncclResult_t code, int block)
+/* A moment in which others may go on. Ranks that connect are busy; those that are connected may wait in
+ * NCCL for one that comes later, as long as it takes. */
+static void pass_time(const ds_nccl_link *l, ds_comm *c, int kind, int turns)
 {
     const struct timespec moment = {.tv_nsec = 50000};
+
+    if (turns < 1000) {
+        sched_yield();
+        return;
+    }
+    if (l->ready)
+        ds_comm_device_in(kind, c->number);
+    else
+        ds_comm_prepares(c);
+    nanosleep(&moment, NULL);
+}
+
+static int settle(ds_nccl_link *l, ds_comm *c, int kind, ncclResult_t code, int block)
+{
     double begun = ds_seconds();
 
     for (int turns = 0; code == ncclSuccess || code == ncclInProgress; turns++) {
@@ -273,17 +289,21 @@ int ds_nccl_settle(ds_nccl_link *l, ds_comm *c, int kind, ncclResult_t code, int
             continue;
         if (!block)
             return 0;
-        DS_TRY(patience_ends(begun, kind));
-        if (turns < 1000) {
-            sched_yield();
-        } else {
-            ds_comm_prepares(c);
-            nanosleep(&moment, NULL);
-        }
+        if (!l->ready)
+            DS_TRY(patience_ends(begun, kind));
+        pass_time(l, c, kind, turns);
     }
     if (ds_comm_aborted(c))
         return ds_comm_fail_aborted(c, kind);
     return failed(kind, l->code == ncclSuccess ? code : l->code);
+}
+
+int ds_nccl_settle(ds_nccl_link *l, ds_comm *c, int kind, ncclResult_t code, int block)
+{
+    int rc = settle(l, c, kind, code, block);
+
+    ds_comm_device_in(DS_AWAKE, 0);
+    return rc;
 }
 
 int ds_nccl_follow_kernels(ds_nccl_link *l, const char *what)
@@ -343,6 +363,7 @@ void ds_nccl_close_all(void)
     for (ds_nccl_link *l = all.links; l && all.over == 0; l = l->next)
         cudaStreamSynchronize(l->stream);
     ds_nccl_lock();
+    ds_nccl_forget_all();
     for (ds_nccl_link *l = all.over == 0 ? all.links : NULL; l; l = l->next)
         if (l->comm && l->ready)
             ds_nccl.CommFinalize(l->comm);

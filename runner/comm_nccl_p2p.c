@@ -100,6 +100,7 @@ static int put(message *m)
     ncclResult_t code = ncclRemoteError;
 
     DS_TRY(ds_nccl_follow_kernels(l, ds_collective_name(kind)));
+    DS_TRY(ds_nccl_begins(l, kind));
     ds_nccl_lock();
     if (l->comm && sends)
         code =
@@ -111,6 +112,7 @@ static int put(message *m)
     rc = ds_nccl_settle(l, m->lane->c, kind, code, 1);
     if (rc < 0)
         return rc;
+    DS_TRY(ds_nccl_ends(l, kind, 0));
     if (sends)
         ds_comm_moved(m->lane->c, t->numel * ds_bytes_of(t->dtype));
     return ds_cuda_check(cudaEventRecord(m->flight->done, l->stream), ds_collective_name(kind));

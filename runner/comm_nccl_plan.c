@@ -6,7 +6,10 @@
  * owners, and a kernel joins them.
  *
  * A factor (of a mean, or the call's scale) is NCCL's affair where that rounds no more than it must:
- * in f32 and f64, or where it is a power of two. Else a kernel multiplies the sum, once.
+ * in f32 and f64, or where it is a power of two. Else a kernel multiplies the sum, once. It also does
+ * where each rank gets a part of a sum out of registered memory, as NCCL does not use that in sums with
+ * factors of their own (2.20 to 2.30), and a part is little work; but not in f16, whose range the sum
+ * might leave.
  */
 #include "runner/comm_nccl.h"
 
@@ -95,7 +98,7 @@ static int round_input(ds_nccl_plan *p)
 
     if (!ops || !ops->copy)
         return ds_fail(DS_ENOSYS, "this build has no copy kernel");
-    DS_TRY(ds_empty(sent, p->type, DS_CUDA, 1, &n));
+    DS_TRY(ds_nccl_empty(sent, p->c, p->type, n));
     to = row(sent->data, p->type, n);
     from = row(p->call->in->data, p->call->in->dtype, n);
     p->in = sent->data;
@@ -127,7 +130,7 @@ static int prepare_in_order(ds_nccl_plan *p)
     ds_tensor *room = &p->flight->held[ROOM];
 
     p->in_order = 1;
-    DS_TRY(ds_empty(room, p->type, DS_CUDA, 1, &n));
+    DS_TRY(ds_nccl_empty(room, p->c, p->type, n));
     return join_later(p, room->data, own * p->size, p->c->size, p->call->op, p->call->scale);
 }
 
@@ -144,7 +147,11 @@ static int prepare_reduction(ds_nccl_plan *p)
         [DS_SUM] = ncclSum, [DS_MEAN] = ncclSum, [DS_MAX] = ncclMax, [DS_MIN] = ncclMin};
     const ds_call *call = p->call;
     double factor = call->op == DS_MEAN ? call->scale / p->c->size : call->scale;
-    int before = call->wire == DS_F32 || call->wire == DS_F64 || is_power_of_two(factor);
+    int later = p->c->shared && call->kind != DS_ALL_REDUCE &&
+                (call->wire == DS_F32 || call->wire == DS_BF16);
+    int before =
+        factor == 1 ||
+        (!later && (call->wire == DS_F32 || call->wire == DS_F64 || is_power_of_two(factor)));
     int64_t own = first(p, p->c->rank);
 
     p->type = call->wire;

@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include "kernels/abi.h"
+#include "runner/alloc.h"
 #include "runner/comm.h"
 #include "runner/later.h"
 #include "runner/rank.h"
@@ -98,6 +99,18 @@ const ds_transport *ds_cuda_transport(void)
     if (!found && cuda)
         ds_fail(DS_ENOSYS, "this build has no NCCL, by which ranks with GPUs talk");
     return found;
+}
+
+int ds_shared_take(void **out, size_t bytes)
+{
+    const ds_transport *t = ds_cuda_transport();
+
+    return t ? t->memory_take(out, bytes) : DS_ENOSYS;
+}
+
+void ds_shared_give(void *data)
+{
+    ds_cuda_transport()->memory_give(data);
 }
 
 /* ---- copies */

@@ -81,9 +81,10 @@ ds_memory *ds_memory_of(int device);
 int ds_memory_by_tag(int device, int64_t *bytes, int n);
 void ds_memory_flush(int device); /* gives cached blocks back to the system */
 /* Memory in sets: what was taken from one is handed out again within it only. From now on memory comes from
- * `set`, 0 to DS_MEMORY_SETS - 1 (0: at the start, and the only one that flush looks at); returns the set
- * before. flush_set gives back what nothing of a set uses. */
-enum { DS_MEMORY_SETS = 8 };
+ * `set`, 0 to DS_MEMORY_SETS - 1 (0: at the start); returns the set before. DS_MEMORY_SHARED is one more, of
+ * CUDA and once ds_comm_shared() has a group: what ranks exchange lies there. flush looks at 0 and at that one,
+ * flush_set gives back what nothing of a set uses. */
+enum { DS_MEMORY_SETS = 8, DS_MEMORY_SHARED = DS_MEMORY_SETS };
 int ds_memory_set(int device, int set);
 void ds_memory_flush_set(int device, int set);
 void ds_memory_reset_peak(int device); /* to what is live */
@@ -463,6 +464,12 @@ void ds_comm_finish(void); /* closes the world, before the process ends; again i
  * in none: *out is NULL. All ranks of the group call it. */
 int ds_comm_split(ds_comm **out, ds_comm *parent, int color, int key);
 void ds_comm_close(ds_comm *c);
+
+/* All ranks once more, for collectives on memory that their GPUs read and write in each other's place: on
+ * each rank all tensors of its collectives come from the set DS_MEMORY_SHARED, on CPUs it is like any
+ * group. *out is NULL where there is no such memory, on one rank or on all (runner/comm_nccl_share.c);
+ * all ranks call it, and get the same one every time. Not the caller's to close. */
+int ds_comm_shared(ds_comm **out);
 int ds_comm_rank(const ds_comm *c);
 int ds_comm_size(const ds_comm *c);
 int ds_comm_local_rank(const ds_comm *c); /* among those of this group on this host */

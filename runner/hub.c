@@ -265,7 +265,7 @@ static void take_state(ds_hub *h, int rank, const char *text, double now)
         r->since = now;
     r->kind = kind >= 0 && kind < DS_COLLECTIVES ? kind : DS_COLLECTIVES;
     r->number = number;
-    r->peer = peer >= 0 && peer < h->config.ranks ? peer : -1;
+    r->peer = peer == DS_UNSEEN || (peer >= 0 && peer < h->config.ranks) ? peer : -1;
     r->calls = calls;
     r->bytes = bytes;
     r->step = step;

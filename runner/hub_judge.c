@@ -5,7 +5,7 @@
  * Such a job ends only when nothing has moved for the length of the timeout. What cannot get better
  * ends it within seconds: a watchdog that says nothing while others' do (the process is stopped, or
  * its machine hangs), and ranks that all wait while no byte moves (they do not reach each other, or
- * wait in circles). When all ranks are silent, it is not a matter between ranks, and nothing is done.
+ * wait in circles); but bytes that move between GPUs are not seen, so where these wait it is the timeout. When all ranks are silent, it is not a matter between ranks, and nothing is done.
  */
 #include <math.h>
 #include <stdarg.h>
@@ -275,13 +275,14 @@ static void judge_waiting(ds_hub *h, double now)
 {
     int64_t bytes = 0, calls = 0;
     double longest = 0, wait;
-    int waited = waited_for(h, now);
+    int waited = waited_for(h, now), unseen = 0;
 
     for (int r = 0; r < h->config.ranks; r++) {
         const ds_seen *s = &h->ranks[r];
 
         bytes += s->bytes;
         calls += s->calls;
+        unseen += waits(h, s, now) && s->peer == DS_UNSEEN;
         if (waits(h, s, now) && now - s->since > longest)
             longest = now - s->since;
     }
@@ -294,7 +295,7 @@ static void judge_waiting(ds_hub *h, double now)
     wait = now - h->moved < longest ? now - h->moved : longest;
     if (wait > h->config.timeout) {
         time_out(h, waited, now);
-    } else if (waited < 0 && wait > fmin(KNOTTED, h->config.timeout)) {
+    } else if (waited < 0 && !unseen && wait > fmin(KNOTTED, h->config.timeout)) {
         untie(h, now);
     } else if (h->ranks[waited < 0 ? 0 : waited].silent) {
         return; /* that was said already */

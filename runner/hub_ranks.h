@@ -16,7 +16,7 @@ typedef struct ds_seen {
     int code;       /* what it said it would end with */
     double heard;   /* when it last said anything */
     int kind;       /* the collective it is in; DS_COLLECTIVES: none */
-    int peer;       /* the rank that it waits for there, or -1 */
+    int peer;       /* the rank that it waits for there, -1, or DS_UNSEEN */
     int64_t number, calls, bytes;
     double since; /* since when it has been in it */
     char site[DS_SITE_BYTES], doing[DS_SITE_BYTES];

@@ -57,7 +57,10 @@ int ds_cuda_wait(const char *what)
 {
     DS_TRY(ds_cuda_not_captured(what));
     ds_cuda.counters.waits++;
-    int rc = ds_cuda_check(cudaStreamSynchronize(ds_cuda.stream), what);
+    ds_cuda.waiting = 1;
+    cudaError_t code = cudaStreamSynchronize(ds_cuda.stream);
+    ds_cuda.waiting = 0;
+    int rc = ds_cuda_check(code, what);
 
     if (rc == 0 && ds_cuda.ended)
         rc = ds_fail(DS_ECOMM, "%s: the job was ended while this rank waited for others", what);
@@ -87,7 +90,9 @@ static void memory_give(void *data, size_t bytes)
 {
     (void)bytes;
     ds_cuda.counters.gives++;
+    ds_cuda.waiting = 1;
     cudaFree(data);
+    ds_cuda.waiting = 0;
 }
 
 static int pinned_take(void **out, size_t bytes)
@@ -166,29 +171,36 @@ void *ds_cuda_scratch(int slot, size_t bytes)
 
 /* ---- transfers */
 
-/* From memory that is not page-locked CUDA takes a copy before it returns. */
+/* From memory that is not page-locked CUDA takes a copy before it returns, if need be when all before it
+ * is done. */
 static int upload(void *to, const void *from, size_t bytes)
 {
     DS_TRY(ds_cuda_not_captured("to the GPU"));
     ds_cuda.counters.uploads++;
-    return ds_cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, ds_cuda.stream),
-                         "to the GPU");
+    ds_cuda.waiting = 1;
+    cudaError_t code = cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, ds_cuda.stream);
+    ds_cuda.waiting = 0;
+    return ds_cuda_check(code, "to the GPU");
 }
 
 static int download(void *to, const void *from, size_t bytes)
 {
     DS_TRY(ds_cuda_not_captured("from the GPU"));
     ds_cuda.counters.downloads++;
-    DS_TRY(ds_cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, ds_cuda.stream),
-                         "from the GPU"));
+    ds_cuda.waiting = 1;
+    cudaError_t code = cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, ds_cuda.stream);
+    ds_cuda.waiting = 0;
+    DS_TRY(ds_cuda_check(code, "from the GPU"));
     return ds_cuda_wait("from the GPU");
 }
 
 static int synchronize(void)
 {
-    int rc = ds_cuda_wait("synchronize");
-
-    return rc < 0 ? rc : ds_cuda_check(cudaDeviceSynchronize(), "synchronize");
+    DS_TRY(ds_cuda_wait("synchronize"));
+    ds_cuda.waiting = 1;
+    cudaError_t code = cudaDeviceSynchronize();
+    ds_cuda.waiting = 0;
+    return ds_cuda_check(code, "synchronize");
 }
 
 /* ---- opening */

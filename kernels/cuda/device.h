@@ -47,6 +47,7 @@ typedef struct ds_cuda_device {
     ds_cuda_fault *fault;
     volatile int
         ended; /* the job: what ranks exchange is not what it should be (comm_nccl_link.c) */
+    volatile int waiting; /* the host, for the device: it is where that is (comm_nccl_place.c) */
     ds_device_counters counters;
 } ds_cuda_device;
 

@@ -50,7 +50,10 @@ static int event_wait(void *event)
         return rc < 0 ? rc : 0;
     DS_TRY(ds_cuda_not_captured("an event"));
     ds_cuda.counters.event_waits++;
-    DS_TRY(ds_cuda_check(cudaEventSynchronize((cudaEvent_t)event), "an event"));
+    ds_cuda.waiting = 1;
+    cudaError_t code = cudaEventSynchronize((cudaEvent_t)event);
+    ds_cuda.waiting = 0;
+    DS_TRY(ds_cuda_check(code, "an event"));
     if (ds_cuda.ended)
         return ds_fail(DS_ECOMM, "the job was ended while this rank waited for others");
     return ds_cuda_take_fault();

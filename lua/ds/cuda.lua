@@ -46,11 +46,12 @@ function M.empty_cache() tensor.empty_cache "cuda" end
 function M.memory_summary() return tensor.memory_summary "cuda" end
 
 --- What the GPU was asked for since the start: launches, waits and event_waits of the host, takes
--- and gives of memory, uploads, downloads, scratch (bytes), captures and replays of graphs.
+-- and gives of memory, uploads, downloads, scratch (bytes), captures and replays of graphs;
+-- registered (bytes) with NCCL, and exchanges, collectives in such memory.
 function M.counters()
   local c, out = C.ds_device_count(CUDA), {}
   for _, name in ipairs { "launches", "waits", "event_waits", "takes", "gives", "uploads",
-    "downloads", "scratch", "captures", "replays" } do
+    "downloads", "scratch", "captures", "replays", "registered", "exchanges" } do
     out[name] = tonumber(c[name])
   end
   return out

@@ -20,6 +20,7 @@ local border = require "ds.ffi"
 local host = require "ds.host"
 local scope = require "ds.scope"
 local tensor = require "ds.tensor"
+local shared = require "ds.shared"
 local log = require "ds.log"
 
 local C, check, raise, run = border.C, border.check, border.raise, tensor.run
@@ -54,7 +55,7 @@ local waiting = setmetatable({}, { __mode = "k" }) -- those with figures that no
 
 --- For an engine on a GPU that has an optimizer.
 function M.new(engine)
-  local report = tensor.zeros(FIGURES, { dtype = "f32", device = engine.device }):keep()
+  local report = shared.zeros({ FIGURES }, "f32", engine.device):keep()
   local function part(at, n) return slice(report, at, { n or 1 }):keep() end
   if not M.hooked then
     M.hooked = true

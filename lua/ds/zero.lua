@@ -24,6 +24,7 @@ local tensor = require "ds.tensor"
 local autograd = require "ds.autograd"
 local comm = require "ds.comm"
 local offload = require "ds.offload"
+local shared = require "ds.shared"
 local zero_grads = require "ds.zero_grads"
 
 local C, check, raise, run = border.C, border.check, border.raise, tensor.run
@@ -139,8 +140,7 @@ local function buffers(self, dtype, size, home)
     length[b.group] = at[b] + size(b)
   end
   for g, n in pairs(length) do
-    by_group[g] = home and home:vector(n, dtype)
-      or tensor.zeros(n, { dtype = dtype, device = self.device }):keep()
+    by_group[g] = home and home:vector(n, dtype) or shared.zeros({ n }, dtype, self.device):keep()
   end
   for b, from in pairs(at) do
     local n = size(b)
@@ -333,7 +333,7 @@ function M.new(groups, options)
     params = {}, buckets = {}, segments = {}, dtype = options.dtype,
     grad_dtype = options.grad_dtype, device = options.device,
     stage = ranks == 1 and min(1, options.stage) or options.stage, whole = {},
-    op = options.op == "sum" and C.DS_SUM or C.DS_MEAN, world = comm.world(),
+    op = options.op == "sum" and C.DS_SUM or C.DS_MEAN, world = shared.group(options.device),
     wire = options.wire and tensor.codes[options.wire] or -1,
     reduce_scatter = options.reduce_scatter ~= false, hold = function(_, _, f) return f() end,
     allgather_bucket_size = max(16, floor(options.allgather_bucket_size / 16) * 16),

@@ -21,6 +21,7 @@ local border = require "ds.ffi"
 local scope = require "ds.scope"
 local tensor = require "ds.tensor"
 local autograd = require "ds.autograd"
+local shared = require "ds.shared"
 
 local C, check, run = border.C, border.check, tensor.run
 local slice = tensor.view.slice_flat
@@ -48,7 +49,7 @@ end
 function methods:open_gradients(p)
   local b = p._flat.bucket
   if not b.grad then
-    b.grad = scope.keep(tensor.new({ b.numel }, self.grad_dtype, self.device))
+    b.grad = scope.keep(shared.new({ b.numel }, self.grad_dtype, self.device))
     b.grad._keep = true
     for _, q in ipairs(b.params) do
       local at, n = q._flat.offset - b.start, q._flat.numel

@@ -25,6 +25,7 @@ local tensor = require "ds.tensor"
 local autograd = require "ds.autograd"
 local nn = require "ds.nn"
 local comm = require "ds.comm"
+local shared = require "ds.shared"
 
 local C, check, raise, run = border.C, border.check, border.raise, tensor.run
 local slice = tensor.view.slice_flat
@@ -45,7 +46,7 @@ function M.new(options)
     prefetch = options.prefetch or options.overlap and PREFETCH or 0, overlap = options.overlap,
     ample = options.home and options.overlap and not options.prefetch, largest = 0,
     max_live = options.max_live or math.huge, home = options.home,
-    max_reuse = options.max_reuse or 0, record = {}, at = 1, world = comm.world(),
+    max_reuse = options.max_reuse or 0, record = {}, at = 1, world = shared.group(options.device),
     ranks = comm.world_size(),
     stats = { gathers = 0, prefetched = 0, under_way = 0, reused = 0, most_live = 0 },
   }, Params)
@@ -77,7 +78,7 @@ function tensor.note_view(view, x)
 end
 
 local function new_whole(self, unit)
-  local whole = tensor.new({ unit.numel }, unit.dtype, self.device)
+  local whole = shared.new({ unit.numel }, unit.dtype, self.device)
   scope.keep(whole)
   whole._keep = true
   unit.whole = whole
@@ -392,7 +393,7 @@ function Params:shard(p, root)
     local borders = ffi.new("int64_t[?]", ranks + 1)
     for r = 0, ranks do borders[r] = math.floor(n * r / ranks) end
     local from, to = tonumber(borders[rank]), tonumber(borders[rank + 1])
-    if root then check(C.ds_broadcast(p._c, root, self.world, nil), "parameters") end
+    if root then check(C.ds_broadcast(p._c, root, comm.world(), nil), "parameters") end
     local unit = self:add({ p }, { numel = n, borders = borders, from = from, offsets = { 0 },
       dtype = p.dtype, shard = to > from and self:share(to - from, p.dtype) or nil })
     self:adopt(unit, tensor.view.alias(p))

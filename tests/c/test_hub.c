@@ -82,13 +82,19 @@ static const char *told(int fd)
     return n == 0 ? "closed" : text;
 }
 
-static void state(int rank, int kind, int number, int bytes, const char *site, const char *doing)
+static void state_with(int peer, int rank, int kind, int number, int bytes, const char *site,
+                       const char *doing)
 {
     char text[256];
 
-    snprintf(text, sizeof text, "state %d %d %d %d %d 7 0 0\t%s\t%s\n", kind, number,
-             (rank + 1) % RANKS, number, bytes, site, doing);
+    snprintf(text, sizeof text, "state %d %d %d %d %d 7 0 0\t%s\t%s\n", kind, number, peer, number,
+             bytes, site, doing);
     tell(t.side[rank], text);
+}
+
+static void state(int rank, int kind, int number, int bytes, const char *site, const char *doing)
+{
+    state_with((rank + 1) % RANKS, rank, kind, number, bytes, site, doing);
 }
 
 /* Time goes by in seconds, in each of which all ranks but `silent` say the same as before. */
@@ -374,6 +380,21 @@ static void ranks_that_all_wait_for_each_other_end_the_job(void **unused)
         "rank 2 for rank 3; rank 3 for rank 0): ranks 0, 1, 2, 3 wait in all_reduce #7");
 }
 
+static void devices_that_wait_have_the_timeout(void **unused)
+{
+    (void)unused;
+    for (int s = 0; s < 103; s++) {
+        t.now += 1;
+        for (int r = 0; r < RANKS; r++)
+            state_with(DS_UNSEEN, r, DS_ALL_REDUCE, 7, 100, "at a.lua:3", "");
+        serve();
+        if (s == 90)
+            assert_int_equal(ds_hub_trouble(t.hub), DS_TROUBLE_NONE);
+    }
+    assert_int_equal(ds_hub_trouble(t.hub), DS_TROUBLE_STUCK);
+    assert_said("no progress for 100 s (--timeout): ranks 0, 1, 2, 3 wait in all_reduce #7");
+}
+
 static void bytes_that_move_are_progress(void **unused)
 {
     (void)unused;
@@ -473,6 +494,7 @@ int main(void)
         TEST(who_is_waited_for_is_named_and_left_alone),
         TEST(nothing_moving_for_the_timeout_ends_the_job),
         TEST(ranks_that_all_wait_for_each_other_end_the_job),
+        TEST(devices_that_wait_have_the_timeout),
         TEST(bytes_that_move_are_progress),
         TEST(long_work_of_all_is_no_trouble),
         TEST(a_silent_rank_is_named_then_given_up),

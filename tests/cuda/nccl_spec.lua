@@ -18,9 +18,10 @@ local function case(name, f)
 end
 
 --- Runs a script on several ranks. Returns as place:sh(), and the seconds.
-local function run(ranks, words, settings)
+local function run(ranks, words, settings, options)
   return place:timed(("OMP_NUM_THREADS=1 DS_SHARE_GPU=1 DS_SIMT_DEVICES=4 %s $D --num_gpus %d " ..
-    "--device cuda '%s/tests/cuda/ranks/'%s"):format(settings or "", ranks, host.base, words))
+    "--device cuda %s '%s/tests/cuda/ranks/'%s"):format(settings or "", ranks, options or "",
+    host.base, words))
 end
 
 local function good(ranks, words, settings)
@@ -30,14 +31,19 @@ local function good(ranks, words, settings)
   return out
 end
 
---- What the simulated NCCL was asked for on a rank: how often each call was made.
+--- What the simulated NCCL was asked for on a rank: how often each call was made, also by
+-- communicator ("2 AllReduce"), and those with memory that is not registered ("2 AllReduce plain").
 local function calls(log, rank)
   local counts = {}
+  local function count(name) counts[name] = (counts[name] or 0) + 1 end
   for line in (place:read(log .. "." .. rank)):gmatch "[^\n]+" do
-    local name, grouped = line:match "^(%a+) .*group=(%d)$"
-    name = grouped == "1" and "grouped " .. name or name
-    counts[name] = (counts[name] or 0) + 1
+    local name, comm, in_, out, grouped =
+      line:match "^(%a+) .*comm=(%d+) .*in=(%S+) out=(%S+) group=(%d)$"
+    count(grouped == "1" and "grouped " .. name or name)
+    count(comm .. " " .. name)
+    if in_ == "0" or out == "0" then count(comm .. " " .. name .. " plain") end
   end
+  os.remove(place.folder .. "/" .. log .. "." .. rank)
   return counts
 end
 
@@ -61,7 +67,9 @@ local function train(ranks, words, settings)
   local result, done = out:match "^(.-)early ([^\n]+)"
   for number in result:gmatch "%S+" do numbers[#numbers + 1] = tonumber(number) end
   local early, flying, ahead = done:match "^(%d+) flying (%d+) prefetched (%d+)"
-  return numbers, tonumber(early), tonumber(flying), tonumber(ahead)
+  local registered, exchanges = out:match "registered (%d+) exchanges (%d+)"
+  return numbers, tonumber(early), tonumber(flying), tonumber(ahead), tonumber(registered),
+    tonumber(exchanges), result
 end
 
 local function near(want, got, tolerance, what)
@@ -124,10 +132,52 @@ if simulated then
         assert.is_true(n.ReduceScatter > 0 and n.AllGather > 0)
         assert.is_true(n["grouped Reduce"] > 0 and n["grouped Broadcast"] > 0)
         assert.is_nil(n.Reduce)
-        assert.equal(1, n.CommInitRank)
-        assert.equal(1, n.CommFinalize)
+        assert.equal(2, n.CommInitRank) -- the engine's, and for what the script sums up
+        assert.equal(2, n.CommFinalize)
         assert.is_nil(n.CommAbort)
       end
+    end)
+
+    local buckets = { "AllReduce", "ReduceScatter", "Reduce", "AllGather", "Broadcast" }
+
+    case("exchanges buckets in registered memory at every stage, and nothing else", function()
+      for _, words in ipairs { "stage=0", "stage=1", "stage=2", "stage=3",
+        "stage=3 dtype=bf16 gas=2", "stage=2 wire=fp16 overlap=0" } do
+        local _, _, _, _, registered, exchanges =
+          train(2, words .. " steps=2", "DS_SIMT_NCCL_LOG=log")
+        assert.is_true(registered > 0 and exchanges > 0, words)
+        for rank = 0, 1 do
+          local n = calls("log", rank)
+          for _, name in ipairs(buckets) do
+            assert.is_nil(n["2 " .. name .. " plain"], words .. ": " .. name)
+            -- the other communicator has the model as it is made, and the script's sums
+            assert.equal(n["1 " .. name], n["1 " .. name .. " plain"])
+          end
+          assert.is_nil(n["1 ReduceScatter"] or n["1 AllGather"] or n["1 Reduce"], words)
+          assert.is_true(n["2 Reduce"] > 0 and n["2 Broadcast"] > 0, words)
+          assert.is_true(n["2 ReduceScatter"] > 0 and n["2 AllGather"] > 0, words)
+          assert.equal(n.CommRegister, n.CommDeregister)
+        end
+      end
+    end)
+
+    case("that registers no memory, on one rank or on all, changes no result", function()
+      local _, _, _, _, _, _, want = train(2, "stage=2 steps=2")
+      for _, settings in ipairs { "DS_NCCL_REGISTER=0", "DS_SIMT_NCCL_REFUSE='MemAlloc 1'",
+        "DS_SIMT_NCCL_REFUSE='CommRegister 0'", "DS_SIMT_NCCL_REFUSE=handle" } do
+        local _, _, _, _, registered, exchanges, got =
+          train(2, "stage=2 steps=2", settings .. " DS_SIMT_NCCL_LOG=log")
+        assert.equal(want, got, settings)
+        assert.equal(0, registered)
+        assert.equal(0, exchanges)
+        local n = calls("log", 0)
+        assert.equal(n.CommRegister, n.CommDeregister)
+        assert.is_true(n["1 AllGather"] > 0) -- of all ranks' group
+      end
+    end)
+
+    case("gives registered memory back when it is asked to, or there is no other", function()
+      helper.has(good(2, "shared.lua", "DS_SIMT_MEMORY=200000000"), "well")
     end)
 
     case("that is missing is named", function()
@@ -149,6 +199,15 @@ if simulated then
 end
 
 describe("a job of ranks with GPUs", function()
+  case("names the rank that others' GPUs wait for, and ends after the timeout", function()
+    local code, out, err, seconds = run(2, "ends.lua stays", "DS_SIMT_LATE=all", "--timeout 4")
+    assert.equal(124, code)
+    assert.equal("", out)
+    helper.has(err, "no progress for 4 s (--timeout): rank 1")
+    helper.has(err, "rank 0 waits in all_reduce #2, last seen at")
+    assert.is_true(seconds < 40)
+  end)
+
   case("ends with a rank that is killed", function()
     local code, out, _, seconds = run(2, "ends.lua is_killed")
     assert.equal(137, code)

@@ -3,9 +3,11 @@
  * as CUDA allows, and waits there for the other ranks.
  *
  * What NCCL leaves undefined, or forgives, is an error here: a communicator used before its ranks have
- * met, memory of the host, groups that are never ended. Sums are in another order than the ranks', and
- * rounded at every step, as NCCL may do it. DS_SIMT_NCCL_LOG names a file: a line a call is added to it,
- * and the rank's number to its name.
+ * met, memory of the host, groups that are never ended; memory that is registered twice, or on one rank
+ * of a collective and not on another, or freed while it is registered or used. Sums are in another order
+ * than the ranks', and rounded at every step, as NCCL may do it. DS_SIMT_NCCL_LOG names a file: a line a
+ * call is added to it, and the rank's number to its name. DS_SIMT_NCCL_REFUSE: "MemAlloc" or
+ * "CommRegister" fails, or "handle": there is none of what was registered; with " 1" on rank 1 alone.
  */
 #include <nccl.h>
 
@@ -18,7 +20,9 @@
 #include <atomic>
 #include <cmath>
 #include <functional>
+#include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -28,6 +32,7 @@ namespace simt
 {
 void enqueue_steps(cudaStream_t stream, std::function<bool()> step);
 bool is_device(const void *data, size_t bytes);
+bool is_idle();
 } // namespace simt
 
 namespace
@@ -55,9 +60,11 @@ struct factor {
 struct ncclComm {
     shared *memory;
     int rank, size;
+    int number; /* of those that this process has made, from 1 */
     std::atomic<bool> aborted;
     bool finalizing;
     std::vector<factor> factors; /* of operations made: number ncclNumOps + index */
+    std::map<char *, size_t> registered;
 };
 
 namespace
@@ -75,6 +82,8 @@ struct request {
 };
 int depth;
 std::vector<request> group;
+std::map<char *, size_t> allocated; /* by ncclMemAlloc */
+std::set<ncclComm *> comms;
 
 [[noreturn]] void wrong(const char *what)
 {
@@ -82,7 +91,36 @@ std::vector<request> group;
     abort();
 }
 
-void note(const ncclComm *c, const char *name, size_t count, int type, int op)
+/* What holds a stretch of memory; NULL: nothing does. */
+const std::pair<char *const, size_t> *holder(const std::map<char *, size_t> &all, const void *data,
+                                             size_t bytes)
+{
+    auto next = all.upper_bound((char *)data);
+
+    if (next == all.begin())
+        return NULL;
+    --next;
+    return (const char *)data + bytes <= next->first + next->second ? &*next : NULL;
+}
+
+bool is_registered(const ncclComm *c, const void *data, size_t bytes)
+{
+    return holder(c->registered, data, bytes) != NULL;
+}
+
+bool refuses(const char *what)
+{
+    const char *asked = getenv("DS_SIMT_NCCL_REFUSE"), *rank = getenv("RANK");
+    size_t n = strlen(what);
+
+    if (!asked || strncmp(asked, what, n) != 0)
+        return false;
+    return !asked[n] || !strcmp(asked + n + 1, rank ? rank : "0");
+}
+
+/* `in` and `out`: whether they are registered; -1: there are none. */
+void note(const ncclComm *c, const char *name, size_t count, int type, int op, int in = -1,
+          int out = -1)
 {
     const char *path = getenv("DS_SIMT_NCCL_LOG"), *rank = getenv("RANK");
 
@@ -91,8 +129,8 @@ void note(const ncclComm *c, const char *name, size_t count, int type, int op)
     FILE *f = fopen((std::string(path) + "." + (rank ? rank : "0")).c_str(), "a");
     if (!f)
         return;
-    fprintf(f, "%s count=%zu type=%d op=%d ranks=%d group=%d\n", name, count, type, op, c->size,
-            depth > 0);
+    fprintf(f, "%s count=%zu type=%d op=%d comm=%d ranks=%d in=%d out=%d group=%d\n", name, count,
+            type, op, c->number, c->size, in, out, depth > 0);
     fclose(f);
 }
 
@@ -166,17 +204,21 @@ bool exchange(ncclComm *c, std::vector<transfer> &all)
 /* What every rank gave: [size] of them. */
 typedef std::vector<std::vector<char>> inputs;
 
-/* Steps that give every rank's bytes to every other one, and then call `then`. */
-std::function<bool()> share(ncclComm *c, const void *mine, size_t bytes,
+/* Steps that give every rank's bytes to every other one, and then call `then`. Behind the bytes goes
+ * whether this rank's memory is registered. */
+std::function<bool()> share(ncclComm *c, const void *mine, size_t n, bool registered,
                             std::function<void(inputs &)> then)
 {
+    size_t bytes = n + 1;
+
     auto all = std::make_shared<inputs>();
     auto moves = std::make_shared<std::vector<transfer>>();
 
     return [=] {
         if (all->empty()) {
             all->assign((size_t)c->size, std::vector<char>(bytes));
-            memcpy((*all)[(size_t)c->rank].data(), mine, bytes);
+            memcpy((*all)[(size_t)c->rank].data(), mine, n);
+            (*all)[(size_t)c->rank][n] = registered;
             for (int r = 0; r < c->size; r++) {
                 if (r == c->rank)
                     continue;
@@ -186,6 +228,9 @@ std::function<bool()> share(ncclComm *c, const void *mine, size_t bytes,
         }
         if (!exchange(c, *moves))
             return false;
+        for (auto &x : *all)
+            if (!c->aborted && x[n] != (char)registered)
+                wrong("memory that is registered on some ranks and not on others");
         if (!c->aborted)
             then(*all);
         return true;
@@ -389,6 +434,7 @@ const char *ncclGetLastError(ncclComm_t)
 ncclResult_t ncclCommInitRankConfig(ncclComm_t *out, int size, ncclUniqueId id, int rank,
                                     ncclConfig_t *config)
 {
+    static int made;
     int fd = open(id.internal, O_RDWR);
     ncclComm *c = new ncclComm{};
 
@@ -398,9 +444,11 @@ ncclResult_t ncclCommInitRankConfig(ncclComm_t *out, int size, ncclUniqueId id, 
     close(fd);
     c->rank = rank;
     c->size = size;
+    c->number = ++made;
     if (++c->memory->joined == size)
         unlink(id.internal);
     *out = c;
+    comms.insert(c);
     note(c, "CommInitRank", 0, 0, 0);
     return ncclInProgress;
 }
@@ -426,6 +474,9 @@ ncclResult_t ncclCommFinalize(ncclComm_t c)
 
 ncclResult_t ncclCommDestroy(ncclComm_t c)
 {
+    if (!c->registered.empty())
+        wrong("a communicator ends with memory that is registered");
+    comms.erase(c);
     munmap(c->memory, sizeof(shared));
     delete c;
     return ncclSuccess;
@@ -435,6 +486,7 @@ ncclResult_t ncclCommDestroy(ncclComm_t c)
 ncclResult_t ncclCommAbort(ncclComm_t c)
 {
     c->aborted = true;
+    comms.erase(c); /* nothing of it is registered any more */
     note(c, "CommAbort", 0, 0, 0);
     return ncclSuccess;
 }
@@ -457,6 +509,62 @@ ncclResult_t ncclRedOpDestroy(ncclRedOp_t op, ncclComm_t c)
     return ncclSuccess;
 }
 
+/* ---- memory */
+
+ncclResult_t ncclMemAlloc(void **out, size_t bytes)
+{
+    if (refuses("MemAlloc"))
+        return ncclUnhandledCudaError;
+    if (cudaMalloc(out, bytes) != cudaSuccess)
+        return ncclUnhandledCudaError;
+    allocated[(char *)*out] = bytes;
+    return ncclSuccess;
+}
+
+/* NCCL unmaps it at once, whoever uses it. */
+ncclResult_t ncclMemFree(void *data)
+{
+    if (!allocated.erase((char *)data))
+        wrong("memory is freed that it did not give");
+    for (ncclComm *c : comms)
+        if (is_registered(c, data, 1))
+            wrong("memory is freed that is registered");
+    if (!simt::is_idle())
+        wrong("memory is freed while work is queued");
+    cudaFree(data);
+    return ncclSuccess;
+}
+
+/* Whole blocks, once each. */
+ncclResult_t ncclCommRegister(ncclComm_t c, void *data, size_t bytes, void **handle)
+{
+    auto block = allocated.find((char *)data);
+
+    if (!comms.count(c) || c->finalizing || !met(c))
+        wrong("memory is registered with a communicator that has ended, or has not met");
+    if (block == allocated.end() || block->second != bytes)
+        wrong("memory is registered that is no block of its own");
+    if (c->registered.count((char *)data))
+        wrong("memory is registered twice");
+    *handle = NULL;
+    if (refuses("CommRegister"))
+        return ncclInternalError;
+    if (refuses("handle"))
+        return ncclSuccess;
+    c->registered[(char *)data] = bytes;
+    note(c, "CommRegister", bytes, 0, 0);
+    *handle = data;
+    return ncclSuccess;
+}
+
+ncclResult_t ncclCommDeregister(ncclComm_t c, void *handle)
+{
+    if (!comms.count(c) || c->finalizing || !c->registered.erase((char *)handle))
+        wrong("memory is deregistered that is not registered");
+    note(c, "CommDeregister", 0, 0, 0);
+    return ncclSuccess;
+}
+
 ncclResult_t ncclGroupStart()
 {
     depth++;
@@ -472,13 +580,29 @@ ncclResult_t ncclGroupEnd()
     return ncclSuccess;
 }
 
+/* Checks and notes a collective, with `given` bytes from `in` and `got` to `out`. Whether all that it uses is
+ * registered. */
+static bool begins(ncclComm *c, const char *name, const void *in, size_t given, const void *out,
+                   size_t got, size_t n, ncclDataType_t type, int op = 0)
+{
+    int in_is = in && given ? is_registered(c, in, given) : -1;
+    int out_is = out && got ? is_registered(c, out, got) : -1;
+
+    note(c, name, n, type, op, in_is, out_is);
+    check(c, in, given, name);
+    check(c, out, got, name);
+    if (in_is >= 0 && out_is >= 0 && in_is != out_is)
+        wrong("a collective from registered memory to memory that is not, or the other way");
+    return in_is == 1 || out_is == 1;
+}
+
 ncclResult_t ncclAllReduce(const void *in, void *out, size_t n, ncclDataType_t type, ncclRedOp_t op,
                            ncclComm_t c, cudaStream_t stream)
 {
-    note(c, "AllReduce", n, type, op);
-    check(c, in, n * size_of(type), "AllReduce");
-    check(c, out, n * size_of(type), "AllReduce");
-    return ask(c, stream, share(c, in, n * size_of(type), [=](inputs &all) {
+    size_t bytes = n * size_of(type);
+    bool registered = begins(c, "AllReduce", in, bytes, out, bytes, n, type, op);
+
+    return ask(c, stream, share(c, in, bytes, registered, [=](inputs &all) {
                    reduce(c, all, out, 0, n, type, op);
                }));
 }
@@ -486,10 +610,10 @@ ncclResult_t ncclAllReduce(const void *in, void *out, size_t n, ncclDataType_t t
 ncclResult_t ncclReduceScatter(const void *in, void *out, size_t n, ncclDataType_t type,
                                ncclRedOp_t op, ncclComm_t c, cudaStream_t stream)
 {
-    note(c, "ReduceScatter", n, type, op);
-    check(c, in, n * (size_t)c->size * size_of(type), "ReduceScatter");
-    check(c, out, n * size_of(type), "ReduceScatter");
-    return ask(c, stream, share(c, in, n * (size_t)c->size * size_of(type), [=](inputs &all) {
+    size_t bytes = n * size_of(type), all_bytes = bytes * (size_t)c->size;
+    bool registered = begins(c, "ReduceScatter", in, all_bytes, out, bytes, n, type, op);
+
+    return ask(c, stream, share(c, in, all_bytes, registered, [=](inputs &all) {
                    reduce(c, all, out, n * (size_t)c->rank, n, type, op);
                }));
 }
@@ -497,11 +621,10 @@ ncclResult_t ncclReduceScatter(const void *in, void *out, size_t n, ncclDataType
 ncclResult_t ncclReduce(const void *in, void *out, size_t n, ncclDataType_t type, ncclRedOp_t op,
                         int root, ncclComm_t c, cudaStream_t stream)
 {
-    note(c, "Reduce", n, type, op);
-    check(c, in, n * size_of(type), "Reduce");
-    if (c->rank == root)
-        check(c, out, n * size_of(type), "Reduce");
-    return ask(c, stream, share(c, in, n * size_of(type), [=](inputs &all) {
+    size_t bytes = n * size_of(type), got = c->rank == root ? bytes : 0;
+    bool registered = begins(c, "Reduce", in, bytes, out, got, n, type, op);
+
+    return ask(c, stream, share(c, in, bytes, registered, [=](inputs &all) {
                    if (c->rank == root)
                        reduce(c, all, out, 0, n, type, op);
                }));
@@ -510,11 +633,10 @@ ncclResult_t ncclReduce(const void *in, void *out, size_t n, ncclDataType_t type
 ncclResult_t ncclAllGather(const void *in, void *out, size_t n, ncclDataType_t type, ncclComm_t c,
                            cudaStream_t stream)
 {
-    note(c, "AllGather", n, type, 0);
-    check(c, in, n * size_of(type), "AllGather");
-    check(c, out, n * (size_t)c->size * size_of(type), "AllGather");
     size_t bytes = n * size_of(type);
-    return ask(c, stream, share(c, in, bytes, [=](inputs &all) {
+    bool registered = begins(c, "AllGather", in, bytes, out, bytes * (size_t)c->size, n, type);
+
+    return ask(c, stream, share(c, in, bytes, registered, [=](inputs &all) {
                    for (size_t r = 0; r < all.size(); r++)
                        memcpy((char *)out + r * bytes, all[r].data(), bytes);
                }));
@@ -523,10 +645,10 @@ ncclResult_t ncclAllGather(const void *in, void *out, size_t n, ncclDataType_t t
 ncclResult_t ncclBroadcast(const void *in, void *out, size_t n, ncclDataType_t type, int root,
                            ncclComm_t c, cudaStream_t stream)
 {
-    note(c, "Broadcast", n, type, 0);
-    check(c, out, n * size_of(type), "Broadcast");
     size_t bytes = n * size_of(type);
-    return ask(c, stream, share(c, c->rank == root ? in : out, bytes, [=](inputs &all) {
+    bool registered = begins(c, "Broadcast", NULL, 0, out, bytes, n, type);
+
+    return ask(c, stream, share(c, c->rank == root ? in : out, bytes, registered, [=](inputs &all) {
                    memcpy(out, all[(size_t)root].data(), bytes);
                }));
 }
@@ -534,16 +656,14 @@ ncclResult_t ncclBroadcast(const void *in, void *out, size_t n, ncclDataType_t t
 ncclResult_t ncclSend(const void *in, size_t n, ncclDataType_t type, int peer, ncclComm_t c,
                       cudaStream_t stream)
 {
-    note(c, "Send", n, type, 0);
-    check(c, in, n * size_of(type), "Send");
+    begins(c, "Send", in, n * size_of(type), NULL, 0, n, type);
     return message(c, stream, peer, true, (void *)in, n * size_of(type));
 }
 
 ncclResult_t ncclRecv(void *out, size_t n, ncclDataType_t type, int peer, ncclComm_t c,
                       cudaStream_t stream)
 {
-    note(c, "Recv", n, type, 0);
-    check(c, out, n * size_of(type), "Recv");
+    begins(c, "Recv", NULL, 0, out, n * size_of(type), n, type);
     return message(c, stream, peer, false, out, n * size_of(type));
 }
 

@@ -5,13 +5,16 @@
  * another stream or the host waits for an event behind it. So who reads a result without waiting reads
  * what was there before, and who writes to what is still being sent, sends that. DS_SIMT_LATE=kernels:
  * the streams without a priority are late instead, so that what works beside them must wait for them;
- * DS_SIMT_LATE=copies: all but the first stream, which is the kernels'.
+ * =copies: all but the first stream, which is the kernels'; =all: all streams are (a rank that waits for
+ * another on the CPU then does nothing). Work is done by the thread that made the streams; others only
+ * see how far it is.
  *
  * Device memory is host memory, filled with bytes that are NaN, so that what nobody wrote shows.
  * DS_SIMT_DEVICES: how many devices there are (1). DS_SIMT_MEMORY: bytes that each has (8 GiB).
  */
 #include "simt.h"
 
+#include <pthread.h>
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -19,6 +22,7 @@
 
 #include <sanitizer/asan_interface.h> /* nothing unless the sanitizer is on */
 
+#include <atomic>
 #include <deque>
 #include <map>
 #include <set>
@@ -44,7 +48,8 @@ static size_t taken;
 struct stream {
     bool late;
     std::deque<std::function<bool()>> work; /* of a late one, in order; true: it is done */
-    uint64_t queued, done;
+    uint64_t queued;
+    std::atomic<uint64_t> done;
 };
 struct event {
     double ms;
@@ -52,6 +57,7 @@ struct event {
     uint64_t number;
 };
 static std::set<stream *> late_streams;
+static pthread_t worker; /* the thread that does the work */
 
 static bool advance(stream *s)
 {
@@ -117,6 +123,15 @@ void launch(cudaStream_t in, const char *name, dim3 grid, dim3 block, size_t sha
             std::function<void()> body)
 {
     enqueue(in, [=] { launch_now(name, grid, block, shared, body); });
+}
+
+/* Whether nothing is queued. */
+bool is_idle()
+{
+    for (stream *s : late_streams)
+        if (s->done < s->queued)
+            return false;
+    return true;
 }
 
 static bool lies_in(const std::map<void *, block> &all, const void *data, size_t bytes)
@@ -323,11 +338,13 @@ cudaError_t cudaStreamCreateWithPriority(cudaStream_t *out, unsigned, int priori
 {
     const char *late = getenv("DS_SIMT_LATE");
     bool kernels = late && !strcmp(late, "kernels"), copies = late && !strcmp(late, "copies");
+    bool all = late && !strcmp(late, "all");
     static int count;
     stream *s = new stream{};
 
-    s->late = kernels ? !priority : copies ? count > 0 : priority != 0;
+    s->late = all || (kernels ? !priority : copies ? count > 0 : priority != 0);
     count++;
+    worker = pthread_self();
     if (s->late)
         late_streams.insert(s);
     *out = (cudaStream_t)s;
@@ -402,6 +419,8 @@ cudaError_t cudaEventQuery(cudaEvent_t e)
 {
     event *at = (event *)e;
 
+    if (!pthread_equal(pthread_self(), worker))
+        return !at->in || at->in->done >= at->number ? cudaSuccess : cudaErrorNotReady;
     run_until(at->in, at->number);
     return cudaSuccess;
 }

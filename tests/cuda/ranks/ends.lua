@@ -7,6 +7,11 @@ local border = require "ds.ffi"
 local function numbers() return ds.full({ 1000 }, 1, { device = "cuda" }) end
 
 local ways = {
+  --- It lives, and does not come: the other waits for its GPU.
+  stays = function()
+    ds.cuda.synchronize() -- its part of the first one is done
+    os.execute "sleep 60"
+  end,
   is_killed = function() os.execute "kill -9 $PPID" end,
   --- What NCCL notices by itself; this rank lives on.
   breaks = function()

@@ -96,5 +96,7 @@ if ds.rank() == 0 then
   print(("weights %.7g"):format(sum))
   local stats = zero.sharded and zero.sharded.stats or {}
   print(("early %d flying %d prefetched %d"):format(early, flying, stats.prefetched or 0))
+  local c = ds.cuda.counters()
+  print(("registered %d exchanges %d"):format(c.registered, c.exchanges))
 end
 engine:destroy()
