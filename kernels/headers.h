@@ -8,7 +8,7 @@
 #ifndef DS_HEADERS_H
 #define DS_HEADERS_H
 
-#define DS_HEADERS 0x644cfa57e3526573
+#define DS_HEADERS 0x783db758a261a66e
 
 #ifdef __cplusplus
 extern "C" {
