@@ -94,4 +94,22 @@ int ds_check_optimizer(const char *name, const ds_tensor *p, const ds_tensor *a,
 int ds_check_square_sum(const ds_tensor *y, const ds_tensor *x);
 int ds_check_clip_factor(const ds_tensor *factor, const ds_tensor *norm, const ds_tensor *squares);
 
+/* ---- attention: q [B, T, H, D], k and v [B, S, G, D] with H a multiple of G, the last dimension dense;
+ * `what` begins messages */
+
+typedef struct ds_attention_sizes {
+    int64_t B, T, S, H, G, D;
+} ds_attention_sizes;
+
+/* That x is a tensor like `like`: 4-d, of its dtype and shape, the last dimension dense. */
+int ds_check_attention_like(const char *what, const ds_tensor *x, const char *name,
+                            const ds_tensor *like);
+/* The sizes, and that all but the mask fit. Heads are at most `widest` on `device`, a message's end. */
+int ds_check_attention(ds_attention_sizes *z, const char *what, const ds_tensor *q,
+                       const ds_tensor *k, const ds_tensor *v, const ds_tensor *lse, double p,
+                       int widest, const char *device);
+/* Strides of a mask over B, H, T, S: 0 where it is the same for all. Untouched where there is none. */
+int ds_check_attention_mask(int64_t stride[4], const char *what, const ds_tensor *mask,
+                            const ds_attention_sizes *z);
+
 #endif

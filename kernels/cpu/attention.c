@@ -4,7 +4,7 @@
  */
 #include "kernels/cpu/attention.h"
 
-#include "kernels/attention_checks.h"
+#include "kernels/checks.h"
 #include "kernels/scratch.h"
 #include "kernels/philox.h"
 #include "kernels/scalar.h"
@@ -31,7 +31,7 @@ int attention_check(attention *a, const char *what, const ds_tensor *q, const ds
     if (!ds_is_float(q->dtype))
         return ds_fail(DS_EINVAL, "%s: the query is %s, must be f32, bf16, f16 or f64", what,
                        ds_name_of(q->dtype));
-    if ((rc = ds_attention_check(&z, what, q, k, v, lse, p, ATTENTION_MAX_D, "")) < 0)
+    if ((rc = ds_check_attention(&z, what, q, k, v, lse, p, ATTENTION_MAX_D, "")) < 0)
         return rc;
     a->batches = z.B;
     a->T = z.T;
@@ -45,7 +45,7 @@ int attention_check(attention *a, const char *what, const ds_tensor *q, const ds
     a->depth = a->pairs ? (a->D + 1) / 2 : a->D;
     a->wide = round_up(a->D, VF_LANES);
     a->keys = round_up(a->S, VF_LANES);
-    return ds_attention_mask(a->mask_stride, what, mask, &z);
+    return ds_check_attention_mask(a->mask_stride, what, mask, &z);
 }
 
 /* ---- masks, dropout */
@@ -278,7 +278,7 @@ int DS_CPU(attention)(ds_tensor *y, ds_tensor *lse, const ds_tensor *q, const ds
     float *memory;
     int threads;
 
-    if (rc < 0 || (rc = ds_attention_same("attention", y, "the output", q)) < 0)
+    if (rc < 0 || (rc = ds_check_attention_like("attention", y, "the output", q)) < 0)
         return rc;
     if (q->dtype == DS_F64)
         return attention_f64(y, &a);

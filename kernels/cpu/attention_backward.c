@@ -9,7 +9,7 @@
  */
 #include "kernels/cpu/attention.h"
 
-#include "kernels/attention_checks.h"
+#include "kernels/checks.h"
 #include "kernels/scratch.h"
 
 /* A thread's own memory. */
@@ -353,11 +353,11 @@ int DS_CPU(attention_backward)(ds_tensor *dq, ds_tensor *dk, ds_tensor *dv, cons
     gradient g = {&a, dq, dk, dv, dy, y};
     int rc = attention_check(&a, what, q, k, v, lse, mask, causal, scale, p, seed, offset);
 
-    if (rc < 0 || (rc = ds_attention_same(what, dq, "dq", q)) < 0 ||
-        (rc = ds_attention_same(what, dk, "dk", k)) < 0 ||
-        (rc = ds_attention_same(what, dv, "dv", v)) < 0 ||
-        (rc = ds_attention_same(what, dy, "dy", q)) < 0 ||
-        (rc = ds_attention_same(what, y, "y", q)) < 0)
+    if (rc < 0 || (rc = ds_check_attention_like(what, dq, "dq", q)) < 0 ||
+        (rc = ds_check_attention_like(what, dk, "dk", k)) < 0 ||
+        (rc = ds_check_attention_like(what, dv, "dv", v)) < 0 ||
+        (rc = ds_check_attention_like(what, dy, "dy", q)) < 0 ||
+        (rc = ds_check_attention_like(what, y, "y", q)) < 0)
         return rc;
     if (q->dtype == DS_F64)
         return attention_backward_f64(dq, dk, dv, dy, &a);

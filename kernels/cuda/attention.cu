@@ -9,7 +9,7 @@
 #include "kernels/cuda/attention_cudnn.h"
 #include "kernels/cuda/attention_mma.cuh"
 #include "kernels/cuda/attention_tile.cuh"
-#include "kernels/attention_checks.h"
+#include "kernels/checks.h"
 
 /* ---- checking */
 
@@ -20,7 +20,7 @@ static int on_cuda(const char *what, const ds_tensor *x, const char *name)
 
 int attention_same(const char *what, const ds_tensor *x, const char *name, const ds_tensor *like)
 {
-    DS_TRY(ds_attention_same(what, x, name, like));
+    DS_TRY(ds_check_attention_like(what, x, name, like));
     return on_cuda(what, x, name);
 }
 
@@ -36,7 +36,7 @@ head_tensor attention_heads(const ds_tensor *x)
 static int check_mask(attention_call *c, const char *what, const ds_tensor *mask,
                       const ds_attention_sizes *z)
 {
-    DS_TRY(ds_attention_mask(c->mask_stride, what, mask, z));
+    DS_TRY(ds_check_attention_mask(c->mask_stride, what, mask, z));
     if (!mask)
         return 0;
     if (mask->dtype == DS_F64)
@@ -77,7 +77,7 @@ int attention_check(attention_call *c, const char *what, const ds_tensor *q, con
     *c = attention_call{};
     if (q->dtype != DS_F32 && q->dtype != DS_BF16 && q->dtype != DS_F16)
         return ds_cuda_refuse(what, q->dtype);
-    DS_TRY(ds_attention_check(&z, what, q, k, v, lse, p, ATTENTION_WIDEST, " on cuda"));
+    DS_TRY(ds_check_attention(&z, what, q, k, v, lse, p, ATTENTION_WIDEST, " on cuda"));
     DS_TRY(on_cuda(what, q, "the query"));
     DS_TRY(on_cuda(what, k, "the key"));
     DS_TRY(on_cuda(what, v, "the value"));

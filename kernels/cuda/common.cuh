@@ -62,6 +62,24 @@ static __device__ inline float to_float(f16 x)
 #endif
 }
 
+/* In what sums are: f32 for real numbers, 64 bits for integers. */
+template <typename S> static __device__ inline float widened(S x)
+{
+    return to_float(x);
+}
+static __device__ inline int64_t widened(int64_t x)
+{
+    return x;
+}
+static __device__ inline int64_t widened(int32_t x)
+{
+    return x;
+}
+static __device__ inline int64_t widened(uint8_t x)
+{
+    return x;
+}
+
 /* Rounded to nearest, ties to even, as the CPU's. */
 template <typename S> static __device__ inline S from_float(float x);
 template <> __device__ inline float from_float<float>(float x)

@@ -31,23 +31,6 @@ struct whole {
     char none;
 };
 
-template <typename S> static __device__ inline float widened(S x)
-{
-    return to_float(x);
-}
-static __device__ inline int64_t widened(int64_t x)
-{
-    return x;
-}
-static __device__ inline int64_t widened(int32_t x)
-{
-    return x;
-}
-static __device__ inline int64_t widened(uint8_t x)
-{
-    return x;
-}
-
 /* f(x), with x a pointer to the type in memory. */
 template <typename S, typename F> static __device__ inline auto in_memory(const S *x, int, F f)
 {

@@ -20,32 +20,6 @@ struct job {
     const void *parts[PARTS];
 };
 
-/* In what parts are joined. */
-static __device__ inline float wide(float x)
-{
-    return x;
-}
-static __device__ inline float wide(bf16 x)
-{
-    return to_float(x);
-}
-static __device__ inline float wide(f16 x)
-{
-    return to_float(x);
-}
-static __device__ inline int64_t wide(int64_t x)
-{
-    return x;
-}
-static __device__ inline int64_t wide(int32_t x)
-{
-    return x;
-}
-static __device__ inline int64_t wide(uint8_t x)
-{
-    return x;
-}
-
 /* NaN wins, as in max and min over a dimension; integers wrap around. */
 static __device__ inline float plus(float a, float b)
 {
@@ -109,7 +83,7 @@ template <typename S, int N>
 static __global__ void __launch_bounds__(THREADS) join_kernel(const __grid_constant__ job j)
 {
     for (int64_t i = global_thread() * N; i < j.numel; i += global_threads() * N) {
-        decltype(wide(S())) a[N] = {};
+        decltype(widened(S())) a[N] = {};
 
         for (int r = 0; r < j.n; r += AHEAD) {
             pack<S, N> x[AHEAD];
@@ -123,7 +97,8 @@ static __global__ void __launch_bounds__(THREADS) join_kernel(const __grid_const
                 if (r + u < j.n)
 #pragma unroll
                     for (int k = 0; k < N; k++)
-                        a[k] = r + u == 0 ? wide(x[u].of[k]) : joined(a[k], wide(x[u].of[k]), j.op);
+                        a[k] = r + u == 0 ? widened(x[u].of[k])
+                                          : joined(a[k], widened(x[u].of[k]), j.op);
         }
         finish<S, N>(j, i, a);
     }
