@@ -47,21 +47,9 @@ static struct {
 
 /* ---- entries */
 
-static uint64_t hash_of(const gemm_key *key)
-{
-    uint64_t word[NUMBERS], x = 0x9e3779b97f4a7c15u;
-
-    memcpy(word, key, sizeof word);
-    for (int i = 0; i < NUMBERS; i++) {
-        x = (x ^ word[i]) * 0xff51afd7ed558ccdu;
-        x ^= x >> 32;
-    }
-    return x;
-}
-
 static entry *find(const gemm_key *key)
 {
-    entry *e = choices.bucket[hash_of(key) % BUCKETS];
+    entry *e = choices.bucket[gemm_key_hash(key) % BUCKETS];
 
     while (e && memcmp(&e->key, key, sizeof *key) != 0)
         e = e->next;
@@ -71,7 +59,8 @@ static entry *find(const gemm_key *key)
 /* NULL: out of host memory. */
 static entry *add(const gemm_key *key, int choice)
 {
-    entry **bucket = &choices.bucket[hash_of(key) % BUCKETS], *e = (entry *)calloc(1, sizeof *e);
+    entry **bucket = &choices.bucket[gemm_key_hash(key) % BUCKETS],
+          *e = (entry *)calloc(1, sizeof *e);
 
     if (!e)
         return NULL;

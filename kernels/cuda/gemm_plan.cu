@@ -304,7 +304,7 @@ static int choose(const char *name, plan *p, const gemm_operands *o)
 
 /* ---- the cache */
 
-static uint64_t hash_of(const gemm_key *key)
+uint64_t gemm_key_hash(const gemm_key *key)
 {
     uint64_t word[sizeof *key / 8], x = 0x9e3779b97f4a7c15u;
 
@@ -349,7 +349,7 @@ static int add(const char *name, plan **out, const gemm_key *key, const gemm_ope
         free(p);
         return rc;
     }
-    plan **bucket = &cache.bucket[hash_of(key) % BUCKETS];
+    plan **bucket = &cache.bucket[gemm_key_hash(key) % BUCKETS];
     p->next = *bucket;
     *bucket = p;
     cache.kept++;
@@ -364,7 +364,7 @@ static plan *find(const gemm_key *key)
 
     if (p && memcmp(&p->key, key, sizeof *key) == 0)
         return p;
-    for (p = cache.bucket[hash_of(key) % BUCKETS]; p; p = p->next)
+    for (p = cache.bucket[gemm_key_hash(key) % BUCKETS]; p; p = p->next)
         if (memcmp(&p->key, key, sizeof *key) == 0)
             return p;
     return NULL;

@@ -22,6 +22,8 @@ typedef struct gemm_key {
  * backward. Sums: of d's rows with aux, of b's columns without. */
 enum gemm_beside { GEMM_NONE, GEMM_FORWARD, GEMM_BACKWARD };
 
+uint64_t gemm_key_hash(const gemm_key *key);
+
 typedef struct gemm_operands {
     const void *a, *b;
     void *d;

@@ -130,9 +130,9 @@ end
 -- ---- buffers
 
 --- One buffer a group, with room for `size(b)` elements of each of its buckets.
+-- @tparam[opt] table home where they lie, if not on the device (offload_param.lua)
 -- @treturn table the buffers by group
 -- @treturn table by bucket, its slice; nil where it has none
--- @tparam[opt] table home where they lie, if not on the device (offload_param.lua)
 local function buffers(self, dtype, size, home)
   local length, at, by_group, by_bucket = {}, {}, {}, {}
   for _, b in ipairs(self.buckets) do
